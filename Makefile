@@ -1,0 +1,35 @@
+# make run: the demonstration. make test: lint, types and the test suite. Both set up .venv themselves.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export RAY_AUTH_MODE = disabled
+export RAY_USAGE_STATS_ENABLED = 0
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: run test lint faults compare clean
+
+$(STAMP): pyproject.toml constraints.txt $(wildcard tools/torchvision-cpu-shim/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip install --quiet --python $(BIN)/python \
+		--compile-bytecode --constraint constraints.txt --editable '.[dev]' ./tools/torchvision-cpu-shim
+	touch $@
+
+run: $(STAMP)
+	$(BIN)/python -m experiments.digits
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	tools/sandboxed $(BIN)/python -m pytest -q -m "not slow"
+
+faults: $(STAMP)
+	tools/sandboxed $(BIN)/python -m pytest -q -m slow
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,39 @@
+"""The two places where the pair reaches past Ray's public interface. Each has a fall-back for when Ray changes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ray.tune import Checkpoint
+from ray.tune.experiment import Trial
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+
+logger = logging.getLogger(__name__)
+
+
+def set_source(trial: Trial, path: str | None, metrics: dict[str, Any]) -> None:
+    """Let `trial` restore from the checkpoint at `path` when it starts next (None: from nothing), as PBT does."""
+    from ray.train._internal.checkpoint_manager import _TrainingResult
+
+    manager = trial.run_metadata.checkpoint_manager
+    if path is None:
+        manager._latest_checkpoint_result = None
+        return
+    checkpoint = Checkpoint(path, filesystem=trial.storage.storage_filesystem)
+    manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics=metrics)
+
+
+def keep_actors_warm(controller: TuneController, trial: Trial, slots: int) -> bool:
+    """Let Tune cache one idle actor per slot and start as many at a time. False if this Ray does not offer it: then
+    probes still run, on new actors."""
+    try:
+        if controller._reuse_actors:
+            controller._actor_cache.increase_max(trial.placement_group_factory, slots)
+        controller._max_pending_trials = max(controller._max_pending_trials, slots)
+    except (AttributeError, TypeError) as error:
+        logger.warning("this version of Ray does not let AutoLRS keep its actors warm (%s)", error)
+        return False
+    return True

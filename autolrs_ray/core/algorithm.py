@@ -1,0 +1,409 @@
+"""The paper's policy: Algorithm 1 of AutoLRS (Jin et al., ICLR 2021), with probes that may run at the same time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from autolrs_ray.core import surrogate
+from autolrs_ray.core.forecast import forecast
+from autolrs_ray.core.plan import EnvelopeSpec, Stage, StagePlan, envelope_factor, require_float, require_int
+from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Segment, Verdict, refuse_ignored_lr
+
+MAIN = "main"
+MAX_ROUNDS = 2  # rounds of probes in a stage whose probes all diverged; each round lies two decades lower
+MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the run ends
+
+
+@dataclass
+class Probe:
+    """One LR tried in the current stage. status: "open", "done", "diverged" or "failed"."""
+
+    lr: float
+    x: float
+    status: str = "open"
+    forecast: float | None = None
+    stderr: float | None = None
+    loss: float | None = None
+    step: int = 0
+    checkpoint: str | None = None
+
+
+@dataclass
+class PaperPolicy(Policy):
+    """Stage-wise search. Symbols of the paper: tau = stage_steps, tau' = probe_steps, k = num_lrs.
+
+    series: "authors" ranks probes by training loss while tau < tau_max and by validation loss after, "validation" by
+    validation loss always. initial: "random" (one random LR, as the authors do) or "grid" (4 bin-centred LRs).
+    promote: hand the winning probe's state to the main trial instead of training its steps again.
+    floor: lower bound of the metric for the forecast (0 for a loss, None where it has none).
+    envelope: the paper has none; with one, LR(t) = stage LR * envelope(t).
+    """
+
+    lr_interval: tuple[float, float] = (1e-3, 1e-1)
+    plan: StagePlan = field(default_factory=lambda: StagePlan(8000, 1000, 8000, 100))
+    num_lrs: int = 10
+    kappa: float = 1000.0
+    initial: str = "random"
+    fit: str = "map"
+    series: str = "authors"
+    probe_reports: int = 16
+    main_reports: int = 8
+    promote: bool = True
+    floor: float | None = 0.0
+    envelope: EnvelopeSpec = None
+
+    # durable state
+    phase: str = "search"
+    stage: Stage = field(init=False)
+    step: int = 0
+    checkpoint: str | None = None
+    previous: dict[str, Any] | None = None
+    loss: float | None = None
+    q: int = 0
+    interval: tuple[float, float] = field(init=False)
+    rounds: int = 0
+    rollbacks: int = 0
+    probes: list[Probe] = field(default_factory=list)
+    chosen: int | None = None
+
+    # volatile
+    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+    _stages: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        require_int("num_lrs", self.num_lrs, 1)
+        require_int("probe_reports", self.probe_reports, 1)
+        require_int("concurrency", self.concurrency, 1)
+        require_float("kappa", self.kappa, 0.0, 1e6)
+        for name, value, allowed in (
+            ("initial", self.initial, ("random", "grid")),
+            ("fit", self.fit, tuple(surrogate.FITS)),
+            ("series", self.series, ("authors", "validation")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        envelope_factor(self.envelope, 0, self.total_steps)
+        self._stages = len(self.plan.stages())
+        self.stage = self.plan.stage(0, self.plan.warmup_steps)
+        self.interval = self.lr_interval
+        self.phase = "warmup" if self.plan.warmup_steps else "search"
+        if self.phase == "search":
+            self._open_stage()
+
+    # -- what is wanted ------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return self.phase == "done"
+
+    @property
+    def trials_needed(self) -> int:
+        return 1 + self.num_lrs * self._stages
+
+    def wanted(self) -> list[Segment]:
+        if self.phase == "search":
+            self._propose()
+            arms = [(self._arm(i), probe) for i, probe in enumerate(self.probes) if probe.status == "open"]
+            return [self._probe_segment(arm, probe) for arm, probe in arms if arm not in self._issued]
+        if self.phase in ("warmup", "train") and MAIN not in self._issued:
+            return [self._main_segment()]
+        return []
+
+    def _arm(self, index: int) -> str:
+        return f"s{self.stage.index:03d}p{index:02d}"
+
+    def _probe_segment(self, arm: str, probe: Probe) -> Segment:
+        end = self.stage.start + self.stage.probe_steps
+        return self._segment(arm, "probe", probe.lr, self.stage.start, end, self.probe_reports, self.checkpoint)
+
+    def _main_segment(self) -> Segment:
+        if self.phase == "warmup":
+            end = self.plan.warmup_steps
+            return Segment(
+                MAIN, "main", -1, self.plan.warmup_lr, 0, (end,), self.main_reports, None, None, self.total_steps, end
+            )
+        assert self.chosen is not None
+        probe = self.probes[self.chosen]
+        promoted = self.promote and probe.checkpoint is not None and probe.step < self.stage.end
+        start, source = (probe.step, probe.checkpoint) if promoted else (self.stage.start, self.checkpoint)
+        return self._segment(MAIN, "main", probe.lr, start, self.stage.end, self.main_reports, source)
+
+    def _segment(
+        self, arm: str, role: str, lr: float, start: int, end: int, reports: int, source: str | None
+    ) -> Segment:
+        return Segment(arm, role, self.stage.index, lr, start, (end,), reports, source, self.envelope, self.total_steps)
+
+    # -- proposals -----------------------------------------------------------------------------------------------------
+
+    def set_concurrency(self, slots: int) -> None:
+        super().set_concurrency(slots)
+        if self.phase == "search" and len(self.probes) <= 1:  # the first proposal is the same for every q
+            self.q = min(slots, self.num_lrs)
+
+    def _open_stage(self) -> None:
+        self.phase, self.q = "search", min(self.concurrency, self.num_lrs)
+        self.interval, self.rounds, self.rollbacks, self.probes, self.chosen = self.lr_interval, 0, 0, [], None
+        self._points = {}
+        self.emit("stage", stage=self.stage.index, start=self.stage.start, steps=self.stage.steps,
+                  probe_steps=self.stage.probe_steps, concurrency=self.q)  # fmt: skip
+
+    def _propose(self) -> None:
+        """Propose while the rule allows: probe i is told of the probes up to i - q and takes the later ones as pending.
+
+        The rule makes proposals independent of the order in which probes that run together happen to finish; with
+        q = 1 it is the paper's loop.
+        """
+        first = self.rounds * self.num_lrs
+        while len(self.probes) < first + self.num_lrs:
+            i = len(self.probes)
+            told = self.probes[first : max(first, i - self.q + 1)]
+            if any(probe.status == "open" for probe in told):
+                return
+            x, failure = self._next_x(i - first, told, self.probes[first + len(told) : i])
+            if failure:
+                self.emit("warning", stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
+            low, high = self.interval
+            lr = math.exp(math.log(low) + x * (math.log(high) - math.log(low)))
+            self.probes.append(Probe(lr, x))
+            self.emit("proposal", stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
+
+    def _next_x(self, i: int, told: list[Probe], pending: list[Probe]) -> tuple[float, str]:
+        if i == 0 and self.initial == "random":
+            return float(np.random.default_rng([self.seed, self.stage.index, self.rounds]).uniform()), ""
+        grid = surrogate.bin_centred_grid(min(4, self.num_lrs))
+        if self.initial == "grid" and i < len(grid):
+            return grid[i], ""
+        diverged = [probe.x for probe in told if probe.status == "diverged"]
+        upper = max(0.0, min(diverged) - 1e-3) if diverged else 1.0
+        observed = [(p.x, p.forecast) for p in told if p.status == "done" and p.forecast is not None]
+        waiting = [probe.x for probe in pending]
+        try:
+            return surrogate.propose(observed, waiting, self.kappa, upper, self.fit), ""
+        except Exception as error:  # numerical libraries raise many types, and no probe is worth the run
+            tried = [p.x for p in told + pending]
+            return surrogate.propose([], tried, self.kappa, upper), f"{type(error).__name__}: {error}"
+
+    # -- reports -------------------------------------------------------------------------------------------------------
+
+    def report(self, arm: str, point: Point, can_save: bool = True) -> Verdict:
+        if arm == MAIN:
+            return self._report_main(point, can_save)
+        index = next((i for i, probe in enumerate(self.probes) if self._arm(i) == arm), None)
+        if self.phase != "search" or index is None or self.probes[index].status != "open":
+            return Verdict.FINISH
+        points = self._record(arm, point)
+        if not math.isfinite(point.loss):
+            self._resolve(index, "diverged")
+            return Verdict.FINISH
+        if point.step < self.stage.start + self.stage.probe_steps:
+            return Verdict.CONTINUE
+        self.probes[index].step = point.step
+        wall = 4.0 * self.loss if self.loss is not None and self.loss > 0 and self.floor is not None else math.inf
+        self._resolve(index, "diverged" if points[-1].loss > wall else "done")
+        leads = self._best() == index
+        return Verdict.FINISH_AND_SAVE if leads and self.promote and can_save else Verdict.FINISH
+
+    def _record(self, arm: str, point: Point) -> list[Point]:
+        points = self._points.setdefault(arm, [])
+        while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
+            points.pop()
+        points.append(point)
+        return points
+
+    def _uses_training_loss(self, points: list[Point]) -> bool:
+        early = self.series == "authors" and not self.plan.is_full_length(self.stage.index)
+        return early and all(point.train_loss is not None for point in points)
+
+    def _resolve(self, index: int, status: str) -> None:
+        probe, points = self.probes[index], self._points.get(self._arm(index), [])
+        training = self._uses_training_loss(points)
+        steps = [point.step - self.stage.start for point in points]
+        losses = [point.train_loss if training and point.train_loss is not None else point.loss for point in points]
+        predicted = forecast(steps, losses, self.stage.steps, self.floor)
+        probe.status = "diverged" if status == "done" and not math.isfinite(predicted.value) else status
+        if probe.status == "done":
+            probe.forecast, probe.stderr, probe.loss = predicted.value, predicted.stderr, points[-1].loss
+        self.emit(
+            "probe",
+            stage=self.stage.index, probe=index, arm=self._arm(index), lr=probe.lr, status=probe.status,
+            forecast=probe.forecast, stderr=probe.stderr, method=predicted.method,
+            series="training" if training else "validation", steps=steps,
+            losses=[loss if math.isfinite(loss) else None for loss in losses],
+        )  # fmt: skip
+        self._points.pop(self._arm(index), None)
+        self._choose_if_complete()
+
+    def _best(self) -> int | None:
+        done = [(p.forecast, i) for i, p in enumerate(self.probes) if p.status == "done" and p.forecast is not None]
+        return min(done)[1] if done else None
+
+    def _choose_if_complete(self) -> None:
+        if self.phase != "search" or len(self.probes) < (self.rounds + 1) * self.num_lrs:
+            return
+        if any(probe.status == "open" for probe in self.probes):
+            return
+        refuse_ignored_lr([(probe.lr, probe.loss) for probe in self.probes if probe.loss is not None])
+        best = self._best()
+        if best is not None:
+            self.phase, self.chosen = "train", best
+            probe = self.probes[best]
+            self.emit("choice", stage=self.stage.index, probe=best, lr=probe.lr, forecast=probe.forecast)
+            return
+        statuses = sorted({probe.status for probe in self.probes})
+        self.rounds += 1
+        if self.rounds >= MAX_ROUNDS or statuses == ["failed"]:
+            tried = ", ".join(f"{probe.lr:.3g} ({probe.status})" for probe in self.probes)
+            raise AutoLRSError(
+                f"stage {self.stage.index}: none of the learning rates tried gave a finite loss: {tried}. Lower "
+                "lr_interval, or look at the loss and the data of the first steps; the trials' error files say more."
+            )
+        self.interval = (self.interval[0] / 100.0, self.interval[0])
+        self.emit("warning", stage=self.stage.index, message=f"all probes diverged; trying {self.interval} instead")
+
+    def _report_main(self, point: Point, can_save: bool) -> Verdict:
+        if self.phase not in ("warmup", "train"):
+            return Verdict.PAUSE
+        if not math.isfinite(point.loss):
+            return self._roll_back(point)
+        end = self.plan.warmup_steps if self.phase == "warmup" else self.stage.end
+        if point.step < end:
+            return Verdict.CONTINUE
+        if not can_save:
+            patience = max(self.stage.steps, end - self.step)
+            if point.step >= end + patience:
+                raise AutoLRSError(
+                    f"the main trial came to step {point.step} without a checkpoint; its segment ended at {end}. "
+                    "Pass checkpoint= to tune.report at least once every stage_steps steps."
+                )
+            return Verdict.CONTINUE
+        self.loss = point.loss
+        return Verdict.FINISH_AND_SAVE if point.step >= self.total_steps else Verdict.PAUSE
+
+    def _roll_back(self, point: Point) -> Verdict:
+        """The chosen LR diverged after its probe ended: forbid it and take the best of the smaller ones."""
+        self.rollbacks += 1
+        lr = self.plan.warmup_lr if self.chosen is None else self.probes[self.chosen].lr
+        if self.chosen is not None:
+            for probe in self.probes:
+                if probe.lr >= lr:
+                    probe.status = "diverged"
+        best = self._best()
+        if best is None or self.chosen is None or self.rollbacks > MAX_ROLLBACKS:
+            raise AutoLRSError(
+                f"the main trial diverged at step {point.step} with {lr=:.3g} and no smaller learning rate is left; "
+                f"the last good checkpoint is {self.checkpoint} (step {self.step}). Lower lr_interval and resume."
+            )
+        self.chosen = best
+        self.emit("rollback", stage=self.stage.index, step=point.step, lr=lr, new_lr=self.probes[best].lr)
+        return Verdict.ROLLBACK
+
+    # -- checkpoints and failures --------------------------------------------------------------------------------------
+
+    def saved(self, arm: str, step: int, path: str) -> None:
+        if arm != MAIN:
+            for i, probe in enumerate(self.probes):
+                if self._arm(i) == arm and probe.status == "done":
+                    probe.checkpoint, probe.step = path, step
+            return
+        if self.phase == "warmup" and step >= self.plan.warmup_steps:
+            self._commit(step, path, self.plan.warmup_lr, None)
+        elif self.phase == "train" and step >= self.stage.end:
+            assert self.chosen is not None
+            probe = self.probes[self.chosen]
+            self._commit(step, path, probe.lr, probe.forecast)
+
+    def _commit(self, step: int, path: str, lr: float, forecast_value: float | None) -> None:
+        warmup = self.phase == "warmup"
+        row = dict(
+            stage=-1 if warmup else self.stage.index, start=self.step, end=step, lr=lr, loss=self.loss,
+            forecast=forecast_value, warmup=warmup,
+        )  # fmt: skip
+        if not warmup:
+            self.previous = dict(stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint, lr=lr,
+                                 forecast=forecast_value)  # fmt: skip
+        self.step, self.checkpoint = step, path
+        self.withdraw(MAIN)
+        self.emit("commit", **row, checkpoint=path)
+        if step >= self.total_steps:
+            self.phase = "done"
+            self.emit("done", step=step, loss=self.loss, checkpoint=path)
+            return
+        self.stage = self.plan.stage(0 if warmup else self.stage.index + 1, step)
+        self._open_stage()
+
+    def failed(self, arm: str, reason: str) -> None:
+        if arm == MAIN:
+            raise AutoLRSError(
+                f"the main trial failed for good ({reason}). The last good checkpoint is "
+                f"{self.checkpoint or 'none: the run was in its first stage'} (step {self.step}); run the same "
+                'command again with resume="auto" to go on from there, or allow more max_failures.'
+            )
+        for i, probe in enumerate(self.probes):
+            if self._arm(i) == arm and probe.status == "open":
+                self.emit("warning", stage=self.stage.index, message=f"probe {arm} failed: {reason}")
+                self._resolve(i, "failed")
+
+    def is_open(self, arm: str) -> bool:
+        if arm == MAIN:
+            return not self.done
+        return self.phase == "search" and any(
+            self._arm(i) == arm and probe.status == "open" for i, probe in enumerate(self.probes)
+        )
+
+    def lost(self, path: str) -> None:
+        for probe in self.probes:
+            if probe.checkpoint == path:
+                probe.checkpoint = None
+        if self.checkpoint != path:
+            return
+        back = self.previous
+        self.emit("warning", stage=self.stage.index, message=f"checkpoint {path} is unreadable; going back a stage")
+        if back is None:
+            self.phase, self.step, self.checkpoint = "warmup" if self.plan.warmup_steps else "search", 0, None
+            self.stage = self.plan.stage(0, self.plan.warmup_steps)
+            if self.phase == "search":
+                self._open_stage()
+            return
+        self.stage, self.step, self.checkpoint = Stage(**back["stage"]), back["step"], back["checkpoint"]
+        self.probes = [Probe(back["lr"], 0.0, "done", back["forecast"])]
+        self.phase, self.chosen, self.previous = "train", 0, None
+        self.rounds = self.rollbacks = 0
+        self._issued.discard(MAIN)
+
+    def checkpoints(self) -> set[str]:
+        leading = self._best() if self.chosen is None else self.chosen
+        paths = {self.checkpoint, self.probes[leading].checkpoint if leading is not None else None}
+        if self.previous is not None:
+            paths.add(self.previous["checkpoint"])
+        return {path for path in paths if path is not None}
+
+    def progress(self) -> dict[str, Any]:
+        resolved = sum(probe.status != "open" for probe in self.probes)
+        best = self._best() if self.chosen is None else self.chosen
+        return dict(
+            phase=self.phase, stage=self.stage.index, stages=self._stages, resolved=resolved,
+            trials=max(len(self.probes), (self.rounds + 1) * self.num_lrs),
+            lr=self.probes[best].lr if best is not None else None, loss=self.loss, step=self.step,
+            total_steps=self.total_steps,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(
+            policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
+            previous=self.previous, loss=self.loss, q=self.q, interval=list(self.interval), rounds=self.rounds, rollbacks=self.rollbacks,
+            probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
+        )  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("policy") != "paper":
+            raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'paper'")
+        self.phase, self.stage = state["phase"], Stage(**state["stage"])
+        self.step, self.checkpoint, self.loss, self.q = state["step"], state["checkpoint"], state["loss"], state["q"]
+        self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
+        self.probes = [Probe(**probe) for probe in state["probes"]]
+        self.chosen, self.previous = state["chosen"], state["previous"]
+        self._issued, self._points, self._events = set(), {}, []

@@ -1,0 +1,72 @@
+"""Policies by name, from keyword options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from autolrs_ray.core.algorithm import PaperPolicy
+from autolrs_ray.core.plan import RUNGS, TOLERANCES, RacePlan, StagePlan, require_int, validate_interval
+from autolrs_ray.core.policy import Policy
+from autolrs_ray.core.race import AnchoredPolicy
+
+DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
+
+_PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
+_PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
+                  "envelope")  # fmt: skip
+_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "averaging", "reports", "commits")
+
+
+def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
+    stage_steps = options.pop("stage_steps", None)
+    if stage_steps is None:
+        raise ValueError('policy="paper" needs stage_steps (tau, the optimizer steps of the first stage)')
+    require_int("stage_steps", stage_steps, 1)
+    plan = StagePlan(
+        total_steps=total_steps,
+        stage_steps=stage_steps,
+        max_stage_steps=options.pop("max_stage_steps", None) or 8 * stage_steps,
+        probe_steps=options.pop("probe_steps", None) or max(1, stage_steps // 10),
+        warmup_steps=options.pop("warmup_steps", 0),
+        warmup_lr=options.pop("warmup_lr", 0.0),
+    )
+    return PaperPolicy(total_steps, plan=plan, floor=floor, **common, **options)
+
+
+def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
+    rungs = tuple(options.pop("rungs", None) or RUNGS)
+    tolerances = tuple(options.pop("tolerances", None) or TOLERANCES)
+    plan = RacePlan.from_fractions(total_steps, rungs, tolerances)
+    return AnchoredPolicy(total_steps, plan=plan, **common, **options)
+
+
+_POLICIES: dict[str, tuple[Callable[..., Policy], tuple[str, ...]]] = {
+    "paper": (_paper, _PLAN_OPTIONS + _PAPER_OPTIONS),
+    "anchored": (_anchored, ("rungs", "tolerances", *_RACE_OPTIONS)),
+}
+
+
+def make_policy(
+    name: str,
+    total_steps: int,
+    lr_interval: tuple[float, float] | None = None,
+    seed: int = 0,
+    concurrency: int = 1,
+    floor: float | None = 0.0,
+    **options: Any,
+) -> Policy:
+    """The policy `name` ("paper" or "anchored") for `total_steps` optimizer steps.
+
+    Raises ValueError or TypeError, naming the value, for anything out of range or an option the policy does not have.
+    """
+    if name not in _POLICIES:
+        raise ValueError(f"policy must be one of {sorted(_POLICIES)}, got {name!r}")
+    require_int("total_steps", total_steps, 2)
+    require_int("seed", seed, 0)
+    build, allowed = _POLICIES[name]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise TypeError(f'policy="{name}" has no option {", ".join(unknown)}; it has {", ".join(sorted(allowed))}')
+    interval = validate_interval(DEFAULT_INTERVALS[name] if lr_interval is None else lr_interval)
+    return build(total_steps, floor, dict(options), lr_interval=interval, seed=seed, concurrency=concurrency)

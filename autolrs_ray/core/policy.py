@@ -1,0 +1,175 @@
+"""What a policy is: the values it exchanges with whoever runs the training, and the state it must keep.
+
+A policy never trains. It asks for segments of training (`wanted`), hears of every reported loss (`report`), of written
+checkpoints (`saved`) and of failures (`failed`), and answers each report with a verdict. Whoever drives it (the Ray Tune
+pair, or the plain loop in :mod:`autolrs_ray.local`) maps verdicts to its own verbs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from autolrs_ray.core.plan import EnvelopeSpec, envelope_factor
+
+
+class AutoLRSError(RuntimeError):
+    """The run cannot go on; the message says why, and what to do."""
+
+
+def refuse_ignored_lr(results: list[tuple[float, float]]) -> None:
+    """Raise AutoLRSError if three or more learning rates gave the very same loss. results: (lr, loss) pairs."""
+    if len(results) >= 3 and len({lr for lr, _ in results}) >= 3 and len({loss for _, loss in results}) == 1:
+        raise AutoLRSError(
+            f"{len(results)} trials with learning rates from {min(results)[0]:.3g} to {max(results)[0]:.3g} all reported "
+            f'the same loss {results[0][1]:.6g}: the trainable does not use config["lr"]. Write it into the optimizer\'s '
+            "parameter groups after restoring (load_state_dict brings the old learning rate back)."
+        )
+
+
+class Verdict(Enum):
+    """What the trial that has just reported does next."""
+
+    CONTINUE = "continue"
+    SAVE = "save"  # write a checkpoint, then go on
+    PAUSE = "pause"  # write a checkpoint, give the slot back, wait to be wanted again
+    FINISH = "finish"  # end; its state is not needed
+    FINISH_AND_SAVE = "finish and save"  # write a checkpoint, then end
+    ROLLBACK = "rollback"  # drop the state, wait to be wanted again from another checkpoint
+
+
+@dataclass(frozen=True)
+class Point:
+    """One report: losses to be minimised, at `step` optimizer steps since the start of the run.
+
+    loss: validation loss of the weights. train_loss: mean training loss since the last report. averaged_loss: validation
+    loss of the averaged weights. None where the training does not report it.
+    """
+
+    step: int
+    loss: float
+    train_loss: float | None = None
+    averaged_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training: restore `source` (None: begin from scratch), train from `start` to the last boundary.
+
+    lr: learning rate, multiplied by the envelope at every step. boundaries: steps at which a report must fall (the ends
+    of stages, or rungs). reports: how many reports are wanted up to each boundary. warmup_steps: if positive, the LR
+    rises linearly to `lr` over the first `warmup_steps` steps of the run and the envelope is not applied.
+    """
+
+    arm: str
+    role: str  # "probe", "main" or "trunk"
+    stage: int
+    lr: float
+    start: int
+    boundaries: tuple[int, ...]
+    reports: int
+    source: str | None = None
+    envelope: EnvelopeSpec = None
+    total_steps: int = 0
+    warmup_steps: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.boundaries[-1]
+
+    def to_config(self) -> dict[str, Any]:
+        """The segment as the value of `config["autolrs"]` (without its source: restoring is Tune's part)."""
+        return {key: value for key, value in vars(self).items() if key != "source"}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Segment:
+        return cls(**{**config, "boundaries": tuple(config["boundaries"])})
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update from `step` to `step + 1`."""
+        if self.warmup_steps:
+            return self.lr * min(1.0, (step + 1) / self.warmup_steps)
+        return self.lr * envelope_factor(self.envelope, step, self.total_steps)
+
+
+@dataclass
+class Policy(ABC):
+    """A state machine over segments. Durable state is what `state_dict` returns: JSON values only."""
+
+    total_steps: int
+    seed: int = 0
+    concurrency: int = 1
+    _issued: set[str] = field(default_factory=set, init=False, repr=False)
+    _events: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """True when the run is over and nothing is wanted any more."""
+
+    @property
+    @abstractmethod
+    def trials_needed(self) -> int:
+        """Fewest trials the run takes from the start if nothing fails."""
+
+    @abstractmethod
+    def wanted(self) -> list[Segment]:
+        """Segments that may start now and have not been issued, the most urgent first."""
+
+    def set_concurrency(self, slots: int) -> None:
+        """Note how many trials can run at the same time. Proposals made before stay as they are."""
+        self.concurrency = max(1, slots)
+
+    def issue(self, arm: str) -> None:
+        """Note that `arm` has been given to a trial; it is not wanted again until `withdraw`."""
+        self._issued.add(arm)
+
+    def withdraw(self, arm: str) -> None:
+        """Note that no trial works on `arm` any more; if it is unfinished, it is wanted again."""
+        self._issued.discard(arm)
+
+    @abstractmethod
+    def report(self, arm: str, point: Point, can_save: bool = True) -> Verdict:
+        """Take one report. `can_save` False: no checkpoint can be had of the state that was reported."""
+
+    @abstractmethod
+    def saved(self, arm: str, step: int, path: str) -> None:
+        """Take note of a durable checkpoint of `arm` at `step`."""
+
+    @abstractmethod
+    def failed(self, arm: str, reason: str) -> None:
+        """Book `arm` as failed for good. Raises AutoLRSError where the run cannot go on without it."""
+
+    @abstractmethod
+    def is_open(self, arm: str) -> bool:
+        """True while `arm` still has steps to train, now or after a pause."""
+
+    @abstractmethod
+    def lost(self, path: str) -> None:
+        """Take note that the checkpoint at `path` cannot be read, and go back to the one before it."""
+
+    @abstractmethod
+    def checkpoints(self) -> set[str]:
+        """Paths that are still needed; every other checkpoint of the run may be deleted."""
+
+    @abstractmethod
+    def progress(self) -> dict[str, Any]:
+        """What a person wants to see while it runs: phase, stage, stages, probes, lr, loss, step, total_steps."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The durable state, as JSON values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`. Nothing counts as issued: every unfinished segment is wanted again."""
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self._events.append({"event": event, **fields})
+
+    def drain_events(self) -> list[dict[str, Any]]:
+        """Events since the last call, for the journal."""
+        events, self._events = self._events, []
+        return events

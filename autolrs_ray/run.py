@@ -1,0 +1,109 @@
+"""One call that sets up Tune the right way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from autolrs_ray.live import LiveProgress
+from autolrs_ray.result import RunResult
+from autolrs_ray.scheduler import AutoLRSScheduler
+from autolrs_ray.searcher import CONFIG_KEY, AutoLRSSearch
+from autolrs_ray.trainable import trainable_for
+from autolrs_ray.training import TrainingTask
+
+
+def run(
+    trainable: Callable[[dict[str, Any]], Any] | type[tune.Trainable],
+    total_steps: int,
+    *,
+    config: dict[str, Any] | None = None,
+    name: str = "autolrs",
+    storage_path: str | os.PathLike[str] = "runs",
+    resources: dict[str, float] | tune.PlacementGroupFactory | None = None,
+    resume: bool | str = "auto",
+    max_failures: int = 3,
+    reuse_actors: bool = True,
+    seed: int = 0,
+    callbacks: list[tune.Callback] | None = None,
+    progress: bool = True,
+    **search: Any,
+) -> RunResult:
+    """Train `trainable` for `total_steps` with automatic learning rates, and return what was found.
+
+    trainable: a function `build(config) -> TrainingTask`, an AutoLRSTrainable, or any Tune trainable (class, or function
+    that calls tune.report). config: passed on to it, with "seed". resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
+    name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`).
+    max_failures: how often a crashed trial is started again. search: every option of :class:`AutoLRSSearch`.
+
+    Raises what AutoLRSSearch raises for bad options, and AutoLRSError if the run cannot go on.
+    """
+    storage = Path(storage_path).resolve().as_posix() if "://" not in str(storage_path) else str(storage_path)
+    if _builds_task(trainable):
+        trainable = trainable_for(trainable)
+    searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
+    if resources is not None:
+        trainable = tune.with_resources(trainable, resources)
+    reports = [LiveProgress(searcher)] if progress else []
+    logging.getLogger("ray.tune.logger.logger").addFilter(_expected)
+    with _settings(TUNE_GLOBAL_CHECKPOINT_S="60", RAY_AIR_NEW_OUTPUT="0"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
+        tune.run(
+            trainable,
+            name=name,
+            storage_path=storage,
+            config={**(config or {}), "seed": seed},
+            search_alg=searcher,
+            scheduler=AutoLRSScheduler(),
+            num_samples=-1,
+            metric=searcher.loss_key,
+            mode=searcher.mode or "min",
+            max_failures=max_failures,
+            reuse_actors=reuse_actors,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+            callbacks=[*reports, *(callbacks or [])],
+            verbose=0,
+        )
+    return RunResult.load(Path(storage, name))
+
+
+def _expected(record: logging.LogRecord) -> bool:
+    """Tune looks for log files of every trial that starts from a checkpoint; new trials have none."""
+    return "Remote file not found" not in record.getMessage()
+
+
+def _builds_task(trainable: Any) -> bool:
+    """True for a function annotated to return a TrainingTask."""
+    if isinstance(trainable, type) or not callable(trainable):
+        return False
+    returns = getattr(trainable, "__annotations__", {}).get("return")
+    return returns is TrainingTask or (isinstance(returns, str) and returns.split(".")[-1] == "TrainingTask")
+
+
+def _trial_name(trial: Trial) -> str:
+    """The arm's name and the trial's own id: s003p07_1a2b3_00042."""
+    arm = trial.config.get(CONFIG_KEY)
+    label = arm["arm"] if isinstance(arm, dict) else str(arm)
+    return re.sub(r"[^A-Za-z0-9_-]", "", f"{label}_{trial.trial_id}")
+
+
+@contextmanager
+def _settings(**values: str) -> Iterator[None]:
+    """Environment variables that Tune reads, unless the user has set them; put back afterwards."""
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)

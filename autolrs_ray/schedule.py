@@ -1,0 +1,144 @@
+"""The learned schedule: a function step -> learning rate, as JSON or CSV, and a torch scheduler that replays it.
+
+Nothing here needs Ray. File format 1: {"format": 1, "total_steps": T, "pieces": [{"start", "end", "lr", "envelope",
+"warmup_steps"}, ...]}; a piece holds for steps start <= t < end.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autolrs_ray.core.plan import ENVELOPES
+from autolrs_ray.core.policy import Segment
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """LR(t) = lr * envelope(t) for start <= t < end; a linear rise to `lr` over `warmup_steps` if that is positive."""
+
+    start: int
+    end: int
+    lr: float
+    envelope: str | None = None
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class LearnedSchedule:
+    """Learning rate by optimizer step."""
+
+    total_steps: int
+    pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        for piece in self.pieces:
+            if piece.envelope is not None and piece.envelope not in ENVELOPES:
+                raise ValueError(
+                    f"unknown envelope {piece.envelope!r}: a run with an envelope of its own cannot be replayed"
+                )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update from `step` to `step + 1`. Past the last piece it is held.
+
+        Raises ValueError for a negative step or an empty schedule.
+        """
+        if step < 0 or not self.pieces:
+            raise ValueError(
+                f"no learning rate at step {step}: the schedule has {len(self.pieces)} piece(s) from step 0"
+            )
+        piece = next((p for p in self.pieces if p.start <= step < p.end), self.pieces[-1])
+        step = min(step, piece.end - 1)
+        segment = Segment("", "main", 0, piece.lr, piece.start, (piece.end,), 1, None, piece.envelope,
+                          self.total_steps, piece.warmup_steps)  # fmt: skip
+        return segment.lr_at(step)
+
+    @classmethod
+    def from_events(cls, events: Iterable[dict[str, Any]], config: dict[str, Any], arm: str) -> LearnedSchedule:
+        """The schedule of the main run in a journal."""
+        total = config["total_steps"]
+        default = "quadratic" if config["policy"] == "anchored" else None
+        envelope = config["options"].get("envelope", default)
+        rows = [event for event in events if event["event"] == "commit" and event.get("arm", "main") == arm]
+        if config["policy"] == "anchored":
+            pieces: tuple[Piece, ...] = (Piece(0, total, rows[-1]["lr"], envelope),) if rows else ()
+        else:
+            pieces = tuple(
+                Piece(row["start"], row["end"], row["lr"], None if row["warmup"] else envelope,
+                      row["end"] if row["warmup"] else 0)
+                for row in rows
+            )  # fmt: skip
+        return cls(total, pieces)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {"format": FORMAT, "total_steps": self.total_steps, "pieces": [asdict(p) for p in self.pieces]}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> LearnedSchedule:
+        """Raises ValueError if `text` is not a schedule of a known format."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+            return cls(int(data["total_steps"]), tuple(Piece(**piece) for piece in data["pieces"]))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is not a learned schedule: {error}") from error
+
+    def write_csv(self, path: str | os.PathLike[str], every: int = 1) -> None:
+        """Rows step,lr for every `every`-th step."""
+        with open(path, "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["step", "lr"])
+            rows.writerows((step, repr(self.lr_at(step))) for step in range(0, self.total_steps, every))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LearnedSchedule:
+        """From a JSON file, a CSV file with rows step,lr (held until the next row), or a run folder."""
+        file = Path(path)
+        if file.is_dir():
+            from autolrs_ray.result import RunResult
+
+            return RunResult.load(file).schedule
+        if file.suffix != ".csv":
+            return cls.from_json(file.read_text())
+        with open(file, newline="") as rows:
+            points = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(rows)]
+        if not points:
+            raise ValueError(f"{file} has no rows; expected step,lr")
+        ends = [step for step, _ in points[1:]] + [points[-1][0] + 1]
+        return cls(ends[-1], tuple(Piece(step, end, lr) for (step, lr), end in zip(points, ends, strict=True)))
+
+
+class LearnedLRScheduler(LRScheduler):
+    """Replays a learned schedule: step it once per optimizer step. Groups keep the ratios of their initial LRs."""
+
+    def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, last_epoch: int = -1) -> None:
+        self.schedule = schedule
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Any]:
+        lr = self.schedule.lr_at(max(0, self.last_epoch))
+        return [lr * float(base) / float(self.base_lrs[0]) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **{k: v for k, v in super().state_dict().items() if k != "schedule"},
+            "schedule": self.schedule.to_json(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        self.schedule = LearnedSchedule.from_json(state.pop("schedule"))
+        super().load_state_dict(state)

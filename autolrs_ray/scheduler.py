@@ -1,0 +1,439 @@
+"""AutoLRSScheduler: maps the policy's verdicts to Tune's verbs. It keeps no durable state."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.trainable import Trainable
+from ray.tune.trainable.function_trainable import FunctionTrainable
+from ray.tune.utils import flatten_dict
+
+from autolrs_ray._ray import keep_actors_warm, set_source
+from autolrs_ray.core.policy import AutoLRSError, Segment, Verdict
+from autolrs_ray.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSearch
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+
+logger = logging.getLogger(__name__)
+
+HOLD_S = 20.0  # longest a finished trial keeps its actor while another waits for one of its own
+IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
+SAVE_TIMEOUT_S = 900.0
+
+
+@dataclass
+class _Save:
+    """A checkpoint that has been asked for: of which step, and what its trial does when it is written."""
+
+    step: int
+    verdict: Verdict
+    since: float
+
+
+@dataclass
+class _Clock:
+    """When a segment's first step began, by the wall clock, and the seconds its trial has trained and evaluated."""
+
+    began: float
+    busy_s: float = 0.0
+
+
+def _delete_folder(filesystem: Any, path: str) -> None:
+    """Delete a checkpoint folder on any storage; one that cannot be deleted costs space, not the run."""
+    try:
+        filesystem.delete_dir(path)
+    except OSError as error:
+        logger.warning("cannot delete the checkpoint %s, which is no longer needed: %s", path, error)
+
+
+class AutoLRSScheduler(TrialScheduler):
+    """Scheduler half of the pair; give it to Tune together with :class:`AutoLRSSearch`. It takes no arguments.
+
+    It starts every trial from the checkpoint its segment names, pauses the main trial so that its slot serves probes,
+    keeps finished probes' actors warm, and raises, naming the state, when nothing can make progress.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._search: AutoLRSSearch | None = None
+        self._properties: tuple[str | None, str | None] = (None, None)
+        self._live: dict[str, Trial] = {}
+        self._held: dict[str, Trial] = {}
+        self._saving: dict[str, _Save] = {}
+        self._seen: dict[str, float] = {}
+        self._reported: set[str] = set()
+        self._clocks: dict[str, _Clock] = {}
+        self._written: set[str] = set()
+        self._filesystem: Any = None
+        self._resources: Any = None
+        self._counts: tuple[int, int, float] = (0, 0, 0.0)
+        self._idle_since: float | None = None
+        self._infeasible_since: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Keep TuneConfig's metric and mode for the searcher: Tune tells it none where param_space is empty."""
+        self._properties = (metric, mode)
+        return True
+
+    # -- binding -------------------------------------------------------------------------------------------------------
+
+    def _bind(self, controller: TuneController, trial: Trial) -> AutoLRSSearch:
+        if self._search is not None:
+            return self._search
+        algorithm: Any = controller.search_alg
+        search = algorithm
+        while search is not None and not isinstance(search, AutoLRSSearch):
+            search = getattr(search, "searcher", None)
+        if search is None:
+            raise RuntimeError(f"AutoLRSScheduler runs with {type(algorithm).__name__}. {PAIR_HELP}")
+        search.set_metric(*self._properties)
+        needed = search.policy.trials_needed
+        if getattr(algorithm, "total_samples", needed) < needed:
+            raise ValueError(
+                f"num_samples={algorithm.total_samples} is too small: this run takes at least {needed} trials. "
+                "Pass num_samples=-1; AutoLRS ends the run itself."
+            )
+        self._search = search
+        search.bound = True
+        return search
+
+    def _open(self, controller: TuneController, search: AutoLRSSearch, trial: Trial) -> None:
+        """First trial of this process: open the run folder, count the slots, pin the actors."""
+        self._resources = trial.placement_group_factory
+        search.slots = self._count_slots(search)
+        search.policy.set_concurrency(search.slots)
+        storage = trial.storage
+        local = storage.storage_filesystem.type_name == "local"
+        folder = storage.experiment_fs_path if local else storage.experiment_driver_staging_path
+        self._filesystem = storage.storage_filesystem
+        if search.open_record(folder):
+            search.active = 0
+            if local:
+                self._written = {path.as_posix() for path in Path(folder).glob("*/checkpoint_*")}
+                self._delete_unneeded(search)
+        keep_actors_warm(controller, trial, search.slots)
+
+    def _count_slots(self, search: AutoLRSSearch) -> int:
+        cluster, needed = ray.cluster_resources(), self._resources.required_resources
+        fits = [int(cluster.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items() if amount > 0]
+        slots = min(fits, default=1)
+        return max(1, min(slots, search.max_slots) if search.max_slots else slots)
+
+    # -- Tune's notices ------------------------------------------------------------------------------------------------
+
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        controller = getattr(tune_controller, "_tune_controller", tune_controller)
+        search = self._bind(controller, trial)
+        if self._resources is None:
+            self._open(controller, search, trial)
+        arm = search.arm_of.get(trial.trial_id)
+        if arm is None:  # a trial of an earlier life of this run: its arm gets a new trial
+            if not trial.is_finished():
+                trial.set_status(Trial.TERMINATED)
+            return
+        if trial.placement_group_factory != self._resources:
+            raise ValueError(
+                f"trials ask for different resources ({trial.placement_group_factory.required_resources} and "
+                f"{self._resources.required_resources}): probes and the main trial take turns on the same slots, so "
+                "resources must not depend on the config"
+            )
+        self._drop_traces(trial.trial_id)
+        self._live[trial.trial_id] = trial
+        segment = search.segments[arm]
+        if CONFIG_KEY not in trial.config or isinstance(trial.config[CONFIG_KEY], str):
+            self._configure(search, trial, segment)
+
+    def _configure(self, search: AutoLRSSearch, trial: Trial, segment: Segment) -> None:
+        trial.set_config({**trial.config, LR_KEY: segment.lr_at(segment.start), CONFIG_KEY: segment.to_config()})
+        set_source(trial, segment.source, {search.time_attr: segment.start})
+
+    def _drop_traces(self, trial_id: str) -> None:
+        for table in (self._held, self._saving, self._seen, self._clocks):
+            table.pop(trial_id, None)  # type: ignore[attr-defined]
+        self._reported.discard(trial_id)
+        if self._search is not None:
+            self._search.promoting = self._promoting()
+
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        self._drop_traces(trial.trial_id)
+
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
+        self._drop_traces(trial.trial_id)
+
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
+        self._drop_traces(trial.trial_id)
+
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
+        search, trial_id = self._search, trial.trial_id
+        arm = search.arm_of.get(trial_id) if search else None
+        if search is None or arm is None:
+            return self.STOP
+        if trial_id in self._held:
+            return self.NOOP
+        self._seen[trial_id] = time.monotonic()
+        try:
+            point = search.point(result, arm, trial_id not in self._reported)
+            self._reported.add(trial_id)
+            verdict = search.policy.report(arm, point, can_save=self._can_save(trial, result))
+            self._keep_time(search, trial_id, verdict, result)
+            search.persist()
+        except (AutoLRSError, ValueError, TypeError) as error:
+            search.fail(error)
+            return self.NOOP
+        return self._carry_out(tune_controller, search, trial, verdict, point.step, result)
+
+    def _keep_time(self, search: AutoLRSSearch, trial_id: str, verdict: Verdict, result: dict[str, Any]) -> None:
+        """Journal when a segment ran and how long it was busy, once it ends."""
+        now, busy_s = time.time(), float(result.get("time_this_iter_s") or 0.0)
+        clock = self._clocks.setdefault(trial_id, _Clock(now - busy_s))
+        clock.busy_s += busy_s
+        if verdict in (Verdict.CONTINUE, Verdict.SAVE):
+            return
+        del self._clocks[trial_id]
+        segment = search.segments[search.arm_of[trial_id]]
+        search.note("segment", arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
+                    start=segment.start, end=result[search.time_attr], began=clock.began, busy_s=clock.busy_s)  # fmt: skip
+
+    def _can_save(self, trial: Trial, result: dict[str, Any]) -> bool:
+        """Class trainables save when asked; function trainables only by what they attached to this report."""
+        cls: type[Trainable] = trial.get_trainable_cls()
+        return not issubclass(cls, FunctionTrainable) or result.get("checkpoint_dir_name") is not None
+
+    def _carry_out(
+        self, controller: Any, search: AutoLRSSearch, trial: Trial, verdict: Verdict, step: int, result: dict[str, Any]
+    ) -> str:
+        trial_id = trial.trial_id
+        if verdict is Verdict.CONTINUE:
+            return self.CONTINUE
+        if verdict is Verdict.ROLLBACK:
+            controller.pause_trial(trial, should_checkpoint=False)
+            search.policy.withdraw(search.arm_of[trial_id])
+            return self.NOOP
+        if verdict is Verdict.FINISH:
+            self._held[trial_id] = trial
+            return self.NOOP
+        self._saving[trial_id] = _Save(step, verdict, time.monotonic())
+        search.promoting = self._promoting()
+        if verdict is Verdict.PAUSE:
+            if self._actors_suffice(search):
+                return self.PAUSE
+            self._held[trial_id] = trial  # paused as soon as the other slots have actors of their own
+            return self.NOOP
+        if result.get("checkpoint_dir_name") is None:  # a function trainable has attached its checkpoint already
+            controller._schedule_trial_save(trial, result=result)
+        if verdict is Verdict.SAVE:
+            return self.CONTINUE
+        self._held[trial_id] = trial
+        return self.NOOP
+
+    # -- the heart: called once per controller loop --------------------------------------------------------------------
+
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
+        search = self._search
+        if search is None:
+            return None
+        if search.fatal is None:
+            try:
+                self._collect_saves(search)
+                self._reconcile(tune_controller, search)
+                self._watch(search)
+            except AutoLRSError as error:
+                search.fail(error)
+        if search.fatal is not None:
+            search.close()
+            raise search.fatal
+        self._release(tune_controller, search)
+        search.active = sum(
+            trial_id not in self._held and trial.status in (Trial.RUNNING, Trial.PENDING)
+            for trial_id, trial in self._live.items()
+        )
+        search.persist()
+        if search.policy.done:
+            for trial in list(self._live.values()):
+                self._stop(tune_controller, search, trial)
+            search.persist()
+            search.close()
+            return None
+        return self._resume(search)
+
+    def _promoting(self) -> bool:
+        """True while the end state of a probe is being written: the main trial may be about to start from it."""
+        return any(save.verdict is Verdict.FINISH_AND_SAVE for save in self._saving.values())
+
+    def _collect_saves(self, search: AutoLRSSearch) -> None:
+        """Tell the policy of checkpoints that have been written since the last loop."""
+        for trial_id, save in list(self._saving.items()):
+            trial = self._live[trial_id]
+            if trial.is_saving or (save.verdict is Verdict.PAUSE and trial.status == Trial.RUNNING):
+                if time.monotonic() - save.since > SAVE_TIMEOUT_S:
+                    raise AutoLRSError(
+                        f"{trial} has been writing a checkpoint for {SAVE_TIMEOUT_S:.0f} s; is the disk full?"
+                    )
+                continue
+            del self._saving[trial_id]
+            search.promoting = self._promoting()
+            arm, written = search.arm_of[trial_id], trial.latest_checkpoint_result
+            complete = written is not None and flatten_dict(written.metrics).get(search.time_attr) == save.step
+            if complete:
+                search.policy.saved(arm, save.step, written.checkpoint.path)
+            elif arm == "main" and save.verdict is not Verdict.SAVE:
+                raise AutoLRSError(
+                    f"the main trial ended its segment at step {save.step}, but its checkpoint could not be written; see "
+                    f"the log above, and the disk space. {search.policy.progress()}"
+                )
+            if save.verdict is Verdict.PAUSE:
+                search.policy.withdraw(arm)
+            search.persist()
+            if complete:
+                self._written.add(written.checkpoint.path)
+                self._delete_unneeded(search)
+
+    def _delete_unneeded(self, search: AutoLRSSearch) -> None:
+        """Delete the checkpoints written so far that neither the policy nor a live trial needs."""
+        needed = search.policy.checkpoints()
+        needed |= {trial.checkpoint.path for trial in self._live.values() if trial.checkpoint is not None}
+        for path in self._written - needed:
+            self._written.discard(path)
+            _delete_folder(self._filesystem, path)
+
+    def _reconcile(self, controller: Any, search: AutoLRSSearch) -> None:
+        """Some of Tune's failure paths notify nobody: look at the trials themselves."""
+        for trial_id, trial in list(self._live.items()):
+            if not trial.is_finished():
+                if trial.status == Trial.PAUSED and not search.policy.is_open(search.arm_of[trial_id]):
+                    self._stop(controller, search, trial)  # dropped while it waited
+                continue
+            error = trial.get_error() if trial.status == Trial.ERROR else None
+            if error is not None and "reset_config" in str(error):
+                raise AutoLRSError(
+                    f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new "
+                    "config, return True) or run with reuse_actors=False."
+                )
+            search.book_failure(trial_id, f"{type(error).__name__}: {error}" if error else "it ended early")
+            self._live.pop(trial_id)
+            self._drop_traces(trial_id)
+            if trial.status == Trial.ERROR and search.fatal is None:
+                controller._set_trial_status(
+                    trial, Trial.TERMINATED
+                )  # the run goes on; tune.run would raise at its end
+
+    def _actors_suffice(self, search: AutoLRSSearch) -> bool:
+        """False while more actors are being started than idle ones could replace.
+
+        Tune gives an actor that is free to the next pending trial and cancels the one being started for it: trials
+        that end before their neighbours' actors are up would make all of them queue on the first actor.
+        """
+        statuses = [trial.status for trial in self._live.values()]
+        pending, running = statuses.count(Trial.PENDING), statuses.count(Trial.RUNNING)
+        if (pending, running) != self._counts[:2]:
+            self._counts = (pending, running, time.monotonic())
+        work = running - len(self._held) + pending + len(search.policy.wanted())
+        return running >= min(search.slots, work) or time.monotonic() - self._counts[2] > HOLD_S
+
+    def _release(self, controller: Any, search: AutoLRSSearch) -> None:
+        """Let go of finished trials once all slots have actors, so that theirs serve the next trials."""
+        if not self._held or not self._actors_suffice(search):
+            return
+        for trial_id, trial in list(self._held.items()):
+            save = self._saving.get(trial_id)
+            if trial.is_saving:
+                continue
+            if save is None:
+                self._stop(controller, search, trial)
+            elif save.verdict is Verdict.PAUSE:
+                del self._held[trial_id]
+                controller.pause_trial(trial)
+
+    def _stop(self, controller: Any, search: AutoLRSSearch, trial: Trial) -> None:
+        search.forget(trial.trial_id)
+        self._live.pop(trial.trial_id, None)
+        controller.stop_trial(trial)
+        self._drop_traces(trial.trial_id)
+
+    def _resume(self, search: AutoLRSSearch) -> Trial | None:
+        """Give the most urgent segment of a paused trial to it, if a slot is free."""
+        if search.active >= search.slots or search.promoting:
+            return None
+        trial_of = {arm: trial_id for trial_id, arm in search.arm_of.items()}
+        for segment in search.policy.wanted():
+            trial = self._live.get(trial_of.get(segment.arm, ""))
+            if trial is None:
+                return None  # an arm without a trial comes first: suggest() gives it one
+            if trial.status == Trial.PAUSED and not trial.is_saving:
+                search.policy.issue(segment.arm)
+                search.segments[segment.arm] = segment
+                self._configure(search, trial, segment)
+                self._reported.discard(trial.trial_id)
+                return trial
+        return None
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    def _watch(self, search: AutoLRSSearch) -> None:
+        """Raise AutoLRSError when nothing can make progress; give up trials that have fallen silent."""
+        now = time.monotonic()
+        running = 0
+        for trial_id, trial in self._live.items():
+            if trial.status != Trial.RUNNING:
+                self._seen.pop(trial_id, None)
+                continue
+            running += 1
+            silent = now - self._seen.setdefault(trial_id, now)
+            if trial_id not in self._held and silent > search.report_timeout_s:
+                self._give_up(search, trial, silent)
+        self._watch_resources(search, running, now)
+        stuck = not running and not self._saving and not any(t.status == Trial.PENDING for t in self._live.values())
+        if not stuck or search.policy.done or search.policy.wanted():
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        elif now - self._idle_since > IDLE_S:
+            raise AutoLRSError(f"nothing can make progress: {self.debug_string()}; please report this with the journal")
+
+    def _give_up(self, search: AutoLRSSearch, trial: Trial, silent: float) -> None:
+        arm = search.arm_of[trial.trial_id]
+        message = f"{arm} has reported nothing for {silent:.0f} s (report_timeout_s={search.report_timeout_s:g})"
+        if arm == "main":
+            raise AutoLRSError(f"the main trial {message}. {search.policy.progress()}")
+        search.note("warning", message=message)
+        self._seen[trial.trial_id] = time.monotonic()
+        if trial.temporary_state.ray_actor is not None:
+            ray.kill(trial.temporary_state.ray_actor)  # Tune retries or ends the trial; its actor is not reused
+
+    def _watch_resources(self, search: AutoLRSSearch, running: int, now: float) -> None:
+        waiting = not running and any(trial.status == Trial.PENDING for trial in self._live.values())
+        cluster, needed = (ray.cluster_resources(), self._resources.required_resources) if waiting else ({}, {})
+        missing = {name: amount for name, amount in needed.items() if cluster.get(name, 0.0) < amount - 1e-6}
+        if not missing:
+            self._infeasible_since = None
+        elif self._infeasible_since is None:
+            self._infeasible_since = now
+        elif now - self._infeasible_since > search.resource_timeout_s:
+            raise AutoLRSError(
+                f"each trial asks for {needed}, but the cluster has { ({name: cluster.get(name, 0.0) for name in needed}) }. "
+                "Ask for less per trial, add nodes, or raise resource_timeout_s if the cluster is still growing."
+            )
+
+    def debug_string(self) -> str:
+        if self._search is None:
+            return "AutoLRS: not started"
+        progress = self._search.policy.progress()
+        return (
+            f"AutoLRS {self._search.policy_name}: {progress['phase']}, stage {progress['stage'] + 1}/{progress['stages']}, "
+            f"step {progress['step']}/{progress['total_steps']}, {progress['resolved']}/{progress['trials']} trials resolved, "
+            f"{self._search.active} of {self._search.slots} slots busy, {len(self._saving)} checkpoints being written"
+        )

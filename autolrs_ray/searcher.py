@@ -1,0 +1,343 @@
+"""AutoLRSSearch: the Tune searcher that owns the policy, the journal and all durable state."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.tune.search import Searcher
+from ray.tune.search.sample import Domain, Float, LogUniform
+
+from autolrs_ray.core.algorithm import PaperPolicy
+from autolrs_ray.core.plan import require_float, require_int, validate_interval
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Segment
+from autolrs_ray.journal import Record
+from autolrs_ray.training import MANIFEST_FILE, CheckpointError, verify_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CONFIG_KEY = "autolrs"
+LR_KEY = "lr"
+PAIR_HELP = "AutoLRS is a pair: pass search_alg=AutoLRSSearch(...) and scheduler=AutoLRSScheduler() together, with num_samples=-1"
+
+
+class AutoLRSSearch(Searcher):
+    """Searcher half of the pair; give it to Tune together with :class:`AutoLRSScheduler` and ``num_samples=-1``.
+
+    total_steps: optimizer steps of the main training. policy: "anchored" (a race of LRs under a decay envelope) or
+    "paper" (Algorithm 1 of AutoLRS, Jin et al. 2021).
+    lr_interval: (min, max); None takes it from ``param_space={"lr": tune.loguniform(min, max)}``, else the policy's own
+    default. metric, mode: the validation metric ("val_loss", "min"); None takes TuneConfig's.
+    time_attr: result key with the optimizer steps done, restored from checkpoints. train_metric, averaged_metric: result
+    keys of the mean training loss and of the loss of averaged weights, used where they are reported.
+    slots: trials at the same time; None: as many as the cluster holds. resume: False refuses a folder with an earlier
+    run, "auto" continues it where there is one, True demands one.
+    report_timeout_s: a probe silent for so long is given up; the main trial's silence ends the run.
+    resource_timeout_s: how long trials may wait for resources nobody has.
+
+    Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
+    num_lrs (k), kappa, initial, fit, series, probe_reports, main_reports, promote, envelope.
+    Options of policy="anchored": num_lrs, envelope, rungs, tolerances, infill, finalists, below, averaging, reports,
+    commits. See :class:`~autolrs_ray.core.algorithm.PaperPolicy`, :class:`~autolrs_ray.core.race.AnchoredPolicy`.
+
+    Raises TypeError or ValueError, naming the value, for anything out of range.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        policy: str = "anchored",
+        lr_interval: tuple[float, float] | None = None,
+        metric: str | None = None,
+        mode: str | None = None,
+        time_attr: str = "step",
+        train_metric: str = "train_loss",
+        averaged_metric: str = "averaged_loss",
+        seed: int = 0,
+        slots: int | None = None,
+        resume: bool | str = False,
+        report_timeout_s: float = 900.0,
+        resource_timeout_s: float = 60.0,
+        **options: Any,
+    ) -> None:
+        if mode not in (None, "min", "max"):
+            raise ValueError(f'mode must be "min" or "max", got {mode!r}')
+        if resume not in (False, True, "auto"):
+            raise ValueError(f'resume must be False, True or "auto", got {resume!r}')
+        for name, key in (("metric", metric or "_"), ("time_attr", time_attr), ("train_metric", train_metric),
+                          ("averaged_metric", averaged_metric)):  # fmt: skip
+            if not isinstance(key, str) or not key:
+                raise TypeError(f"{name} must be the name of a result key, got {key!r}")
+        if slots is not None:
+            require_int("slots", slots, 1)
+        super().__init__(metric=metric, mode=mode)
+        self._metric: str | None = metric
+        self._mode: str | None = mode
+        self.total_steps, self.policy_name, self.options = total_steps, policy, options
+        self.lr_interval = None if lr_interval is None else validate_interval(lr_interval)
+        self.time_attr, self.train_metric, self.averaged_metric = time_attr, train_metric, averaged_metric
+        self.seed, self.resume = seed, resume
+        self.report_timeout_s = require_float("report_timeout_s", report_timeout_s, 0.0, math.inf, low_open=True)
+        self.resource_timeout_s = require_float("resource_timeout_s", resource_timeout_s, 0.0, math.inf)
+        self.max_slots = slots
+        self.slots = 1  # until the scheduler has seen the resources of a trial
+        self.bound = False  # the scheduler has found us
+        self.fatal: Exception | None = None
+        self.arm_of: dict[str, str] = {}
+        self.segments: dict[str, Segment] = {}
+        self.active = 0  # trials that hold a slot; the scheduler keeps it
+        self.promoting = False  # a probe's end state is being written; the scheduler keeps it
+        self._restored: dict[str, Any] | None = None
+        self._record: Record | None = None
+        self._policy: Policy | None = None
+        self._build()  # bad options are to raise here, not minutes later
+
+    # -- set-up --------------------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        if self._policy is None:
+            self._policy = self._build()
+        return self._policy
+
+    def _build(self) -> Policy:
+        floor = None if self.mode == "max" else 0.0
+        return make_policy(
+            self.policy_name, self.total_steps, self.lr_interval, self.seed, self.slots, floor, **self.options
+        )
+
+    @property
+    def loss_key(self) -> str:
+        return self.metric or "val_loss"
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Take metric and mode from TuneConfig and the interval from ``param_space["lr"]``."""
+        self.set_metric(metric, mode)
+        domain = config.get(LR_KEY)
+        if isinstance(domain, Domain):
+            if not (isinstance(domain, Float) and isinstance(domain.sampler, LogUniform)):
+                raise ValueError(
+                    f'param_space["{LR_KEY}"] must be tune.loguniform(min_lr, max_lr): it is taken as the interval of the '
+                    f"search; got {domain}"
+                )
+            interval = (float(domain.lower), float(domain.upper))
+            if self.lr_interval not in (None, interval):
+                raise ValueError(f'two intervals: lr_interval={self.lr_interval} and param_space["lr"]={interval}')
+            self.lr_interval = validate_interval(interval)
+        elif domain is not None:
+            raise ValueError(
+                f'param_space["{LR_KEY}"] = {domain!r} would be overwritten: leave it out, or give the interval as '
+                "tune.loguniform(min_lr, max_lr)"
+            )
+        return True
+
+    def set_metric(self, metric: str | None, mode: str | None) -> None:
+        """Set what the constructor left open; ValueError if it says otherwise."""
+        for name, ours, theirs in (("metric", self._metric, metric), ("mode", self._mode, mode)):
+            if ours is not None and theirs is not None and ours != theirs:
+                raise ValueError(f"two values for {name}: {ours!r} in AutoLRSSearch and {theirs!r} in TuneConfig")
+        self._metric, self._mode = self._metric or metric, self._mode or mode
+        if self._mode == "max" and isinstance(self._policy, PaperPolicy):
+            self._policy.floor = None
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Cap the slots ourselves: Tune's limiter would count the paused main trial."""
+        self.max_slots = max_concurrent if self.max_slots is None else min(self.max_slots, max_concurrent)
+        return True
+
+    def open_record(self, folder: str | os.PathLike[str]) -> bool:
+        """Open the run folder, write the first entry or continue what it holds. True if an earlier run goes on."""
+        if self._record is not None:
+            return False
+        record = Record(folder)
+        try:
+            resumed = self._open(record)
+        except BaseException:
+            record.close()
+            raise
+        self._record = record
+        self.persist()
+        return resumed
+
+    def _open(self, record: Record) -> bool:
+        if not record.exists():
+            if self.resume is True:
+                raise FileNotFoundError(f'nothing to resume in {record.folder}; use resume="auto" to start there')
+            record.append([{"event": "start", "config": self.describe()}])
+            return False
+        if self.resume is False and self._restored is None:
+            raise FileExistsError(
+                f'{record.folder} holds a run already: pass resume="auto" to continue it, or choose another name'
+            )
+        saved = record.load_state()
+        ours, theirs = self.describe(), saved["config"]
+        different = [key for key in ours if ours[key] != theirs.get(key) and key not in ("slots",)]
+        if different:
+            changes = ", ".join(f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in different)
+            raise ValueError(f"cannot resume the run in {record.folder} with other settings ({changes})")
+        self.policy.load_state_dict(saved["state"])
+        self._verify_checkpoints()
+        self.arm_of.clear()
+        self.segments.clear()
+        record.append([{"event": "resume", "step": self.policy.progress()["step"]}])
+        return True
+
+    def _verify_checkpoints(self) -> None:
+        """Let go of checkpoints that were cut short or altered since they were written."""
+        for path in sorted(self.policy.checkpoints()):
+            if Path(path, MANIFEST_FILE).exists() or not Path(path).is_dir():
+                try:
+                    verify_checkpoint(path)
+                except CheckpointError as error:
+                    logger.warning("%s", error)
+                    self.policy.lost(path)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides the run's course, as JSON values."""
+        options = {k: v if not callable(v) else getattr(v, "__name__", "function") for k, v in self.options.items()}
+        described = dict(
+            total_steps=self.total_steps, policy=self.policy_name, lr_interval=self.lr_interval, metric=self.loss_key,
+            mode=self.mode or "min", time_attr=self.time_attr, seed=self.seed, options=options,
+        )  # fmt: skip
+        return json.loads(json.dumps(described))  # type: ignore[no-any-return]
+
+    def persist(self) -> None:
+        """Write pending events to the journal and replace the state, if anything has happened."""
+        if self._record is None:
+            return
+        events = self.policy.drain_events()
+        if events:
+            self._record.append(events)
+            self._record.write_state(self.describe(), self.policy.state_dict())
+
+    def close(self) -> None:
+        if self._record is not None:
+            self._record.close()
+
+    @property
+    def folder(self) -> Path | None:
+        return self._record.folder if self._record else None
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Add an event of the pair's own (timings, warnings) to the journal."""
+        self.policy.emit(event, **fields)
+
+    # -- Tune's side ---------------------------------------------------------------------------------------------------
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.fatal is not None:
+            raise self.fatal
+        if self.arm_of and not self.bound:
+            raise RuntimeError(f"AutoLRSSearch runs without its scheduler. {PAIR_HELP}")
+        if self.policy.done:
+            return Searcher.FINISHED  # type: ignore[no-any-return]
+        if self.active >= (self.slots if self.bound else 1):
+            return None
+        known = set(self.arm_of.values())
+        segment = next((s for s in self.policy.wanted() if s.arm not in known), None)
+        self.persist()
+        if segment is None or (segment.role == "main" and self.promoting):
+            return None
+        self.policy.issue(segment.arm)
+        self.arm_of[trial_id], self.segments[segment.arm] = segment.arm, segment
+        self.active += 1
+        return {LR_KEY: segment.lr_at(segment.start), CONFIG_KEY: segment.arm}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if not self.bound:
+            raise RuntimeError(f"AutoLRSSearch runs without its scheduler. {PAIR_HELP}")
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tune has ended a trial that the scheduler did not ask to end."""
+        arm = self.arm_of.get(trial_id)
+        if arm is not None:
+            step = (result or {}).get(self.time_attr)
+            self.book_failure(trial_id, "it raised an error" if error else f"it ended early, at step {step}")
+
+    # -- the scheduler's side ------------------------------------------------------------------------------------------
+
+    def forget(self, trial_id: str) -> None:
+        """No trial works on this arm any more, and that is as it should be."""
+        arm = self.arm_of.pop(trial_id, None)
+        if arm is not None:
+            self.policy.withdraw(arm)
+            self.segments.pop(arm, None)
+
+    def book_failure(self, trial_id: str, reason: str) -> None:
+        """A trial ended for good without finishing its segment. Idempotent."""
+        arm = self.arm_of.get(trial_id)
+        if arm is None:
+            return
+        self.forget(trial_id)
+        try:
+            self.policy.failed(arm, reason)
+        except AutoLRSError as error:
+            self.fail(error)
+        self.persist()
+
+    def fail(self, error: Exception) -> None:
+        """End the run with `error`, raised where Tune lets it through."""
+        if self.fatal is None:
+            self.fatal = error
+            self.note("error", message=str(error))
+            self.persist()
+
+    def point(self, result: dict[str, Any], arm: str, first: bool) -> Point:
+        """The report of `arm` as a Point; raises ValueError or TypeError that says how to mend the trainable."""
+        segment = self.segments[arm]
+        if self.time_attr not in result:
+            raise ValueError(
+                f'the trainable does not report "{self.time_attr}" (optimizer steps done, restored from checkpoints); add '
+                f"it to every report or name another key by time_attr. Reported: {sorted(result)}"
+            )
+        step = result[self.time_attr]
+        if (
+            isinstance(step, bool)
+            or not isinstance(step, (int, float, np.integer, np.floating))
+            or not step >= 0
+            or step != int(step)
+        ):
+            raise TypeError(f'"{self.time_attr}" must be a whole number of optimizer steps, got {step!r}')
+        step = int(step)
+        if first and segment.start and step <= segment.start:
+            raise ValueError(
+                f"a trial restored from a checkpoint at step {segment.start} reports step {step}: the trainable does not "
+                f'restore its state. Save "{self.time_attr}", model and optimizer, and load them in load_checkpoint (class) '
+                "or from tune.get_checkpoint() (function)."
+            )
+        sign = -1.0 if self.mode == "max" else 1.0
+        loss = sign * self._number(result, self.loss_key)
+        train = self._number(result, self.train_metric) if self.train_metric in result else None
+        averaged = sign * self._number(result, self.averaged_metric) if self.averaged_metric in result else None
+        return Point(step, loss, train, averaged)
+
+    def _number(self, result: dict[str, Any], key: str) -> float:
+        if key not in result:
+            raise ValueError(f'the trainable does not report the metric "{key}". Reported: {sorted(result)}')
+        value = result[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise TypeError(f'"{key}" must be a float, got {value!r} ({type(value).__name__}); call .item() on tensors')
+        return float(value)
+
+    # -- Tune's snapshots ----------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "w") as file:
+            json.dump({"config": self.describe(), "state": self.policy.state_dict()}, file)
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Continue a snapshot of Tune's. The run folder's own state, written at every decision, goes before it."""
+        with open(checkpoint_path) as file:
+            saved = json.load(file)
+        self._restored = saved
+        self.policy.load_state_dict(saved["state"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_record": None}

@@ -1,0 +1,96 @@
+"""AutoLRSTrainable: a torch training task as a Tune trainable."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from ray import tune
+
+from autolrs_ray.core.policy import Segment
+from autolrs_ray.training import Trainer, TrainingTask
+
+Build = Callable[[dict[str, Any]], TrainingTask]
+
+
+class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
+    """Subclass it and implement `build(config) -> TrainingTask`, or use :func:`trainable_for`.
+
+    Under the pair it follows its segment: LR from the envelope at every step, reports where they are wanted, common
+    random numbers (`config["seed"]`), averaged weights where the policy scores them. Without the pair (plain Tune, PBT)
+    it trains `config["report_every"]` steps (default 100) per report at `config["lr"]`.
+
+    It reports step, lr, stage, role, train_loss, val_loss, val_METRIC for every metric of the task and, with averaging,
+    averaged_loss and averaged_METRIC.
+    """
+
+    def build(self, config: dict[str, Any]) -> TrainingTask:
+        raise NotImplementedError("implement build(config) -> TrainingTask, or use trainable_for(build)")
+
+    def setup(self, config: dict[str, Any]) -> None:
+        for name in ("ray.train._internal.storage", "ray.tune.trainable.trainable"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they print a line for every checkpoint and restore
+        self.trainer = Trainer(lambda: self.build(config), config.get("seed", 0), self._averaging(config))
+        self._begin(config)
+
+    def _averaging(self, config: dict[str, Any]) -> bool:
+        segment = config.get("autolrs")
+        return bool(config.get("averaging", segment is not None and segment["role"] == "trunk"))
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        segment = config.get("autolrs")
+        self._segment = Segment.from_config(segment) if segment else None
+        self._lr, self._report_every = float(config["lr"]), int(config.get("report_every", 100))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        if new_config.get("seed", 0) != self.trainer.seed or self._averaging(new_config) != self.trainer.averaging:
+            return False
+        self._begin(new_config)
+        self.trainer.reset()
+        return True
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        self.trainer.load(checkpoint)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        self.trainer.save(checkpoint_dir)
+
+    def _next_report(self) -> int:
+        """Step of the next report: `reports` of them, evenly spaced, up to every boundary of the segment."""
+        step = self.trainer.step
+        if self._segment is None:
+            return step + self._report_every
+        return next_report(self._segment, step)
+
+    def step(self) -> dict[str, Any]:
+        segment, trainer = self._segment, self.trainer
+        train_loss = trainer.train(self._next_report(), segment.lr_at if segment else lambda step: self._lr)
+        lr = segment.lr_at(max(0, trainer.step - 1)) if segment else self._lr
+        result: dict[str, Any] = {"step": trainer.step, "lr": lr, "train_loss": train_loss}
+        if segment:
+            result.update(stage=segment.stage, role=segment.role)
+        result.update({f"val_{name}": value for name, value in trainer.evaluate().items()})
+        if trainer.averaging:
+            result.update({f"averaged_{name}": value for name, value in trainer.evaluate(averaged=True).items()})
+        return result
+
+
+def next_report(segment: Segment, step: int) -> int:
+    """First step after `step` at which `segment` wants a report: `reports` evenly spaced ones up to every boundary."""
+    marks = [segment.start, *segment.boundaries]
+    for low, high in pairwise(marks):
+        if step < high:
+            count = min(segment.reports, high - low)
+            return next(mark for i in range(1, count + 1) if (mark := low + (high - low) * i // count) > step)
+    return step + 1
+
+
+def trainable_for(build: Build, name: str | None = None) -> type[AutoLRSTrainable]:
+    """An AutoLRSTrainable class whose task comes from the function `build(config) -> TrainingTask`."""
+
+    def call(self: AutoLRSTrainable, config: dict[str, Any]) -> TrainingTask:
+        return build(config)
+
+    return type(name or str(getattr(build, "__name__", "task")), (AutoLRSTrainable,), {"build": call})

@@ -1,0 +1,300 @@
+"""A torch training loop whose step t is a function of (seed, t): no Ray, no hidden state.
+
+Because batches, augmentation and dropout at step t depend on the seed and on t alone (common random numbers), two runs
+from one checkpoint differ by their learning rate only, and a probe at the chosen LR *is* the run's own next steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Dataset, default_collate
+
+Batch = tuple[Tensor, Tensor]
+Data = tuple[Tensor, Tensor] | Dataset[Any]
+"""(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
+
+STATE_FILE = "state.pt"
+MANIFEST_FILE = "manifest.json"
+_EPOCH, _STEP, _AUGMENT = 0, 1, 2  # streams of the counter-based random numbers
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, cut short or altered."""
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Fraction of rows of `output` (n, classes) whose largest entry is at `target` (n,)."""
+    return (output.argmax(1) == target).float().mean()
+
+
+@dataclass
+class TrainingTask:
+    """What is trained: built once per process by the user's function.
+
+    loss: (model output, target) -> scalar mean over the batch. metrics: further (output, target) -> scalar mean,
+    reported on the validation data as "val_NAME". augment: (inputs, generator) -> inputs, on the device.
+    autocast: run forward passes in bfloat16. val_data must not be the test set: learning rates are chosen on it.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Tensor, Tensor], Tensor]
+    train_data: Data
+    val_data: Data
+    batch_size: int
+    eval_batch_size: int = 1024
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    clip_norm: float | None = None
+    autocast: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= _length(self.train_data):
+            raise ValueError(f"batch_size must be in [1, {_length(self.train_data)}], got {self.batch_size}")
+        if _length(self.val_data) < 1:
+            raise ValueError("val_data is empty: learning rates are chosen on it; hold out a part of the training data")
+
+
+def _length(data: Data) -> int:
+    return len(data[0]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
+
+
+def _generator(seed: int, stream: int, index: int) -> torch.Generator:
+    """A CPU generator for (seed, stream, index); nearby keys give unrelated numbers."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _average(averaged: list[Tensor], current: list[Tensor], weight: float) -> None:
+    if averaged[0].is_floating_point():
+        torch._foreach_lerp_(averaged, current, weight)
+    else:
+        torch._foreach_copy_(averaged, current)
+
+
+class Trainer:
+    """Trains one :class:`TrainingTask` from any step to any later one.
+
+    build: () -> TrainingTask; called once, with torch's generator seeded by `seed`, so every process starts from the
+    same weights. averaging: keep an average of weights and buffers (torch's AveragedModel) over about the last quarter
+    of the steps so far.
+    """
+
+    def __init__(self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False) -> None:
+        torch.manual_seed(seed)
+        task = build()
+        if not isinstance(task, TrainingTask):
+            raise TypeError(f"the build function must return a TrainingTask, got {type(task).__name__}")
+        self.task, self.seed, self.averaging, self.step = task, seed, averaging, 0
+        self.device = torch.device(task.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = task.model.to(self.device)
+        self._memory_format = torch.channels_last if task.channels_last else torch.contiguous_format
+        if task.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._forward = torch.compile(self.model) if task.compile else self.model
+        self.train_data, self.val_data = self._place(task.train_data), self._place(task.val_data)
+        base = task.optimizer.param_groups[0]["lr"]
+        if not base > 0:
+            raise ValueError(f"build the optimizer with lr > 0 in its first group, got {base}: ratios are kept to it")
+        self._ratios = [group["lr"] / base for group in task.optimizer.param_groups]
+        self._initial = copy.deepcopy((self.model.state_dict(), task.optimizer.state_dict()))
+        self._weight = 1.0
+        self.averaged = self._new_average() if averaging else None
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def _new_average(self) -> AveragedModel:
+        def multi_avg_fn(averaged: Any, current: Any, count: Any) -> None:
+            _average(list(averaged), list(current), self._weight)
+
+        return AveragedModel(self.model, multi_avg_fn=multi_avg_fn, use_buffers=True)
+
+    def _place(self, data: Data) -> Data:
+        if isinstance(data, tuple):
+            return data[0].to(self.device), data[1].to(self.device)
+        return data
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _indices(self, step: int) -> Tensor:
+        """Rows of the batch at `step`: epochs are permutations, the last short batch of each is left out."""
+        per_epoch = _length(self.train_data) // self.task.batch_size
+        epoch, position = divmod(step, per_epoch)
+        if self._order[0] != epoch:
+            order = torch.randperm(_length(self.train_data), generator=_generator(self.seed, _EPOCH, epoch))
+            self._order = (epoch, order.to(self.device) if isinstance(self.train_data, tuple) else order)
+        start = position * self.task.batch_size
+        return self._order[1][start : start + self.task.batch_size]
+
+    def batch(self, step: int) -> Batch:
+        """The training batch at `step`, augmented, on the device."""
+        inputs, targets = self._take(self.train_data, self._indices(step))
+        if self.task.augment is not None:
+            inputs = self.task.augment(inputs, _generator(self.seed, _AUGMENT, step))
+        return inputs, targets
+
+    def _take(self, data: Data, rows: Tensor) -> Batch:
+        if isinstance(data, tuple):
+            inputs, targets = data[0][rows], data[1][rows]
+        else:
+            inputs, targets = default_collate([data[int(i)] for i in rows])
+            inputs, targets = inputs.to(self.device), targets.to(self.device)
+        if inputs.dim() == 4 and self.task.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, targets
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.task.autocast else nullcontext()
+
+    def train(self, until: int, lr_at: Callable[[int], float]) -> float:
+        """Train up to step `until`; `lr_at(t)` is the LR of the update from t to t + 1. Returns the mean training loss.
+
+        The LR is written into the optimizer at every step, after any restore, each group keeping its ratio to the first.
+        """
+        optimizer, parameters = self.task.optimizer, list(self.model.parameters())
+        self.model.train()
+        total, count = torch.zeros((), device=self.device), max(1, until - self.step)
+        while self.step < until:
+            lr = lr_at(self.step)
+            for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
+                group["lr"] = lr * ratio
+            torch.manual_seed(_generator(self.seed, _STEP, self.step).initial_seed())  # dropout and the like
+            inputs, targets = self.batch(self.step)
+            with self._autocast():
+                loss = self.task.loss(self._forward(inputs), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if self.task.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, self.task.clip_norm)
+            optimizer.step()
+            total += loss.detach()
+            self.step += 1
+            if self.averaged is not None:
+                self._weight = min(1.0, 4.0 / self.step)
+                self.averaged.update_parameters(self.model)
+        return float(total) / count
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def _batches(self, data: Data) -> Iterator[Batch]:
+        size = self.task.eval_batch_size
+        for start in range(0, _length(data), size):
+            yield self._take(data, torch.arange(start, min(start + size, _length(data)), device=self._row_device(data)))
+
+    def _row_device(self, data: Data) -> torch.device:
+        return self.device if isinstance(data, tuple) else torch.device("cpu")
+
+    @torch.no_grad()
+    def evaluate(self, data: Data | None = None, averaged: bool = False) -> dict[str, float]:
+        """Mean "loss" and metrics on `data` (default: the validation data), of the raw or the averaged weights."""
+        data = self.val_data if data is None else self._place(data)
+        network: nn.Module | Any = self._forward
+        if averaged:
+            if self.averaged is None:
+                raise ValueError("this trainer keeps no averaged weights; build it with averaging=True")
+            network = self.averaged
+        network.eval()
+        functions = {"loss": self.task.loss, **self.task.metrics}
+        sums = {name: torch.zeros((), device=self.device) for name in functions}
+        for inputs, targets in self._batches(data):
+            with self._autocast():
+                output = network(inputs)
+            for name, function in functions.items():
+                sums[name] += function(output.float(), targets) * len(targets)
+        network.train()
+        return {name: float(value) / _length(data) for name, value in sums.items()}
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Back to step 0 and the initial weights."""
+        model, optimizer = self._initial
+        self._load(copy.deepcopy(model), copy.deepcopy(optimizer), None, 0)
+
+    def _load(self, model: Any, optimizer: Any, averaged: Any, step: int) -> None:
+        self.model.load_state_dict(model)
+        self.task.optimizer.load_state_dict(optimizer)
+        self.step = step
+        if self.averaging:
+            self.averaged = self._new_average()
+            if averaged is not None:
+                self.averaged.load_state_dict(averaged)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on; tensors and plain values only."""
+        state = dict(format=1, step=self.step, seed=self.seed, model=self.model.state_dict())
+        state["optimizer"] = self.task.optimizer.state_dict()
+        state["averaged"] = self.averaged.state_dict() if self.averaged is not None else None
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._load(state["model"], state["optimizer"], state["averaged"], state["step"])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the state into `folder`, flushed to disk, with a manifest of its size and SHA-256."""
+        write_checkpoint(self.state_dict(), folder)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Continue from `folder`. Raises CheckpointError if it is missing, cut short or altered."""
+        self.load_state_dict(read_checkpoint(folder, self.device))
+
+
+def write_checkpoint(state: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Write `state` to `folder`/state.pt and its manifest: temporary name, fsync, rename, the manifest last."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = path / (STATE_FILE + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path / STATE_FILE)
+    manifest = {"size": (path / STATE_FILE).stat().st_size, "sha256": _sha256(path / STATE_FILE), "step": state["step"]}
+    temporary = path / (MANIFEST_FILE + ".tmp")
+    with open(temporary, "w") as text:
+        json.dump(manifest, text)
+        text.flush()
+        os.fsync(text.fileno())
+    os.replace(temporary, path / MANIFEST_FILE)
+
+
+def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
+    """Return the step of the checkpoint in `folder`; raise CheckpointError if it does not match its manifest."""
+    path = Path(folder)
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        size, digest, step = manifest["size"], manifest["sha256"], int(manifest["step"])
+        if (path / STATE_FILE).stat().st_size != size or _sha256(path / STATE_FILE) != digest:
+            raise CheckpointError(f"checkpoint {path} is cut short or altered: it does not match its manifest")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    return step
+
+
+def read_checkpoint(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Load a verified checkpoint. Only tensors and plain values are accepted (`weights_only=True`)."""
+    verify_checkpoint(folder)
+    try:
+        state: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many types for a hostile or foreign file
+        raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
