@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autolrs_ray.core.plan import ENVELOPES
-from autolrs_ray.core.policy import Segment
+from autolrs_ray.core.segments import Segment
 
 FORMAT = 1
 

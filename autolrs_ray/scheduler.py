@@ -16,7 +16,8 @@ from ray.tune.trainable.function_trainable import FunctionTrainable
 from ray.tune.utils import flatten_dict
 
 from autolrs_ray._ray import keep_actors_warm, set_source
-from autolrs_ray.core.policy import AutoLRSError, Segment, Verdict
+from autolrs_ray.core.policy import AutoLRSError, Verdict
+from autolrs_ray.core.segments import Segment
 from autolrs_ray.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSearch
 
 if TYPE_CHECKING:

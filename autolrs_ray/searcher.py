@@ -16,7 +16,8 @@ from ray.tune.search.sample import Domain, Float, LogUniform
 from autolrs_ray.core.algorithm import PaperPolicy
 from autolrs_ray.core.plan import require_float, require_int, validate_interval
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Segment
+from autolrs_ray.core.policy import AutoLRSError, Point, Policy
+from autolrs_ray.core.segments import Segment
 from autolrs_ray.journal import Record
 from autolrs_ray.training import MANIFEST_FILE, CheckpointError, verify_checkpoint
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_KEY = "autolrs"
 LR_KEY = "lr"
-PAIR_HELP = "AutoLRS is a pair: pass search_alg=AutoLRSSearch(...) and scheduler=AutoLRSScheduler() together, with num_samples=-1"
+PAIR_HELP = "Pass search_alg=AutoLRSSearch(...) and scheduler=AutoLRSScheduler() together, with num_samples=-1"
 
 
 class AutoLRSSearch(Searcher):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 from ray import tune
 
-from autolrs_ray.core.policy import Segment
+from autolrs_ray.core.segments import Segment, next_report
 from autolrs_ray.training import Trainer, TrainingTask
 
 Build = Callable[[dict[str, Any]], TrainingTask]
@@ -75,16 +74,6 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         if trainer.averaging:
             result.update({f"averaged_{name}": value for name, value in trainer.evaluate(averaged=True).items()})
         return result
-
-
-def next_report(segment: Segment, step: int) -> int:
-    """First step after `step` at which `segment` wants a report: `reports` evenly spaced ones up to every boundary."""
-    marks = [segment.start, *segment.boundaries]
-    for low, high in pairwise(marks):
-        if step < high:
-            count = min(segment.reports, high - low)
-            return next(mark for i in range(1, count + 1) if (mark := low + (high - low) * i // count) > step)
-    return step + 1
 
 
 def trainable_for(build: Build, name: str | None = None) -> type[AutoLRSTrainable]:

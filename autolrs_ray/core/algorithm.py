@@ -11,7 +11,8 @@ import numpy as np
 from autolrs_ray.core import surrogate
 from autolrs_ray.core.forecast import forecast
 from autolrs_ray.core.plan import EnvelopeSpec, Stage, StagePlan, envelope_factor, require_float, require_int
-from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Segment, Verdict, refuse_ignored_lr
+from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
+from autolrs_ray.core.segments import Segment
 
 MAIN = "main"
 MAX_ROUNDS = 2  # rounds of probes in a stage whose probes all diverged; each round lies two decades lower
@@ -394,7 +395,8 @@ class PaperPolicy(Policy):
     def state_dict(self) -> dict[str, Any]:
         return dict(
             policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
-            previous=self.previous, loss=self.loss, q=self.q, interval=list(self.interval), rounds=self.rounds, rollbacks=self.rollbacks,
+            previous=self.previous, loss=self.loss, q=self.q, interval=list(self.interval),
+            rounds=self.rounds, rollbacks=self.rollbacks,
             probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
         )  # fmt: skip
 

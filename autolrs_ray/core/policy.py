@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from autolrs_ray.core.plan import EnvelopeSpec, envelope_factor
+from autolrs_ray.core.segments import Segment
 
 
 class AutoLRSError(RuntimeError):
@@ -52,46 +52,6 @@ class Point:
     loss: float
     train_loss: float | None = None
     averaged_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of training: restore `source` (None: begin from scratch), train from `start` to the last boundary.
-
-    lr: learning rate, multiplied by the envelope at every step. boundaries: steps at which a report must fall (the ends
-    of stages, or rungs). reports: how many reports are wanted up to each boundary. warmup_steps: if positive, the LR
-    rises linearly to `lr` over the first `warmup_steps` steps of the run and the envelope is not applied.
-    """
-
-    arm: str
-    role: str  # "probe", "main" or "trunk"
-    stage: int
-    lr: float
-    start: int
-    boundaries: tuple[int, ...]
-    reports: int
-    source: str | None = None
-    envelope: EnvelopeSpec = None
-    total_steps: int = 0
-    warmup_steps: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.boundaries[-1]
-
-    def to_config(self) -> dict[str, Any]:
-        """The segment as the value of `config["autolrs"]` (without its source: restoring is Tune's part)."""
-        return {key: value for key, value in vars(self).items() if key != "source"}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Segment:
-        return cls(**{**config, "boundaries": tuple(config["boundaries"])})
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the update from `step` to `step + 1`."""
-        if self.warmup_steps:
-            return self.lr * min(1.0, (step + 1) / self.warmup_steps)
-        return self.lr * envelope_factor(self.envelope, step, self.total_steps)
 
 
 @dataclass

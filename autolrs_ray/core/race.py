@@ -13,7 +13,8 @@ from typing import Any
 
 from autolrs_ray.core import surrogate
 from autolrs_ray.core.plan import EnvelopeSpec, RacePlan, envelope_factor, require_float, require_int
-from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Segment, Verdict, refuse_ignored_lr
+from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
+from autolrs_ray.core.segments import Segment
 
 FINALISTS_FROM = 0.32  # fraction of the run after which at most `finalists` trunks go on
 
