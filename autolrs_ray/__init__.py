@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autolrs_ray.core.policy import AutoLRSError
     from autolrs_ray.result import RunResult
-    from autolrs_ray.run import run
+    from autolrs_ray.runner import run
     from autolrs_ray.schedule import LearnedLRScheduler, LearnedSchedule
     from autolrs_ray.scheduler import AutoLRSScheduler
     from autolrs_ray.searcher import AutoLRSSearch
@@ -26,7 +26,7 @@ _HOMES = {
     "Trainer": "training",
     "TrainingTask": "training",
     "accuracy": "training",
-    "run": "run",
+    "run": "runner",
     "trainable_for": "trainable",
 }
 

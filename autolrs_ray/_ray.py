@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _expected(record: logging.LogRecord) -> bool:
+    """Tune looks for log files of every trial that starts from a checkpoint; new trials have none."""
+    return "Remote file not found" not in record.getMessage()
+
+
+logging.getLogger("ray.tune.logger.logger").addFilter(_expected)
+
+
 def set_source(trial: Trial, path: str | None, metrics: dict[str, Any]) -> None:
     """Let `trial` restore from the checkpoint at `path` when it starts next (None: from nothing), as PBT does."""
     from ray.train._internal.checkpoint_manager import _TrainingResult

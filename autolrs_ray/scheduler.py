@@ -72,6 +72,7 @@ class AutoLRSScheduler(TrialScheduler):
         self._seen: dict[str, float] = {}
         self._reported: set[str] = set()
         self._clocks: dict[str, _Clock] = {}
+        self._actors: dict[tuple[str, int], str] = {}  # node and process -> the trial last seen there
         self._written: set[str] = set()
         self._filesystem: Any = None
         self._resources: Any = None
@@ -170,6 +171,7 @@ class AutoLRSScheduler(TrialScheduler):
             self._search.promoting = self._promoting()
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        self._actors = {actor: last for actor, last in self._actors.items() if last != trial.trial_id}
         self._drop_traces(trial.trial_id)
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
@@ -186,6 +188,7 @@ class AutoLRSScheduler(TrialScheduler):
         if trial_id in self._held:
             return self.NOOP
         self._seen[trial_id] = time.monotonic()
+        self._actors[str(result.get("node_ip")), int(result.get("pid") or 0)] = trial_id
         try:
             point = search.point(result, arm, trial_id not in self._reported)
             self._reported.add(trial_id)
@@ -333,17 +336,19 @@ class AutoLRSScheduler(TrialScheduler):
                 )  # the run goes on; tune.run would raise at its end
 
     def _actors_suffice(self, search: AutoLRSSearch) -> bool:
-        """False while more actors are being started than idle ones could replace.
+        """False while side-by-side trials are still waiting for actors of their own.
 
         Tune gives an actor that is free to the next pending trial and cancels the one being started for it: trials
         that end before their neighbours' actors are up would make all of them queue on the first actor.
         """
-        statuses = [trial.status for trial in self._live.values()]
-        pending, running = statuses.count(Trial.PENDING), statuses.count(Trial.RUNNING)
-        if (pending, running) != self._counts[:2]:
-            self._counts = (pending, running, time.monotonic())
-        work = running - len(self._held) + pending + len(search.policy.wanted())
-        return running >= min(search.slots, work) or time.monotonic() - self._counts[2] > HOLD_S
+        pending = [trial for trial in self._live.values() if trial.status == Trial.PENDING]
+        count = (len(pending), len(self._actors))
+        if count != self._counts[:2]:
+            self._counts = (*count, time.monotonic())
+        if len(self._actors) >= min(search.slots, search.policy.breadth):
+            return True
+        alone = all(search.segments[search.arm_of[trial.trial_id]].role == "main" for trial in pending)
+        return (alone and not search.policy.wanted()) or time.monotonic() - self._counts[2] > HOLD_S
 
     def _release(self, controller: Any, search: AutoLRSSearch) -> None:
         """Let go of finished trials once all slots have actors, so that theirs serve the next trials."""

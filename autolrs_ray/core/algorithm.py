@@ -105,6 +105,10 @@ class PaperPolicy(Policy):
     def trials_needed(self) -> int:
         return 1 + self.num_lrs * self._stages
 
+    @property
+    def breadth(self) -> int:
+        return self.q
+
     def wanted(self) -> list[Segment]:
         if self.phase == "search":
             self._propose()

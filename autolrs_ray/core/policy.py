@@ -74,6 +74,11 @@ class Policy(ABC):
     def trials_needed(self) -> int:
         """Fewest trials the run takes from the start if nothing fails."""
 
+    @property
+    @abstractmethod
+    def breadth(self) -> int:
+        """How many trials may run side by side from here on, slots permitting."""
+
     @abstractmethod
     def wanted(self) -> list[Segment]:
         """Segments that may start now and have not been issued, the most urgent first."""

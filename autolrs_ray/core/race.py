@@ -99,6 +99,10 @@ class AnchoredPolicy(Policy):
     def _rungs_passed(self, trunk: Trunk) -> int:
         return sum(rung in trunk.scores for rung in self.plan.rungs)
 
+    @property
+    def breadth(self) -> int:
+        return len(self._open()) + (self.infill if self.decided == 0 else 0)
+
     def wanted(self) -> list[Segment]:
         if self.done:
             return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import warnings
@@ -54,7 +53,6 @@ def run(
     if resources is not None:
         trainable = tune.with_resources(trainable, resources)
     reports = [LiveProgress(searcher)] if progress else []
-    logging.getLogger("ray.tune.logger.logger").addFilter(_expected)
     with _settings(TUNE_GLOBAL_CHECKPOINT_S="60", RAY_AIR_NEW_OUTPUT="0"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
         tune.run(
@@ -75,11 +73,6 @@ def run(
             verbose=0,
         )
     return RunResult.load(Path(storage, name))
-
-
-def _expected(record: logging.LogRecord) -> bool:
-    """Tune looks for log files of every trial that starts from a checkpoint; new trials have none."""
-    return "Remote file not found" not in record.getMessage()
 
 
 def _builds_task(trainable: Any) -> bool:

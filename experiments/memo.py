@@ -1,0 +1,190 @@
+"""A trainer that trains no stretch twice: what two methods have in common is trained once and looked up afterwards.
+
+A state of `autolrs_ray.training.Trainer` is a function of (task, seed, LR of every step so far). `MemoTrainer` therefore
+keeps only the LR history and its rolling hash, looks losses up by that hash, and trains for real where one is missing.
+Results are those of the plain trainer, bit for bit (a test says so); the steps each method *would* train are counted
+by whoever drives it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sqlite3
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from autolrs_ray.training import Trainer
+
+MAX_SNAPSHOTS = 300
+
+
+class Memo:
+    """Losses by state, in one SQLite file. Written at `flush`, so a killed run loses what came since."""
+
+    def __init__(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(path, timeout=60.0)
+        self._database.execute("CREATE TABLE IF NOT EXISTS losses (key TEXT PRIMARY KEY, value TEXT)")
+        self._known: dict[str, Any] = {
+            key: json.loads(value) for key, value in self._database.execute("SELECT key, value FROM losses")
+        }
+        self._new: dict[str, Any] = {}
+
+    def get(self, key: str) -> Any | None:
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        self._known[key] = self._new[key] = value
+
+    def flush(self) -> None:
+        rows = [(key, json.dumps(value)) for key, value in self._new.items()]
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?)", rows)
+        self._new = {}
+
+
+class PerRunOrderTrainer(Trainer):
+    """The ablation of common random numbers: the order of the data depends on the first LR of the run too."""
+
+    def train(self, until: int, lr_at: Callable[[int], float]) -> float:
+        if self.step == 0:
+            digest = hashlib.blake2b(struct.pack("<qd", self.base_seed, lr_at(0)), digest_size=4).digest()
+            self._set_seed(int.from_bytes(digest, "little"))
+        return super().train(until, lr_at)
+
+    @property
+    def base_seed(self) -> int:
+        return int(self.__dict__.setdefault("_base_seed", self.seed))
+
+    def _set_seed(self, seed: int) -> None:
+        self.seed, self._order = seed, (-1, self._order[1])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _ = self.base_seed
+        self._set_seed(state["seed"])
+        super().load_state_dict(state)
+
+
+class MemoTrainer:
+    """Looks like a Trainer to `run_local` and `run_slots`.
+
+    make: builds the real trainer (averaging=True), called at the first miss. root: names task, seed and everything else
+    that the real trainer depends on. raw: False returns NaN for the loss of the raw weights, where nobody reads it.
+    train_losses: False does the same for the training loss.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Trainer],
+        memo: Memo,
+        root: str,
+        test_data: Callable[[], tuple[Tensor, Tensor]],
+        averaging: bool = True,
+        raw: bool = True,
+        train_losses: bool = False,
+    ) -> None:
+        self._make, self._memo, self._test_data = make, memo, test_data
+        self.averaging, self.raw, self.train_losses = averaging, raw, train_losses
+        self._root = hashlib.blake2b(root.encode(), digest_size=16).digest()
+        self._real: Trainer | None = None
+        self._real_mark = b""
+        self._snapshots: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+        self.trained = 0  # steps that were really trained, for the log
+        self.reset()
+
+    @property
+    def step(self) -> int:
+        return len(self._lrs)
+
+    @property
+    def _mark(self) -> bytes:
+        return self._marks[-1]
+
+    def reset(self) -> None:
+        self._lrs: list[float] = []
+        self._marks: list[bytes] = [self._root]
+
+    def state_dict(self) -> dict[str, Any]:
+        self._snapshot()
+        return {"step": self.step, "lrs": tuple(self._lrs), "marks": tuple(self._marks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._lrs, self._marks = list(state["lrs"]), list(state["marks"])
+
+    def _snapshot(self) -> None:
+        if self._real is not None and self._real_mark == self._mark and self._mark not in self._snapshots:
+            self._snapshots[self._mark] = copy.deepcopy(self._real.state_dict())
+            if len(self._snapshots) > MAX_SNAPSHOTS:
+                self._snapshots.popitem(last=False)
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def train(self, until: int, lr_at: Callable[[int], float]) -> float:
+        key = self._mark
+        lrs = [float(lr_at(step)) for step in range(self.step, until)]
+        marks = []
+        for lr in lrs:
+            key = hashlib.blake2b(key + struct.pack("<d", lr), digest_size=16).digest()
+            marks.append(key)
+        name = f"train/{self._mark.hex()}/{key.hex()}"
+        if self.train_losses and lrs and self._memo.get(name) is None:
+            self._memo.put(name, self._continue(self._at_mark(), lrs, key))
+        self._lrs += lrs
+        self._marks += marks
+        return float(self._memo.get(name)) if self.train_losses and lrs else float("nan")
+
+    def _continue(self, real: Trainer, lrs: list[float], mark: bytes) -> float:
+        start = real.step
+        self.trained += len(lrs)
+        loss = real.train(start + len(lrs), lambda step: lrs[step - start])
+        self._real_mark = mark
+        return loss
+
+    def _at_mark(self) -> Trainer:
+        """The real trainer in the present state, by training on from the latest state of this history still known."""
+        if self._real is None:
+            self._real, self._real_mark = self._make(), self._root
+        steps = len(self._marks) - 1
+        while steps and self._marks[steps] != self._real_mark and self._marks[steps] not in self._snapshots:
+            steps -= 1
+        known = self._marks[steps]
+        if known != self._real_mark:
+            if steps:
+                self._real.load_state_dict(copy.deepcopy(self._snapshots[known]))
+            else:
+                self._real.reset()
+            self._real_mark = known
+        if steps < self.step:
+            self._continue(self._real, self._lrs[steps:], self._mark)
+        return self._real
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, data: Any = None, averaged: bool = False) -> dict[str, float]:
+        """As the Trainer's, on the validation data only."""
+        if data is not None:
+            raise ValueError("this trainer evaluates on its own validation data; use evaluate_test for the test split")
+        return self._look_up("val", averaged) if averaged or self.raw else {"loss": float("nan")}
+
+    def evaluate_test(self, averaged: bool) -> dict[str, float]:
+        return self._look_up("test", averaged)
+
+    def validation(self, averaged: bool) -> dict[str, float]:
+        """The validation metrics, whatever `raw` says."""
+        return self._look_up("val", averaged)
+
+    def _look_up(self, split: str, averaged: bool) -> dict[str, float]:
+        key = f"{split}/{'averaged' if averaged else 'raw'}/{self._mark.hex()}"
+        value = self._memo.get(key)
+        if value is None:
+            data = self._test_data() if split == "test" else None
+            value = self._at_mark().evaluate(data, averaged=averaged)
+            self._memo.put(key, value)
+        return dict(value)

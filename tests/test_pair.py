@@ -1,0 +1,205 @@
+"""The pair on Ray for real: both APIs of Tune, every kind of trainable, any number of slots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray import tune
+
+import autolrs_ray
+from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, RunResult
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.local import run_local
+from autolrs_ray.training import Trainer, read_checkpoint
+from tests.trainables import ClassTrainable, build_tiny, function_trainable
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+PAPER: dict[str, Any] = {"stage_steps": 100, "max_stage_steps": 200, "probe_steps": 20, "num_lrs": 4}
+INTERVAL = (1e-2, 1.0)
+
+
+def tune_run(trainable: Any, folder: Path, search: AutoLRSSearch, **options: Any) -> RunResult:
+    """The plain `tune.run` of a user, without our helper."""
+    options = {"num_samples": -1, "reuse_actors": True, "verbose": 0, "config": {}, **options}
+    tune.run(
+        trainable,
+        search_alg=search,
+        scheduler=AutoLRSScheduler(),
+        storage_path=str(folder),
+        name="run",
+        **options,
+    )
+    return RunResult.load(folder / "run")
+
+
+def actors(folder: Path) -> set[int]:
+    """Process ids of all actors that reported in a run."""
+    lines = [line for file in folder.glob("*/result.json") for line in file.read_text().splitlines()]
+    return {json.loads(line)["pid"] for line in lines}
+
+
+def committed(result: RunResult) -> list[tuple[int, float, float]]:
+    return [(row["end"], row["lr"], row["loss"]) for row in result.rows]
+
+
+def local_events(policy: str, total_steps: int, averaging: bool = False, **options: Any) -> Any:
+    """The same run in a plain loop in this process: the reference."""
+    trainer = Trainer(lambda: build_tiny({}), 0, averaging)
+    run = run_local(make_policy(policy, total_steps, seed=0, **options), trainer)
+    return run, trainer
+
+
+def test_tune_run_with_class_api_commits_every_stage(tmp_path: Path) -> None:
+    search = AutoLRSSearch(400, policy="paper", lr_interval=INTERVAL, slots=4, **PAPER)
+    result = tune_run(ClassTrainable, tmp_path, search, metric="val_loss", mode="min", config={"pause_s": 0.1})
+    assert result.done
+    assert [end for end, _, _ in committed(result)] == [100, 300, 400]
+    assert result.timing.max_concurrent == 4
+    probes = [event for event in result.events if event["event"] == "probe"]
+    assert len(probes) == 12
+    assert all(event["status"] == "done" for event in probes)
+    for stage, row in enumerate(result.rows):
+        assert row["lr"] == min((p["forecast"], p["lr"]) for p in probes if p["stage"] == stage)[1]
+
+
+def test_tuner_with_function_api_takes_interval_and_metric_from_tune(tmp_path: Path) -> None:
+    tuner = tune.Tuner(
+        function_trainable,
+        param_space={"lr": tune.loguniform(*INTERVAL)},
+        tune_config=tune.TuneConfig(
+            search_alg=AutoLRSSearch(300, policy="paper", **{**PAPER, "max_stage_steps": 100}),
+            scheduler=AutoLRSScheduler(),
+            num_samples=-1,
+            metric="val_loss",
+            mode="min",
+            max_concurrent_trials=2,
+        ),
+        run_config=tune.RunConfig(name="run", storage_path=str(tmp_path), verbose=0),
+    )
+    grid = tuner.fit()
+    assert not grid.errors
+    result = RunResult.load(tmp_path / "run")
+    assert result.done
+    assert [end for end, _, _ in committed(result)] == [100, 200, 300]
+    assert result.timing.max_concurrent <= 2
+    assert all(INTERVAL[0] <= row["lr"] <= INTERVAL[1] for row in result.rows)
+
+
+@pytest.mark.parametrize(("slots", "reuse"), [(1, True), (4, True), (2, False)])
+def test_same_schedule_whatever_actors_and_weights_of_the_plain_loop(tmp_path: Path, slots: int, reuse: bool) -> None:
+    options = {"lr_interval": INTERVAL, **PAPER}
+    result = autolrs_ray.run(
+        build_tiny,
+        300,
+        policy="paper",
+        storage_path=tmp_path,
+        name="run",
+        slots=slots,
+        reuse_actors=reuse,
+        progress=False,
+        **options,
+    )
+    reference, trainer = local_events("paper", 300, concurrency=slots, **options)
+    expected = [(e["end"], e["lr"], e["loss"]) for e in reference.events if e["event"] == "commit"]
+    assert committed(result) == expected
+    weights = read_checkpoint(result.checkpoint)["model"]
+    assert all(torch.equal(weights[name], value) for name, value in trainer.model.state_dict().items())
+    assert len(actors(tmp_path / "run")) == (slots if reuse else 2 * (4 + 1))  # two stages of 4 probes and main
+
+
+def test_winning_probe_is_the_main_run_bit_for_bit(tmp_path: Path) -> None:
+    options = {"lr_interval": INTERVAL, **PAPER}
+    results = [
+        autolrs_ray.run(
+            build_tiny,
+            300,
+            policy="paper",
+            storage_path=tmp_path,
+            name=f"promote-{promote}",
+            promote=promote,
+            progress=False,
+            **options,
+        )
+        for promote in (True, False)
+    ]
+    one, two = (read_checkpoint(result.checkpoint)["model"] for result in results)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert results[1].search_steps - results[0].search_steps == 20 + 40 + 0  # tau' of the stages that promote
+
+
+def test_anchored_race_overlaps_and_trains_no_step_twice(tmp_path: Path) -> None:
+    options = {"num_lrs": 6, "lr_interval": (1e-3, 1.0)}
+    result = autolrs_ray.run(build_tiny, 300, storage_path=tmp_path, name="run", progress=False, **options)
+    reference, _ = local_events("anchored", 300, averaging=True, **options)
+    expected = next(event for event in reference.events if event["event"] == "done")
+    assert result.done
+    assert (result.rows[-1]["lr"], result.loss) == (expected["lr"], expected["loss"])
+    assert len(actors(tmp_path / "run")) == 4
+    winner = [event for event in result.events if event["event"] == "segment" and event["lr"] == expected["lr"]]
+    trained = sorted((event["start"], event["end"]) for event in winner)
+    assert trained[0][0] == 0
+    assert trained[-1][1] == 300
+    assert all(before[1] == after[0] for before, after in zip(trained, trained[1:], strict=False))
+
+
+def test_fractional_gpus_share_and_a_metric_to_maximise(tmp_path: Path) -> None:
+    result = autolrs_ray.run(
+        build_tiny,
+        200,
+        storage_path=tmp_path,
+        name="run",
+        resources={"cpu": 0.5, "gpu": 0.5},
+        metric="val_accuracy",
+        mode="max",
+        series="validation",
+        progress=False,
+        policy="paper",
+        lr_interval=INTERVAL,
+        **PAPER,
+    )
+    assert result.done
+    assert len(actors(tmp_path / "run")) == 4
+    assert -1.0 <= result.loss <= -0.5
+    probes = [event for event in result.events if event["event"] == "probe"]
+    assert all(-1.0 <= loss <= 0.0 for event in probes for loss in event["losses"])
+
+
+def test_run_continues_where_it_was_and_refuses_other_settings(tmp_path: Path) -> None:
+    options = {
+        "lr_interval": INTERVAL,
+        "progress": False,
+        "storage_path": tmp_path,
+        "name": "run",
+        "policy": "paper",
+        **PAPER,
+    }
+    first = autolrs_ray.run(build_tiny, 300, **options)
+    again = autolrs_ray.run(build_tiny, 300, **options)
+    assert committed(again) == committed(first)
+    with pytest.raises(ValueError, match="total_steps: 300 -> 400"):
+        autolrs_ray.run(build_tiny, 400, **options)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        autolrs_ray.run(build_tiny, 300, resume=False, **options)
+
+
+def test_storage_keeps_two_main_checkpoints_and_json_only(tmp_path: Path) -> None:
+    result = autolrs_ray.run(
+        build_tiny,
+        500,
+        policy="paper",
+        storage_path=tmp_path,
+        name="run",
+        progress=False,
+        lr_interval=INTERVAL,
+        **PAPER,
+    )
+    kept = sorted(path.parent.name for path in (tmp_path / "run").glob("*/checkpoint_*"))
+    assert len([name for name in kept if name.startswith("main")]) == 2
+    assert len(kept) <= 4  # and at most the leading probe of the last stage
+    json.loads((tmp_path / "run" / "autolrs_state.json").read_text())
+    assert Path(result.checkpoint).exists()
