@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from autolrs_ray.core.plan import ENVELOPES
+from autolrs_ray.core.plan import ENVELOPES, require_float, require_int
 from autolrs_ray.core.segments import Segment
 
 FORMAT = 1
@@ -33,31 +36,46 @@ class Piece:
     envelope: str | None = None
     warmup_steps: int = 0
 
+    def __post_init__(self) -> None:
+        require_int("start", self.start, 0)
+        require_int("end", self.end, self.start + 1)
+        require_float("lr", self.lr, 0.0, math.inf)
+        require_int("warmup_steps", self.warmup_steps, 0)
+
 
 @dataclass(frozen=True)
 class LearnedSchedule:
-    """Learning rate by optimizer step."""
+    """Learning rate by optimizer step: pieces in order. (Damage to a run's journal may leave a gap.)"""
 
     total_steps: int
     pieces: tuple[Piece, ...]
+    _starts: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for piece in self.pieces:
-            if piece.envelope is not None and piece.envelope not in ENVELOPES:
-                raise ValueError(
-                    f"unknown envelope {piece.envelope!r}: a run with an envelope of its own cannot be replayed"
-                )
+        require_int("total_steps", self.total_steps, 1)
+        object.__setattr__(self, "_starts", [piece.start for piece in self.pieces])  # the class is frozen
+        for before, after in pairwise(self.pieces):
+            if after.start < before.end:
+                raise ValueError(f"pieces must be in order and must not overlap, got {before} and {after}")
+
+    def _refuse_unknown(self, envelope: str | None) -> None:
+        if envelope is not None and envelope not in ENVELOPES:
+            raise ValueError(
+                f"unknown envelope {envelope!r}: a run with an envelope of its own cannot be replayed from its record"
+            )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update from `step` to `step + 1`. Past the last piece it is held.
 
-        Raises ValueError for a negative step or an empty schedule.
+        Raises ValueError for a step before the first piece or in a gap, or an envelope that was the user's own function.
         """
-        if step < 0 or not self.pieces:
+        i = bisect_right(self._starts, step) - 1
+        if i < 0 or (step >= self.pieces[i].end and i < len(self.pieces) - 1):
             raise ValueError(
-                f"no learning rate at step {step}: the schedule has {len(self.pieces)} piece(s) from step 0"
+                f"no learning rate at step {step}; the nearest pieces are {self.pieces[max(0, i) : i + 2]}"
             )
-        piece = next((p for p in self.pieces if p.start <= step < p.end), self.pieces[-1])
+        piece = self.pieces[i]
+        self._refuse_unknown(piece.envelope)
         step = min(step, piece.end - 1)
         segment = Segment("", "main", 0, piece.lr, piece.start, (piece.end,), 1, None, piece.envelope,
                           self.total_steps, piece.warmup_steps)  # fmt: skip
@@ -73,14 +91,19 @@ class LearnedSchedule:
         if config["policy"] == "anchored":
             pieces: tuple[Piece, ...] = (Piece(0, total, rows[-1]["lr"], envelope),) if rows else ()
         else:
+            kept: list[dict[str, Any]] = []
+            for row in rows:  # a run that lost a checkpoint went back, and its later rows count
+                kept = [*(earlier for earlier in kept if earlier["end"] <= row["start"]), row]
+            ramp = config["options"].get("warmup_steps", 0)
             pieces = tuple(
-                Piece(row["start"], row["end"], row["lr"], None if row["warmup"] else envelope,
-                      row["end"] if row["warmup"] else 0)
-                for row in rows
-            )  # fmt: skip
+                Piece(row["start"], row["end"], row["lr"], *((None, ramp) if row["warmup"] else (envelope, 0)))
+                for row in kept
+            )
         return cls(total, pieces)
 
     def to_json(self) -> str:
+        for piece in self.pieces:
+            self._refuse_unknown(piece.envelope)
         return json.dumps(
             {"format": FORMAT, "total_steps": self.total_steps, "pieces": [asdict(p) for p in self.pieces]}
         )
@@ -92,7 +115,9 @@ class LearnedSchedule:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r} is not {FORMAT}")
-            return cls(int(data["total_steps"]), tuple(Piece(**piece) for piece in data["pieces"]))
+            schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]))
+            schedule.to_json()
+            return schedule
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a learned schedule: {error}") from error
 
@@ -113,8 +138,11 @@ class LearnedSchedule:
             return RunResult.load(file).schedule
         if file.suffix != ".csv":
             return cls.from_json(file.read_text())
-        with open(file, newline="") as rows:
-            points = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(rows)]
+        try:
+            with open(file, newline="") as rows:
+                points = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(rows)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a learned schedule: expected rows step,lr ({error!r})") from error
         if not points:
             raise ValueError(f"{file} has no rows; expected step,lr")
         ends = [step for step, _ in points[1:]] + [points[-1][0] + 1]
@@ -129,8 +157,10 @@ class LearnedLRScheduler(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Any]:
-        lr = self.schedule.lr_at(max(0, self.last_epoch))
-        return [lr * float(base) / float(self.base_lrs[0]) for base in self.base_lrs]
+        lr, first = self.schedule.lr_at(max(0, self.last_epoch)), float(self.base_lrs[0])
+        if not first > 0:
+            raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")
+        return [lr * float(base) / first for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         return {

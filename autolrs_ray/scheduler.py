@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,15 @@ class _Clock:
 
     began: float
     busy_s: float = 0.0
+
+
+def _error_of(trial: Trial) -> str:
+    """The last line of a trial's error file, where the exception stands."""
+    try:
+        lines = Path(trial.error_file).read_text().split("\n")
+    except (OSError, TypeError):
+        return "it raised an error"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it raised an error")
 
 
 def _delete_folder(filesystem: Any, path: str) -> None:
@@ -111,6 +121,7 @@ class AutoLRSScheduler(TrialScheduler):
             )
         self._search = search
         search.bound = True
+        search.reconcile = partial(self._look, controller, search)
         return search
 
     def _open(self, controller: TuneController, search: AutoLRSSearch, trial: Trial) -> None:
@@ -171,6 +182,8 @@ class AutoLRSScheduler(TrialScheduler):
             self._search.promoting = self._promoting()
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        if self._search is not None:
+            self._search.reasons[trial.trial_id] = _error_of(trial)
         self._actors = {actor: last for actor, last in self._actors.items() if last != trial.trial_id}
         self._drop_traces(trial.trial_id)
 
@@ -250,21 +263,12 @@ class AutoLRSScheduler(TrialScheduler):
         search = self._search
         if search is None:
             return None
-        if search.fatal is None:
-            try:
-                self._collect_saves(search)
-                self._reconcile(tune_controller, search)
-                self._watch(search)
-            except AutoLRSError as error:
-                search.fail(error)
+        self._look(tune_controller, search)
         if search.fatal is not None:
             search.close()
             raise search.fatal
         self._release(tune_controller, search)
-        search.active = sum(
-            trial_id not in self._held and trial.status in (Trial.RUNNING, Trial.PENDING)
-            for trial_id, trial in self._live.items()
-        )
+        self._count_active(search)
         search.persist()
         if search.policy.done:
             for trial in list(self._live.values()):
@@ -273,6 +277,24 @@ class AutoLRSScheduler(TrialScheduler):
             search.close()
             return None
         return self._resume(search)
+
+    def _look(self, controller: Any, search: AutoLRSSearch) -> None:
+        """Learn of all that has happened since the last loop; an error is kept in `search.fatal`."""
+        if search.fatal is not None:
+            return
+        try:
+            self._collect_saves(search)
+            self._reconcile(controller, search)
+            self._watch(search)
+        except AutoLRSError as error:
+            search.fail(error)
+        self._count_active(search)
+
+    def _count_active(self, search: AutoLRSSearch) -> None:
+        search.active = sum(
+            trial_id not in self._held and trial.status in (Trial.RUNNING, Trial.PENDING)
+            for trial_id, trial in self._live.items()
+        )
 
     def _promoting(self) -> bool:
         """True while the end state of a probe is being written: the main trial may be about to start from it."""
@@ -321,13 +343,13 @@ class AutoLRSScheduler(TrialScheduler):
                 if trial.status == Trial.PAUSED and not search.policy.is_open(search.arm_of[trial_id]):
                     self._stop(controller, search, trial)  # dropped while it waited
                 continue
-            error = trial.get_error() if trial.status == Trial.ERROR else None
-            if error is not None and "reset_config" in str(error):
+            error = _error_of(trial) if trial.status == Trial.ERROR else "it ended early"
+            if "reset_config" in error:
                 raise AutoLRSError(
                     f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new "
                     "config, return True) or run with reuse_actors=False."
                 )
-            search.book_failure(trial_id, f"{type(error).__name__}: {error}" if error else "it ended early")
+            search.book_failure(trial_id, error)
             self._live.pop(trial_id)
             self._drop_traces(trial_id)
             if trial.status == Trial.ERROR and search.fatal is None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ class AutoLRSSearch(Searcher):
         self.arm_of: dict[str, str] = {}
         self.segments: dict[str, Segment] = {}
         self.active = 0  # trials that hold a slot; the scheduler keeps it
+        self.reconcile: Callable[[], None] | None = None  # the scheduler's look at trials that ended unnoticed
+        self.reasons: dict[str, str] = {}  # trial -> the last line of its error
         self.promoting = False  # a probe's end state is being written; the scheduler keeps it
         self._restored: dict[str, Any] | None = None
         self._record: Record | None = None
@@ -233,6 +236,8 @@ class AutoLRSSearch(Searcher):
     # -- Tune's side ---------------------------------------------------------------------------------------------------
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.reconcile is not None:  # with no trial left alive Tune calls nothing but suggest()
+            self.reconcile()
         if self.fatal is not None:
             raise self.fatal
         if self.arm_of and not self.bound:
@@ -260,7 +265,8 @@ class AutoLRSSearch(Searcher):
         arm = self.arm_of.get(trial_id)
         if arm is not None:
             step = (result or {}).get(self.time_attr)
-            self.book_failure(trial_id, "it raised an error" if error else f"it ended early, at step {step}")
+            reason = self.reasons.pop(trial_id, "it raised an error") if error else f"it ended early, at step {step}"
+            self.book_failure(trial_id, reason)
 
     # -- the scheduler's side ------------------------------------------------------------------------------------------
 
@@ -280,7 +286,7 @@ class AutoLRSSearch(Searcher):
         try:
             self.policy.failed(arm, reason)
         except AutoLRSError as error:
-            self.fail(error)
+            self.fail(error if reason in str(error) else AutoLRSError(f"{error} The last failure: {reason}"))
         self.persist()
 
     def fail(self, error: Exception) -> None:
@@ -341,4 +347,4 @@ class AutoLRSSearch(Searcher):
         self.policy.load_state_dict(saved["state"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_record": None}
+        return {**self.__dict__, "_record": None, "reconcile": None}

@@ -15,7 +15,8 @@ from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, RunResult
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.local import run_local
 from autolrs_ray.training import Trainer, read_checkpoint
-from tests.trainables import ClassTrainable, build_tiny, function_trainable
+from tests.tasks import build_tiny
+from tests.trainables import ClassTrainable, function_trainable
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

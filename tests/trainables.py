@@ -1,4 +1,4 @@
-"""Trainables as people write them for PBT, on a small noisy quadratic, and ways to get them wrong."""
+"""Trainables as people write them for PBT, on a small quadratic, and ways to get them wrong. No torch: quick to start."""
 
 from __future__ import annotations
 
@@ -10,28 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ray import tune
-from torch import nn
-
-from autolrs_ray.training import TrainingTask, accuracy
-
-
-def build_tiny(config: dict[str, Any]) -> TrainingTask:
-    """Two layers on 256 points of a fixed synthetic problem, with dropout so that random numbers matter."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(320, 8, generator=generator)
-    y = (x[:, 0] * x[:, 1] + 0.3 * torch.randn(320, generator=generator) > 0).long()
-    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
-    return TrainingTask(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        loss=nn.functional.cross_entropy,
-        train_data=(x[:256], y[:256]),
-        val_data=(x[256:], y[256:]),
-        batch_size=32,
-        metrics={"accuracy": accuracy},
-    )
 
 
 class Quadratic:
@@ -143,6 +122,8 @@ class Reports(ClassTrainable):
 
 class TensorMetric(ClassTrainable):
     def step(self) -> dict[str, Any]:
+        import torch
+
         result = super().step()
         return {**result, "val_loss": torch.tensor(result["val_loss"])}
 
@@ -180,3 +161,11 @@ def stops_early(config: dict[str, Any]) -> None:
     problem = Quadratic()
     for _ in range(3):
         tune.report({"step": problem.step + 10, "val_loss": problem.train(config["lr"], 10)})
+
+
+class Gain(ClassTrainable):
+    """A metric to be maximised whose losses are negative."""
+
+    def step(self) -> dict[str, Any]:
+        result = super().step()
+        return {"step": result["step"], "gain": 5.0 - result["val_loss"]}
