@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from autolrs_ray.schedule import LearnedLRScheduler, LearnedSchedule
     from autolrs_ray.scheduler import AutoLRSScheduler
     from autolrs_ray.searcher import AutoLRSSearch
-    from autolrs_ray.trainable import AutoLRSTrainable, trainable_for
+    from autolrs_ray.trainable import AutoLRSTrainable, lr_at, trainable_for
     from autolrs_ray.training import Trainer, TrainingTask, accuracy
 
 _HOMES = {
@@ -26,6 +26,7 @@ _HOMES = {
     "Trainer": "training",
     "TrainingTask": "training",
     "accuracy": "training",
+    "lr_at": "trainable",
     "run": "runner",
     "trainable_for": "trainable",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "Trainer",
     "TrainingTask",
     "accuracy",
+    "lr_at",
     "run",
     "trainable_for",
 ]

@@ -319,11 +319,29 @@ class AutoLRSSearch(Searcher):
                 f'restore its state. Save "{self.time_attr}", model and optimizer, and load them in load_checkpoint (class) '
                 "or from tune.get_checkpoint() (function)."
             )
+        self._check_lr(segment, step, result)
         sign = -1.0 if self.mode == "max" else 1.0
         loss = sign * self._number(result, self.loss_key)
         train = self._number(result, self.train_metric) if self.train_metric in result else None
         averaged = sign * self._number(result, self.averaged_metric) if self.averaged_metric in result else None
         return Point(step, loss, train, averaged)
+
+    def _check_lr(self, segment: Segment, step: int, result: dict[str, Any]) -> None:
+        """Under an envelope the LR changes at every step: a trainable that reads config["lr"] once would never decay."""
+        if segment.envelope in (None, "constant") or segment.warmup_steps:
+            return
+        used, mend = result.get(LR_KEY), 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
+        if used is None:
+            raise ValueError(
+                f"policy={self.policy_name!r} trains under an envelope, but the trainable reports no lr: {mend}"
+            )
+        if step <= segment.end:
+            before = max(segment.start, step - max(1, (segment.end - segment.start) // 10))
+            high, low = segment.lr_at(before), segment.lr_at(step)
+            if not min(low, high) * 0.98 <= used <= max(low, high) * 1.02:
+                raise ValueError(
+                    f"at step {step} the trainable used the learning rate {used:.4g}; the envelope gives {low:.4g}: {mend}"
+                )
 
     def _number(self, result: dict[str, Any], key: str) -> float:
         if key not in result:

@@ -76,6 +76,15 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         return result
 
 
+def lr_at(config: dict[str, Any], step: int) -> float:
+    """Learning rate of the update from `step` to `step + 1` for a trainable with this `config`: for loops of your own.
+
+    Under a policy with an envelope it changes at every step; without AutoLRS it is `config["lr"]`.
+    """
+    segment = config.get("autolrs")
+    return Segment.from_config(segment).lr_at(step) if isinstance(segment, dict) else float(config["lr"])
+
+
 def trainable_for(build: Build, name: str | None = None) -> type[AutoLRSTrainable]:
     """An AutoLRSTrainable class whose task comes from the function `build(config) -> TrainingTask`."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def stage_table(result: autolrs_ray.RunResult) -> Table:
 
 
 def main() -> None:
-    arguments, console = parse(), Console()
+    arguments = parse()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     torch.set_num_threads(1)
     began, out = time.monotonic(), Path(arguments.out)
     ray.init(address="local", num_cpus=arguments.cpus, include_dashboard=False, object_store_memory=200_000_000,

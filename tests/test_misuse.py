@@ -126,7 +126,7 @@ class TestOnRay:
             start(ClassTrainable, tmp_path, search, resources_per_trial={"cpu": 64})
 
     def test_stop_that_ends_the_main_trial(self, tmp_path: Path) -> None:
-        with pytest.raises(AutoLRSError, match="the main trial failed for good .*it ended early, at step 150"):
+        with pytest.raises(AutoLRSError, match=r"the main trial failed for good .*it ended early, at step 150"):
             start(ClassTrainable, tmp_path, stop={"step": 150})
 
     def test_trainable_that_ignores_the_learning_rate(self, tmp_path: Path) -> None:
@@ -182,8 +182,18 @@ class TestOnRay:
     def test_lr_in_param_space_that_is_no_interval(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="would be overwritten"):
             start(ClassTrainable, tmp_path, config={"lr": 0.1})
-        with pytest.raises(ValueError, match="must be tune.loguniform"):
+        with pytest.raises(ValueError, match=r"must be tune\.loguniform"):
             start(ClassTrainable, tmp_path, config={"lr": tune.uniform(0.1, 0.2)})
+
+    def test_anchored_race_needs_the_learning_rate_of_every_step(self, tmp_path: Path) -> None:
+        def search() -> AutoLRSSearch:
+            return AutoLRSSearch(500, num_lrs=3, lr_interval=(0.1, 1.5))
+
+        with pytest.raises(ValueError, match=r"reports no lr: set every step's LR to autolrs_ray.lr_at"):
+            start(trainables.NoLR, tmp_path / "no", search())
+        with pytest.raises(ValueError, match=r"used the learning rate .*the envelope gives"):
+            start(ClassTrainable, tmp_path / "constant", search())
+        assert start(trainables.Enveloped, tmp_path / "right", search()).done
 
     def test_two_metrics(self, tmp_path: Path) -> None:
         search = AutoLRSSearch(200, metric="val_loss", **PAPER)

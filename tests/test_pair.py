@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_anchored_race_overlaps_and_trains_no_step_twice(tmp_path: Path) -> None
     trained = sorted((event["start"], event["end"]) for event in winner)
     assert trained[0][0] == 0
     assert trained[-1][1] == 300
-    assert all(before[1] == after[0] for before, after in zip(trained, trained[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(trained))
 
 
 def test_fractional_gpus_share_and_a_metric_to_maximise(tmp_path: Path) -> None:

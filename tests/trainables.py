@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from ray import tune
 
+import autolrs_ray
+
 
 class Quadratic:
     """Gradient descent on 0.5 * sum(c * w**2) with curvatures from 0.1 to 1: the best constant LR is about 1.8."""
@@ -161,6 +163,23 @@ def stops_early(config: dict[str, Any]) -> None:
     problem = Quadratic()
     for _ in range(3):
         tune.report({"step": problem.step + 10, "val_loss": problem.train(config["lr"], 10)})
+
+
+class Enveloped(ClassTrainable):
+    """Applies the LR of every step, as a loop of one's own does under the anchored policy."""
+
+    def step(self) -> dict[str, Any]:
+        for _ in range(10):
+            self.lr = autolrs_ray.lr_at(self.config, self.problem.step)
+            loss = self.problem.train(self.lr, 1)
+        return {"step": self.problem.step, "val_loss": loss, "lr": self.lr}
+
+
+class NoLR(ClassTrainable):
+    def step(self) -> dict[str, Any]:
+        result = super().step()
+        del result["lr"]
+        return result
 
 
 class Gain(ClassTrainable):
