@@ -51,6 +51,28 @@ class RunResult:
         """Optimizer steps of all trials over the steps of the main training (the paper's method: about 2)."""
         return (self.main_steps + self.search_steps) / max(1, self.main_steps)
 
+    @property
+    def weights(self) -> str:
+        """Which weights of the final checkpoint are better on the validation data: "averaged" or "raw"."""
+        last = self.rows[-1] if self.rows else {}
+        raw, averaged = last.get("loss"), last.get("averaged_loss")
+        return "averaged" if averaged is not None and (raw is None or averaged <= raw) else "raw"
+
+    def model_state(self) -> dict[str, Any]:
+        """The final model's state_dict on the CPU, of the weights named by `weights`; for runs of a TrainingTask.
+
+        Raises ValueError if the run has no checkpoint yet, CheckpointError if it cannot be read.
+        """
+        from autolrs_ray.training import read_checkpoint
+
+        if self.checkpoint is None:
+            raise ValueError(f"the run in {self.folder} has committed no checkpoint yet")
+        state = read_checkpoint(self.checkpoint)
+        if self.weights == "raw":
+            return dict(state["model"])
+        prefix = "module."  # torch's AveragedModel wraps the model under this name
+        return {key[len(prefix) :]: value for key, value in state["averaged"].items() if key.startswith(prefix)}
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunResult:
         """Read the run in `folder`. Raises FileNotFoundError if it holds no journal, ValueError if it never started."""

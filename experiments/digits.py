@@ -57,11 +57,9 @@ def control(steps: int, seed: int, lr: float, envelope: str, averaged: bool) -> 
 
 def final(result: autolrs_ray.RunResult, seed: int) -> dict[str, float]:
     """Test loss and accuracy of a run's final model: of raw and averaged weights, the better on validation."""
-    trainer = Trainer(lambda: build({}), seed, averaging=result.policy == "anchored")
-    trainer.load(result.checkpoint or "")
-    choices = [False, True] if trainer.averaging else [False]
-    averaged = min(choices, key=lambda choice: trainer.evaluate(averaged=choice)["loss"])
-    return trainer.evaluate(split()["test"], averaged=averaged)
+    trainer = Trainer(lambda: build({}), seed)
+    trainer.model.load_state_dict(result.model_state())
+    return trainer.evaluate(split()["test"])
 
 
 def stage_table(result: autolrs_ray.RunResult) -> Table:

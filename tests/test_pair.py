@@ -137,11 +137,15 @@ def test_winning_probe_is_the_main_run_bit_for_bit(tmp_path: Path) -> None:
 def test_anchored_race_overlaps_and_trains_no_step_twice(tmp_path: Path) -> None:
     options = {"num_lrs": 6, "lr_interval": (1e-3, 1.0)}
     result = autolrs_ray.run(build_tiny, 300, storage_path=tmp_path, name="run", progress=False, **options)
-    reference, _ = local_events("anchored", 300, averaging=True, **options)
+    reference, trainer = local_events("anchored", 300, averaging=True, **options)
     expected = next(event for event in reference.events if event["event"] == "done")
     assert result.done
     assert (result.rows[-1]["lr"], result.loss) == (expected["lr"], expected["loss"])
     assert len(actors(tmp_path / "run")) == 4
+    assert result.weights in ("raw", "averaged")
+    trainer.model.load_state_dict(result.model_state())
+    losses = result.rows[-1]["loss"], result.rows[-1]["averaged_loss"]
+    assert trainer.evaluate()["loss"] == min(losses)
     winner = [event for event in result.events if event["event"] == "segment" and event["lr"] == expected["lr"]]
     trained = sorted((event["start"], event["end"]) for event in winner)
     assert trained[0][0] == 0
