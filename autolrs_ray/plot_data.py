@@ -99,6 +99,10 @@ class RunData:
         """What the journal's losses are multiplied by to get the metric: it holds a metric of mode "max" negated."""
         return -1.0 if self.config["mode"] == "max" else 1.0
 
+    def reported(self, loss: float | None) -> float | None:
+        """The metric as it was reported, of a loss in the journal."""
+        return None if loss is None else self.sign * loss
+
     @property
     def interval(self) -> tuple[float, float]:
         low, high = self.config["lr_interval"] or DEFAULT_INTERVALS[self.config["policy"]]
@@ -108,27 +112,38 @@ class RunData:
     def anchored(self) -> bool:
         return bool(self.config["policy"] == "anchored")
 
+    @property
+    def arm(self) -> str:
+        """The arm that is the main run (so far)."""
+        return winner(self.result.events, self.config)
+
     def events(self, name: str) -> Iterator[Row]:
         return (event for event in self.result.events if event["event"] == name)
 
-    def commits(self) -> list[Row]:
-        """One row per committed stage, without warm-up; a stage that was done again counts once, as it ended."""
-        return list({row["stage"]: row for row in self.result.rows if not row.get("warmup")}.values())
+    def commits(self, warmup: bool = False) -> list[Row]:
+        """Paper: one row per committed stage. Where the run went back to an older checkpoint, only what came after counts.
+
+        warmup: with the warm-up, whose stage is -1, as the first row.
+        """
+        kept: list[Row] = []
+        for row in self.result.rows:
+            kept = [*(before for before in kept if before["end"] <= row["start"]), row]
+        return [row for row in kept if warmup or not row["warmup"]]
 
     def boundaries(self) -> list[int]:
         """Steps between 0 and the end at which a stage ended (paper) or the race compared its trunks (anchored)."""
-        steps = (event["step"] for event in self.events("decision")) if self.anchored else self._stage_ends()
-        return sorted({step for step in steps if 0 < step < self.config["total_steps"]})
-
-    def _stage_ends(self) -> Iterator[int]:
-        return (row["end"] for row in self.result.rows)
+        if self.anchored:
+            steps = {event["step"] for event in self.events("decision")}
+        else:
+            steps = {row["end"] for row in self.commits(warmup=True)}
+        return sorted(step for step in steps if 0 < step < self.config["total_steps"])
 
     def main_rows(self) -> list[Row]:
         """Reports of the main run, or else rows with its metric at every commit."""
-        rows = self.reports.get(winner(self.result.events, self.config), [])
+        rows = self.reports.get(self.arm, [])
         if rows and not self.anchored:
             rows = sorted([*self._promoted(rows), *rows], key=lambda row: float(row[self.clock]))
-        return rows or [self._commit_row(row) for row in self.result.rows]
+        return rows or [self._commit_row(row) for row in (self.result.rows if self.anchored else self.commits(True))]
 
     def _commit_row(self, commit: Row) -> Row:
         row = {self.clock: commit["end"]}
@@ -140,8 +155,10 @@ class RunData:
     def _promoted(self, main: list[Row]) -> Iterator[Row]:
         """Reports of winning probes that became the main trial's own first steps: it never trained those itself."""
         for commit in self.commits():
-            inside = (row for row in main if commit["start"] < row[self.clock] <= commit["end"])
-            taken_up = min((_segment(row).get("start", commit["start"]) for row in inside), default=commit["end"])
+            inside = [row for row in main if commit["start"] < row[self.clock] <= commit["end"]]
+            taken_up: int = min(
+                (_segment(row).get("start") or commit["start"] for row in inside), default=commit["end"]
+            )
             chosen = (probe["arm"] for probe in self.events("probe")
                       if probe["stage"] == commit["stage"] and probe["lr"] == commit["lr"])  # fmt: skip
             for row in self.reports.get(next(chosen, ""), []):
@@ -165,9 +182,13 @@ class RunData:
                 found[arm] = {int(step): value for step, value in zip(steps, values, strict=True)}
         return {arm: dict(sorted(points.items())) for arm, points in sorted(found.items())}
 
+    def lrs(self) -> dict[str, float]:
+        """Arm -> its learning rate (anchored: the scale of its envelope)."""
+        return {event["arm"]: event["lr"] for event in self.events("proposal")}
+
     def fates(self) -> dict[str, str]:
         """Anchored: arm -> "won", "open", "dropped", "diverged" or "failed"."""
-        fates = {event["arm"]: "open" for event in self.events("proposal")}
+        fates = dict.fromkeys(self.lrs(), "open")
         fates.update({event["arm"]: event["status"] for event in self.events("trunk")})
         fates.update({event["arm"]: "won" for event in self.events("done") if "arm" in event})
         return fates

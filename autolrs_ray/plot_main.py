@@ -1,53 +1,20 @@
-"""Plots of the main run: loss, learning rate and accuracy over the training. Matplotlib is imported on first use."""
+"""Plots of the main run: loss, learning rate and accuracy over the training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from autolrs_ray.plot_data import AVERAGED, Row, RunData, series
-from autolrs_ray.result import winner
+from autolrs_ray.core.plan import ENVELOPES
+from autolrs_ray.plot_data import AVERAGED, RunData, series
+from autolrs_ray.plot_style import LR, STEPS, count_steps, legend_below, mark_steps, new_figure, scale_loss
+from autolrs_ray.schedule import LearnedSchedule
+
+Curve = tuple[Sequence[float], Sequence[float]]
 
 NAMES = {"train_loss": "training loss", "val_loss": "validation loss", AVERAGED: "validation loss, averaged weights"}
-
-
-def new_figure(width: float = 8.0, height: float = 4.5) -> Any:
-    """An empty figure of `width` x `height` inches whose parts make room for each other."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def count_steps(axis: Any) -> None:
-    """Whole numbers with thousands separators along an axis of optimizer steps."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def plain_log(axis: Any) -> None:
-    """Plain decimals (0.05, not 5 x 10^-2) on a log axis, at 1, 2 and 5 of every decade it shows."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def scale_loss(axes: Any, values: Iterable[float]) -> bool:
-    """Make y logarithmic where `values` are positive and span more than a factor of 10. Returns True if so."""
-    values = list(values)
-    if not values or min(values) <= 0.0 or max(values) <= 10.0 * min(values):
-        return False
-    axes.set_yscale("log")
-    plain_log(axes.yaxis)
-    return True
-
-
-def _mark(axes: Any, steps: Sequence[float], label: str) -> None:
-    for i, step in enumerate(steps):
-        axes.axvline(step, color="0.55", linewidth=0.8, linestyle=":", zorder=0, label=None if i else label)
+_LOOKS = {"train_loss": ("C5", 1.2), "val_loss": ("C1", 1.6), AVERAGED: ("C0", 2.4)}
 
 
 def boundary_label(data: RunData) -> str:
@@ -58,67 +25,104 @@ def loss_figure(data: RunData) -> Any | None:
     """Training and validation loss of the main run against optimizer steps; None if nothing was reported."""
     rows = data.main_rows()
     keys = ["train_loss", data.metric, AVERAGED]
-    if data.sign < 0:  # a metric to be maximised is no loss: draw the validation loss beside it, if there is one
+    if data.sign < 0:  # a metric to be maximised is no loss: draw the validation loss instead, if there is one
         keys = ["train_loss", "val_loss"] if any("val_loss" in row for row in rows) else [data.metric]
-    curves = [(key, *series(rows, data.clock, key)) for key in keys]
-    curves = [curve for curve in curves if curve[1]]
+    curves = [(key, *series(rows, data.clock, key)) for key in dict.fromkeys(keys)]
+    curves = [_averaged(data, *curve) if curve[0] == "train_loss" else curve for curve in curves if curve[1]]
     if not curves:
         return None
     figure = new_figure()
     axes = figure.subplots()
     for key, steps, values in curves:
-        look = {"train_loss": ("C0", 1.0), AVERAGED: ("C2", 2.2)}.get(key, ("C1", 1.6))
-        marker = "o" if len(steps) < 30 else None
-        axes.plot(steps, values, color=look[0], linewidth=look[1], marker=marker, label=NAMES.get(key, key))
-    logarithmic = scale_loss(axes, [value for curve in curves for value in curve[2]])
-    _mark(axes, data.boundaries(), boundary_label(data))
-    name = "loss" if data.sign > 0 or len(curves) > 1 else data.metric
-    axes.set(xlabel="iterations (optimizer steps)", ylabel=f"{name} (log scale)" if logarithmic else name,
-             title="Loss of the main run", xlim=(0, None))  # fmt: skip
+        _draw_curve(axes, steps, values, _LOOKS.get(key, ("C1", 1.6)), NAMES.get(key, key))
+    name = data.metric if keys == [data.metric] else "loss"
+    name += scale_loss(axes, [value for curve in curves for value in curve[2]])
+    mark_steps(axes, data.boundaries(), boundary_label(data))
+    axes.set(xlabel=STEPS, ylabel=name, title=f"{name.partition(' (')[0].capitalize()} of the main run",
+             xlim=(0, _last(data)))  # fmt: skip
     count_steps(axes.xaxis)
-    axes.legend()
+    legend_below(figure)
     return figure
 
 
+def _last(data: RunData) -> float:
+    """Right end of an axis of steps: a little past the end of the run, or past where it has come."""
+    end = data.config["total_steps"] if data.result.done else max(1, data.result.main_steps)
+    return 1.01 * float(end)
+
+
+def _draw_curve(axes: Any, x: list[float], y: list[float], look: tuple[str, float], label: str) -> None:
+    axes.plot(x, y, color=look[0], linewidth=look[1], marker="o" if len(x) < 30 else None, label=label)
+
+
+def _averaged(data: RunData, key: str, steps: list[float], losses: list[float]) -> tuple[str, list[float], list[float]]:
+    """Mean training loss over stretches of at least a hundredth of the run.
+
+    A row holds the mean since the row before it, and probes report every few steps: unequal means are no one curve.
+    """
+    x, y, total, weight, before = [], [], 0.0, 0.0, 0.0
+    for step, loss in zip(steps, losses, strict=True):
+        total, weight, before = total + loss * (step - before), weight + step - before, step
+        if weight >= data.config["total_steps"] / 100:
+            x.append(step)
+            y.append(total / weight)
+            total = weight = 0.0
+    return key, x or steps, y or losses
+
+
 def learning_rate_figure(data: RunData) -> Any | None:
-    """The learned schedule as applied at every step, over the search interval, with what was tried in grey."""
-    schedule = data.result.schedule
-    if not schedule.pieces:
+    """The learned schedule as applied at every step, over the search interval; what else was tried is grey.
+
+    An envelope that was the user's own function cannot be computed again: then it is the learning rates reported.
+    """
+    learned = _learned(data)
+    if not learned:
         return None
     figure = new_figure()
     axes = figure.subplots()
     low, high = data.interval
     axes.axhspan(low, high, color="C0", alpha=0.08, linewidth=0, label="search interval")
-    for i, (steps, lrs) in enumerate(_tried(data)):
-        axes.plot(steps, lrs, color="0.6", linewidth=1.0, solid_capstyle="butt", label=None if i else "tried")
-    for i, piece in enumerate(schedule.pieces):
-        steps = _sample(piece.start, piece.end)
-        lrs = [schedule.lr_at(step) for step in steps]
-        if piece.envelope is None and not piece.warmup_steps:
-            steps = [piece.start, piece.end]  # constant: drawn up to where the next stage begins
-            lrs = [piece.lr, piece.lr]
+    tried, name = (_lost_trunks(data), "other trunks") if data.anchored else (_probes(data), "probes")
+    for i, (steps, lrs) in enumerate(tried):
+        axes.plot(steps, lrs, color="0.6", linewidth=1.2, solid_capstyle="butt", label=None if i else name)
+    for i, (steps, lrs) in enumerate(learned):
         axes.plot(steps, lrs, color="C1", linewidth=2.4, zorder=3, solid_capstyle="butt",
                   label=None if i else "learned schedule")  # fmt: skip
-    for before, after in zip(schedule.pieces, schedule.pieces[1:], strict=False):
-        ends = [schedule.lr_at(before.end - 1), schedule.lr_at(after.start)]
-        axes.plot([after.start] * 2, ends, color="C1", linewidth=0.9, zorder=2)
-    axes.set_yscale("log")
-    _mark(axes, data.boundaries(), boundary_label(data))
-    axes.set(xlabel="iterations (optimizer steps)", ylabel="learning rate (log scale)", title="Learned schedule",
-             xlim=(0, data.config["total_steps"]), ylim=(low / 1.6, high * 1.6))  # fmt: skip
+    for (ends, before), (starts, after) in pairwise(learned):
+        axes.plot([ends[-1], starts[0]], [before[-1], after[0]], color="C1", linewidth=0.9, zorder=2)
+    mark_steps(axes, data.boundaries(), boundary_label(data))
+    lowest = min([low, *(lrs[0] for _, lrs in tried)])
+    axes.set(xlabel=STEPS, ylabel=LR, title="Learned schedule", yscale="log", xlim=(0, data.config["total_steps"]),
+             ylim=(lowest / 3, high * 2))  # fmt: skip
     count_steps(axes.xaxis)
-    axes.legend(loc="outside lower center" if False else "best")
+    legend_below(figure)
     return figure
 
 
-def _sample(start: int, end: int, count: int = 1000) -> list[int]:
+def _learned(data: RunData) -> list[Curve]:
+    """One curve per piece of the schedule, drawn up to where the next piece begins."""
+    schedule = data.result.schedule
+    if not _replayable(schedule):
+        reported = series(data.main_rows(), data.clock, "lr")
+        return [reported] if reported[0] else []
+    curves: list[Curve] = []
+    for piece in schedule.pieces:
+        steps = _sampled(piece.start, piece.end)
+        lrs = [schedule.lr_at(step) for step in steps]
+        curves.append(([*steps, piece.end], [*lrs, lrs[-1]]))
+    return curves
+
+
+def _replayable(schedule: LearnedSchedule) -> bool:
+    return all(piece.envelope is None or piece.envelope in ENVELOPES for piece in schedule.pieces)
+
+
+def _sampled(start: int, end: int, count: int = 500) -> list[int]:
+    """At most `count` + 1 steps of [start, end), both ends among them."""
     return sorted({start + (end - 1 - start) * i // count for i in range(count + 1)})
 
 
-def _tried(data: RunData) -> list[tuple[list[int], list[float]]]:
-    """Learning rates of the probes over their steps (paper), or of the trunks that did not win (anchored)."""
-    if data.anchored:
-        return _lost_trunks(data)
+def _probes(data: RunData) -> list[Curve]:
     starts = {event["stage"]: event["start"] for event in data.events("stage")}
     return [
         ([starts[event["stage"]], starts[event["stage"]] + event["steps"][-1]], [event["lr"]] * 2)
@@ -127,16 +131,16 @@ def _tried(data: RunData) -> list[tuple[list[int], list[float]]]:
     ]
 
 
-def _lost_trunks(data: RunData) -> list[tuple[list[int], list[float]]]:
-    piece = data.result.schedule.pieces[0]
-    lrs = {event["arm"]: event["lr"] for event in data.events("proposal")}
-    curves = []
-    for arm, points in data.scores().items():
-        if arm in lrs and arm != winner(data.result.events, data.config):
-            steps = [step for step in _sample(0, max(points)) if step < piece.end]
-            factors = [data.result.schedule.lr_at(step) / piece.lr for step in steps]
-            curves.append((steps, [lrs[arm] * factor for factor in factors]))
-    return curves
+def _lost_trunks(data: RunData) -> list[Curve]:
+    """Schedule of every trunk but the winner, as far as it came: all share the envelope of the learned one."""
+    schedule, lrs = data.result.schedule, data.lrs()
+    arms = {arm: max(points) for arm, points in data.scores().items() if arm in lrs and arm != data.arm}
+    if not _replayable(schedule):
+        curves = [series(data.reports.get(arm, []), data.clock, "lr") for arm in arms]
+        return [curve for curve in curves if curve[0]]
+    steps = {arm: _sampled(0, last) for arm, last in arms.items() if last > 0}
+    scale = schedule.pieces[0].lr
+    return [(steps[arm], [schedule.lr_at(step) * lrs[arm] / scale for step in steps[arm]]) for arm in steps]
 
 
 def accuracy_figure(data: RunData, steps_per_epoch: float | None = None) -> Any | None:
@@ -148,20 +152,25 @@ def accuracy_figure(data: RunData, steps_per_epoch: float | None = None) -> Any 
     names = sorted({key for row in rows for key in row if _is_accuracy(key)}, key=lambda key: ("val" not in key, key))
     if not names:
         return None
-    x, label = data.clock, "iterations (optimizer steps)"
     if steps_per_epoch is not None:
         rows = [{**row, "epoch": row[data.clock] / steps_per_epoch} for row in rows]
-    if all("epoch" in row for row in rows):
-        x, label = "epoch", "epochs"
+    x, label = ("epoch", "epochs") if all("epoch" in row for row in rows) else (data.clock, STEPS)
     figure = new_figure()
     axes = figure.subplots()
-    for i, name in enumerate(names):
-        positions, values = series(rows, x, name)
-        axes.plot(positions, values, color=f"C{1 + i}", linewidth=1.6 + 0.6 * i, label=name.replace("_", " "))
-    axes.set(xlabel=label, ylabel="accuracy (fraction correct)", title="Accuracy of the main run", xlim=(0, None))
-    if x == data.clock:
+    highest = 0.0
+    for name in names:
+        colour, width = ("C0", 2.4) if name.startswith("averaged") else ("C1", 1.6)
+        if name.startswith("train"):
+            colour, width = "C5", 1.2
+        steps, values = series(rows, x, name)
+        highest = max([highest, *values])
+        _draw_curve(axes, steps, values, (colour, width), _accuracy_name(name))
+    unit = "per cent" if highest > 1.5 else "fraction correct"
+    axes.set(xlabel=label, ylabel=f"accuracy ({unit})", title="Accuracy of the main run")
+    axes.set_xlim(0, None if x == "epoch" else _last(data))
+    if x != "epoch":
         count_steps(axes.xaxis)
-    axes.legend(loc="lower right")
+    legend_below(figure)
     return figure
 
 
@@ -169,5 +178,7 @@ def _is_accuracy(key: str) -> bool:
     return key.lower().endswith(("accuracy", "acc"))
 
 
-def read_rows(rows: Iterable[Row]) -> list[Row]:
-    return list(rows)
+def _accuracy_name(key: str) -> str:
+    if key.startswith("averaged"):
+        return "validation accuracy, averaged weights"
+    return key.replace("_", " ").replace("val ", "validation ").replace("train ", "training ")

@@ -1,0 +1,347 @@
+"""The command `autolrs`: run an experiment, and look at a run's journal as a table, plots or a schedule.
+
+Imports of Ray, torch and matplotlib wait until a command needs them, so that `autolrs --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from autolrs_ray.plot_data import RunData
+    from autolrs_ray.schedule import LearnedSchedule
+
+Row = dict[str, Any]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Automatic learning rates on Ray Tune: run experiments, and look at what a run found.
+
+    A run folder (RUN_DIR) is what autolrs_ray.run or a Tuner with the AutoLRS pair leaves under its storage path; all
+    that is shown here is read from the journal in it (autolrs.jsonl), also while the run goes on.
+
+    A first run: `autolrs run digits`, then `autolrs show runs/NAME` and `autolrs plot runs/NAME`.
+    """,
+)
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run: it holds autolrs.jsonl.")]
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    JSON = "json"
+    CSV = "csv"
+
+
+def _fail(message: object) -> NoReturn:
+    """One line on stderr, exit status 1."""
+    typer.echo(f"autolrs: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(1)
+
+
+def _load(folder: Path) -> RunData:
+    """The run in `folder`; exits with one line where there is none. Damage to the journal is told on stderr."""
+    if not folder.is_dir():
+        _fail(f"no such folder: {folder}")
+    from autolrs_ray.plot_data import RunData
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            data = RunData.load(folder)
+        except (OSError, ValueError, KeyError) as error:
+            _fail(error)
+    for warning in caught:
+        typer.echo(f"autolrs: warning: {warning.message}", err=True)
+    return data
+
+
+# -- run -----------------------------------------------------------------------------------------------------------------
+
+
+def _experiments() -> dict[str, Path]:
+    """Name -> file of every script in the package `experiments`: that of the working folder, or else the installed one."""
+    spec = importlib.util.find_spec("experiments")
+    folders = [Path.cwd() / "experiments", *map(Path, (spec and spec.submodule_search_locations) or [])]
+    files = next((sorted(folder.glob("*.py")) for folder in folders if folder.is_dir()), [])
+    return {
+        file.stem: file.resolve() for file in files if re.search(r"^if __name__ == ", file.read_text(), re.MULTILINE)
+    }
+
+
+def _command(experiment: str) -> tuple[list[str], Path]:
+    """Arguments of the interpreter that run `experiment`, and the folder that its imports start from."""
+    if experiment.endswith(".py"):
+        if not Path(experiment).is_file():
+            _fail(f"no such file: {experiment}")
+        return [experiment], Path.cwd()
+    known = _experiments()
+    name = experiment.removeprefix("experiments.")
+    if name not in known:
+        _fail(
+            f"unknown experiment {experiment!r}; available: {', '.join(known) or 'none (run this in the repository)'}"
+        )
+    return ["-m", f"experiments.{name}"], known[name].parent.parent
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    experiment: Annotated[
+        str, typer.Argument(help="Name of a module of the package experiments, or a path to a .py file.")
+    ],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Passed on to it.")] = None,
+) -> None:
+    """Run an experiment: `autolrs run digits --seed 1` is `python -m experiments.digits --seed 1`.
+
+    All that follows the name belongs to the experiment (`autolrs run digits --help` shows its own help). Its exit status is
+    this command's.
+    """
+    target, root = _command(experiment)
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    sys.stdout.flush()
+    command = [sys.executable, *target, *(arguments or [])]
+    os.execve(
+        sys.executable, command, environment
+    )  # no process in between: Ctrl-C and SIGTERM reach the experiment itself
+
+
+# -- show ----------------------------------------------------------------------------------------------------------------
+
+
+def _stages(data: RunData) -> list[Row]:
+    """One row per committed stage of a paper run."""
+    probes: dict[int, dict[str, str]] = {}
+    for event in data.events("probe"):
+        probes.setdefault(event["stage"], {})[event["arm"]] = event["status"]
+    return [
+        dict(
+            stage="warm-up" if row["warmup"] else row["stage"], start=row["start"], end=row["end"], lr=row["lr"],
+            forecast=data.reported(row["forecast"]), realised=data.reported(row["loss"]),
+            tried=len(statuses), failed=sum(status != "done" for status in statuses),
+        )
+        for row in data.commits(warmup=True)
+        for statuses in [list(probes.get(row["stage"], {}).values())]
+    ]  # fmt: skip
+
+
+def _trunks(data: RunData) -> list[Row]:
+    """One row per trunk of an anchored run, the smallest LR first. step: how far it came."""
+    scores: dict[str, Row] = {}
+    steps: dict[str, int] = {}
+    for event in data.events("rung"):
+        scores[event["arm"]] = event
+        steps[event["arm"]] = max(event["step"], steps.get(event["arm"], 0))
+    for event in data.events("commit"):
+        steps[event["arm"]] = max(event["end"], steps.get(event["arm"], 0))
+    infill = {event["arm"] for event in data.events("proposal") if event.get("infill")}
+    fates = data.fates()
+    rows = [
+        dict(
+            arm=arm, lr=lr, infill=arm in infill, rung=scores.get(arm, {}).get("step"),
+            score=data.reported(scores.get(arm, {}).get("score")), fate=fates[arm], step=steps.get(arm, 0),
+        )
+        for arm, lr in data.lrs().items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: float(row["lr"]))
+
+
+def _totals(data: RunData) -> Row:
+    """What the run cost. Times in seconds; None where the journal holds no segments (a run without Ray)."""
+    result, timing = data.result, data.result.timing
+    measured = any(True for _ in data.events("segment"))
+    return dict(
+        total_steps=data.config["total_steps"], main_steps=result.main_steps,
+        search_steps=result.search_steps if measured else None, compute=result.compute if measured else None,
+        wall_s=timing.wall_s, training_s=timing.training_s if measured else None,
+        probing_s=timing.probing_s if measured else None, overhead_s=timing.overhead_s if measured else None,
+        max_concurrent=timing.max_concurrent if measured else None,
+    )  # fmt: skip
+
+
+def _warnings(data: RunData) -> list[str]:
+    """What went wrong and was mended, in order."""
+    told = []
+    for event in data.result.events:
+        if event["event"] == "warning":
+            told.append(event["message"])
+        elif event["event"] == "rollback":
+            told.append(f"stage {event['stage']}: the main trial diverged at step {event['step']} with LR "
+                        f"{event['lr']:.3g}; done again with {event['new_lr']:.3g}")  # fmt: skip
+        elif event["event"] == "resume":
+            told.append(f"the run was interrupted, and resumed from step {event['step']}")
+    return told
+
+
+def summary(data: RunData) -> Row:
+    """What `show` shows, as JSON values. Scores and losses are the metric as it was reported."""
+    rows = dict(trunks=_trunks(data)) if data.anchored else dict(stages=_stages(data))
+    return dict(
+        folder=str(data.result.folder), policy=data.config["policy"], done=data.result.done, metric=data.metric,
+        mode=data.config["mode"], value=data.reported(data.result.loss), checkpoint=data.result.checkpoint, **rows,
+        totals=_totals(data), warnings=_warnings(data),
+    )  # fmt: skip
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else f"{value:,}"
+
+
+def _print_table(header: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> None:
+    """header: (title, whether its column holds numbers)."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title, numeric in header:
+        table.add_column(title, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[-1] == "won" else None)
+    Console(highlight=False).print(table)
+
+
+def _show_stages(found: Row) -> None:
+    header = [(title, True) for title in ("stage", "steps", "LR", "forecast", found["metric"], "probes", "failed")]
+    _print_table(header, (
+        [str(row["stage"]), f"{row['start']:,}-{row['end']:,}", f"{row['lr']:.3g}", _number(row["forecast"]),
+         _number(row["realised"]), str(row["tried"]), str(row["failed"])]
+        for row in found["stages"]
+    ))  # fmt: skip
+
+
+def _show_trunks(found: Row) -> None:
+    header = [("LR", True), ("last rung", True), ("score there", True), ("steps", True), ("fate", False)]
+    _print_table(header, (
+        [f"{row['lr']:.3g}" + (" (in-fill)" if row["infill"] else ""), _number(row["rung"]), _number(row["score"]),
+         _number(row["step"]), row["fate"]]
+        for row in found["trunks"]
+    ))  # fmt: skip
+
+
+def _show_totals(found: Row) -> None:
+    totals = found["totals"]
+    done = (
+        "finished" if found["done"] else f"not finished: at step {totals['main_steps']:,} of {totals['total_steps']:,}"
+    )
+    lines = [f"{found['policy']} policy, {done}; {found['metric']} {_number(found['value'])}"]
+    if totals["compute"] is None:
+        lines.append(
+            f"steps: {totals['main_steps']:,} main; search and times not recorded (no segments in the journal)"
+        )
+    else:
+        unit = "T" if found["done"] else "times the main run's steps so far"
+        lines.append(f"steps: {totals['main_steps']:,} main + {totals['search_steps']:,} search; "
+                     f"compute {totals['compute']:.2f} {unit}")  # fmt: skip
+        lines.append(f"wall-clock: {totals['wall_s']:.1f} s = {totals['training_s']:.1f} s training "
+                     f"+ {totals['probing_s']:.1f} s probing + {totals['overhead_s']:.1f} s overhead; "
+                     f"at most {totals['max_concurrent']} trials at a time")  # fmt: skip
+    for message in found["warnings"]:
+        lines.append(f"warning: {message}")
+    typer.echo("\n".join(lines))
+
+
+@app.command()
+def show(
+    run_dir: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as one JSON object.")] = False,
+) -> None:
+    """Show what a run chose and what it cost.
+
+    Paper policy: the stages, with the learning rate chosen, its forecast, the metric then realised, and the probes tried
+    and failed (those that diverged among them). Anchored policy: the trunks of the race, with the last rung each
+    reached, its score there, and its fate. Then the steps, the compute in T (the steps of one training), the wall-clock
+    and the warnings.
+    """
+    found = summary(_load(run_dir))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        return
+    (_show_trunks if "trunks" in found else _show_stages)(found)
+    _show_totals(found)
+
+
+# -- plot and export -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plot(
+    run_dir: RunDir,
+    output: Annotated[Path | None, typer.Option(help="Folder to write to (default: RUN_DIR/plots).")] = None,
+    steps_per_epoch: Annotated[
+        float | None, typer.Option(help="Optimizer steps per epoch, to draw accuracy over epochs.")
+    ] = None,
+) -> None:
+    """Draw loss, learning rate, accuracy and the search, as PNG and SVG, and print the files written."""
+    _load(run_dir)
+    from autolrs_ray.plots import save_plots
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damage to the journal has been told by now
+        try:
+            files = save_plots(run_dir, output, steps_per_epoch)
+        except (OSError, ValueError) as error:
+            _fail(error)
+    if not files:
+        _fail(f"nothing to plot yet in {run_dir}: no loss has been reported")
+    for file in files:
+        typer.echo(str(file))
+
+
+def _as_csv(schedule: LearnedSchedule, every: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "schedule.csv"
+        schedule.write_csv(file, every)
+        return file.read_text()
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    form: Annotated[
+        Format | None,
+        typer.Option("--format", help="Pieces as JSON, or rows step,lr as CSV (default: by OUTPUT's ending, or json)."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write (default: standard output).")] = None,
+    every: Annotated[int, typer.Option(min=1, help="CSV: a row for every N-th step.", metavar="N")] = 1,
+) -> None:
+    """Write the learned schedule, to train again without Ray.
+
+    autolrs_ray.LearnedSchedule.load reads both formats (JSON is exact, and small), LearnedLRScheduler replays it in torch.
+    """
+    schedule = _load(run_dir).result.schedule
+    if not schedule.pieces:
+        _fail(f"no schedule yet in {run_dir}: no stage has been committed")
+    if form is None:
+        form = Format.CSV if output is not None and output.suffix == ".csv" else Format.JSON
+    try:
+        text = _as_csv(schedule, every) if form is Format.CSV else schedule.to_json() + "\n"
+        if output is not None:
+            output.write_text(text)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a folder that is not there; an envelope that was a function of the user's own
+        _fail(error)
+    if output is None:
+        typer.echo(text, nl=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,303 @@
+"""The plots: every picture of both policies from a real journal, what is in them, and what they do with damaged input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autolrs_ray.core import surrogate
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.journal import Record
+from autolrs_ray.local import run_local
+from autolrs_ray.plot_data import RunData, read_reports
+from autolrs_ray.plot_main import accuracy_figure, learning_rate_figure, loss_figure
+from autolrs_ray.plot_search import posterior, race_figure, spread, surrogate_figure
+from autolrs_ray.plots import save_plots
+from autolrs_ray.schedule import LearnedSchedule
+from autolrs_ray.training import Trainer, TrainingTask
+
+PAPER: dict[str, Any] = dict(stage_steps=20, max_stage_steps=40, probe_steps=4, num_lrs=4)
+
+
+def task() -> TrainingTask:
+    """Softmax regression on 128 noisy rows: 0.1 ms a step, and an LR of 1e3 diverges."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(192, 6, generator=generator)
+    targets = (inputs @ torch.randn(6, 3, generator=generator) + torch.randn(192, 3, generator=generator)).argmax(1)
+    model = nn.Linear(6, 3)
+    return TrainingTask(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=nn.functional.cross_entropy,
+        train_data=(inputs[:128], targets[:128]),
+        val_data=(inputs[128:], targets[128:]),
+        batch_size=16,
+    )
+
+
+def write_run(folder: Path, policy: str, steps: int, interval: tuple[float, float], **options: Any) -> Path:
+    """A whole run of `policy` without Ray, journalled into `folder` as the pair would (but for its "segment" events)."""
+    config = dict(total_steps=steps, policy=policy, lr_interval=interval, metric="val_loss", mode="min",
+                  time_attr="step", seed=0, options=options)  # fmt: skip
+    trainer = Trainer(task, averaging=policy == "anchored")
+    run = run_local(make_policy(policy, steps, lr_interval=interval, **options), trainer)
+    record = Record(folder)
+    record.append([{"event": "start", "config": config}, *run.events])
+    record.close()
+    return folder
+
+
+def write_events(folder: Path, events: list[dict[str, Any]]) -> None:
+    """A journal of a paper run over [1e-3, 1] that has just started, and `events`."""
+    config = dict(total_steps=100, policy="paper", lr_interval=[1e-3, 1.0], metric="val_loss", mode="min",
+                  time_attr="step", seed=0, options=PAPER)  # fmt: skip
+    record = Record(folder)
+    record.append([{"event": "start", "config": config}, *events])
+    record.close()
+
+
+def write_reports(folder: Path, arm: str, rows: list[dict[str, Any]], start: int = 0) -> None:
+    """`rows` as the result.json of a trial of `arm`."""
+    trial = folder / f"{arm}_x"
+    trial.mkdir(parents=True, exist_ok=True)
+    config = {"config": {"autolrs": {"arm": arm, "start": start}}}
+    (trial / "result.json").write_text("".join(json.dumps({**row, **config}) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("paper"), "paper", 140, (1e-3, 1.0), **PAPER)
+
+
+@pytest.fixture(scope="module")
+def anchored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("anchored"), "anchored", 200, (1e-3, 1e3), num_lrs=6)
+
+
+def names(files: list[Path]) -> set[str]:
+    return {file.name for file in files}
+
+
+def labels(figure: Any) -> set[str]:
+    return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+
+
+@pytest.fixture(scope="module")
+def drawn(paper: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return save_plots(paper, tmp_path_factory.mktemp("drawn"))
+
+
+def test_a_paper_run_gives_a_png_and_an_svg_of_every_plot_it_has_data_for(drawn: list[Path]) -> None:
+    plots = ("loss", "learning_rate", "surrogate", "forecast")
+    assert names(drawn) == {f"{name}.{suffix}" for name in plots for suffix in ("png", "svg")}
+    for file in drawn:
+        start = file.read_bytes()[:8]
+        assert start == (b"\x89PNG\r\n\x1a\n" if file.suffix == ".png" else b"<?xml ve")
+
+
+def test_an_anchored_run_gives_the_race_and_nothing_of_the_surrogate(anchored: Path, tmp_path: Path) -> None:
+    plots = ("loss", "learning_rate", "race")
+    assert names(save_plots(anchored, tmp_path)) == {f"{name}.{suffix}" for name in plots for suffix in ("png", "svg")}
+
+
+def test_plots_are_the_same_bytes_again_and_change_no_setting_of_matplotlib(
+    paper: Path, drawn: list[Path], tmp_path: Path
+) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 7.25}):  # a value that no style of ours has
+        before = dict(matplotlib.rcParams)
+        again = save_plots(paper, tmp_path)
+        assert dict(matplotlib.rcParams) == before
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in drawn]
+
+
+def test_plots_go_to_a_folder_of_the_run(tmp_path: Path) -> None:
+    commit = dict(stage=0, start=0, end=20, lr=0.1, loss=1.0, forecast=None, warmup=False, checkpoint="c")
+    write_events(tmp_path, [dict(event="commit", **commit)])
+    files = save_plots(tmp_path)
+    assert names(files) == {"loss.png", "loss.svg", "learning_rate.png", "learning_rate.svg"}
+    assert {file.parent for file in files} == {tmp_path / "plots"}
+
+
+def test_a_run_that_has_only_started_gives_no_plots(tmp_path: Path) -> None:
+    write_events(tmp_path, [])
+    assert save_plots(tmp_path) == []
+
+
+def test_a_run_without_a_journal_and_a_bad_epoch_are_refused(paper: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no journal"):
+        save_plots(tmp_path)
+    with pytest.raises(ValueError, match="steps_per_epoch must be positive, got 0"):
+        save_plots(paper, tmp_path, steps_per_epoch=0)
+
+
+def test_the_learning_rate_is_drawn_as_it_was_applied_envelope_and_all(anchored: Path) -> None:
+    data = RunData.load(anchored)
+    figure = learning_rate_figure(data)
+    assert figure is not None
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "learned schedule")
+    steps, lrs = line.get_data()
+    scale = data.result.schedule.pieces[0].lr
+    assert lrs[0] == scale
+    assert dict(zip(steps, lrs, strict=True))[100] == pytest.approx(scale * (1 - (100 / 200) ** 2))
+    assert lrs[-1] == data.result.schedule.lr_at(199)
+    assert {"search interval", "other trunks", "rungs of the race"} <= labels(figure)
+
+
+def test_an_envelope_of_the_users_own_is_drawn_from_the_reported_learning_rates(anchored: Path) -> None:
+    data = RunData.load(anchored)
+    pieces = tuple(replace(piece, envelope="my_decay") for piece in data.result.schedule.pieces)
+    result = replace(data.result, schedule=LearnedSchedule(200, pieces))
+    assert learning_rate_figure(RunData(result, data.config, {})) is None
+    rows = [dict(step=step, val_loss=1.0, lr=1.0 / step) for step in (10, 100, 200)]
+    figure = learning_rate_figure(RunData(result, data.config, {data.arm: rows}))
+    assert figure is not None
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "learned schedule")
+    assert list(line.get_ydata()) == [0.1, 0.01, 0.005]
+
+
+def test_reports_that_step_back_after_a_restart_are_replaced_by_the_later_ones(tmp_path: Path) -> None:
+    rows = [dict(step=step, val_loss=loss) for step, loss in ((1, 9), (2, 8), (3, 7), (2, 5), (2, 4), (4, 3))]
+    write_reports(tmp_path, "main", rows)
+    with open(tmp_path / "main_x" / "result.json", "a") as file:
+        file.write('{"step": 5, "val_l')  # killed in the middle of a line
+    kept = read_reports(tmp_path, "step")["main"]
+    assert [(row["step"], row["val_loss"]) for row in kept] == [(1, 9), (2, 4), (4, 3)]
+
+
+def test_steps_that_a_promoted_probe_trained_are_part_of_the_main_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "paper", 40, (1e-3, 1.0), **PAPER)
+    data = RunData.load(folder)
+    first = data.commits()[0]
+    arms = {event["arm"]: event["lr"] for event in data.events("probe") if event["stage"] == 0}
+    for arm in arms:
+        write_reports(folder, arm, [dict(step=step, val_loss=2.0, who=arm) for step in (2, 4)])
+    write_reports(folder, "main", [dict(step=step, val_loss=1.0, who="main") for step in (10, 20)], start=4)
+    chosen = next(arm for arm, lr in arms.items() if lr == first["lr"])
+    rows = RunData.load(folder).main_rows()
+    assert [(row["step"], row["who"]) for row in rows] == [(2, chosen), (4, chosen), (10, "main"), (20, "main")]
+
+
+def test_training_loss_is_averaged_over_equal_stretches_and_validation_loss_is_not(anchored: Path) -> None:
+    data = RunData.load(anchored)
+    rows = [dict(step=step, train_loss=loss, val_loss=loss) for step, loss in ((1, 4.0), (2, 2.0), (5, 1.0), (10, 3.0))]
+    figure = loss_figure(RunData(data.result, data.config, {data.arm: rows}))
+    assert figure is not None
+    lines = {line.get_label(): line.get_data() for line in figure.axes[0].lines}
+    assert list(lines["training loss"][0]) == [2, 5, 10]  # a hundredth of 200 steps is 2
+    assert list(lines["training loss"][1]) == [3.0, 1.0, 3.0]
+    assert list(lines["validation loss"][1]) == [4.0, 2.0, 1.0, 3.0]
+
+
+def test_without_reports_the_loss_is_that_of_the_commits(paper: Path) -> None:
+    data = RunData.load(paper)
+    figure = loss_figure(data)
+    assert figure is not None
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "validation loss")
+    commits = list(data.events("commit"))
+    assert list(line.get_xdata()) == [commit["end"] for commit in commits]
+    assert list(line.get_ydata()) == [commit["loss"] for commit in commits]
+
+
+def test_accuracy_is_drawn_over_epochs_where_their_length_is_known(anchored: Path) -> None:
+    data = RunData.load(anchored)
+    assert accuracy_figure(data) is None
+    rows = [dict(step=step, val_loss=1.0, val_accuracy=step / 200) for step in (50, 100, 200)]
+    data = RunData(data.result, data.config, {data.arm: rows})
+    by_step, by_epoch = accuracy_figure(data), accuracy_figure(data, steps_per_epoch=50)
+    assert by_step is not None
+    assert by_epoch is not None
+    assert by_step.axes[0].get_xlabel() == "iterations (optimizer steps)"
+    assert by_epoch.axes[0].get_xlabel() == "epochs"
+    assert list(by_epoch.axes[0].lines[0].get_xdata()) == [1.0, 2.0, 4.0]
+    own = RunData(data.result, data.config, {data.arm: [{**row, "epoch": 0.5 * i} for i, row in enumerate(rows)]})
+    figure = accuracy_figure(own)
+    assert figure is not None
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("losses", [[1.0, 0.5, 0.7], [3.0, 0.2, 0.3, 0.25, 90.0], [2.0, 2.0, 5.0], [1.0, 1.0]])
+def test_the_drawn_posterior_is_the_surrogates_in_units_of_the_loss(losses: list[float]) -> None:
+    x = [i / 10 for i in range(len(losses))]
+    _, sd, seen = posterior(x, losses, [0.05, 0.95])
+    ordered = sorted(zip(losses, seen.tolist(), strict=True))
+    assert seen.tolist()[losses.index(min(losses))] == pytest.approx(min(losses))
+    assert all(shown == pytest.approx(loss) or shown < loss for loss, shown in ordered)  # only clipped from above
+    assert surrogate.standardise(seen.tolist()) == pytest.approx(surrogate.standardise(losses), abs=1e-9)
+    assert len(set(losses)) == 1 or float(sd[1]) > 0
+
+
+def test_every_stage_has_a_panel_with_its_tried_and_chosen_lrs(paper: Path) -> None:
+    data = RunData.load(paper)
+    figure = surrogate_figure(data)
+    assert figure is not None
+    stages = {event["stage"]: event for event in data.events("commit")}
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(panels) == len(stages) == 4
+    for stage, panel in enumerate(panels):
+        star = next(line for line in panel.lines if line.get_label() == "chosen")
+        dots = [line for line in panel.lines if line.get_label().startswith("tried")]
+        tried = [x for line in dots for x in line.get_xdata()]
+        assert list(star.get_xdata()) == [stages[stage]["lr"]]
+        assert list(star.get_ydata()) == [min(y for line in dots for y in line.get_ydata())]
+        done = [event["lr"] for event in data.events("probe") if event["stage"] == stage and event["status"] == "done"]
+        assert sorted(tried) == sorted(done)
+
+
+def test_at_most_twelve_stages_are_shown_the_first_and_the_last_among_them() -> None:
+    assert spread(5) == [0, 1, 2, 3, 4]
+    shown = spread(40)
+    assert len(set(shown)) == 12
+    assert (shown[0], shown[-1]) == (0, 39)
+    assert {b - a for a, b in pairwise(shown)} <= {3, 4}
+
+
+def test_a_second_round_of_probes_is_drawn_two_decades_lower(tmp_path: Path) -> None:
+    first = [dict(probe=i, lr=0.01 * 2**i, status="diverged", forecast=None) for i in range(4)]
+    second = [dict(probe=4 + i, lr=1e-5 * 4**i, status="done", forecast=1.0 + i) for i in range(4)]
+    write_events(tmp_path, [
+        dict(event="probe", stage=0, arm=f"s000p{probe['probe']:02d}", series="validation", steps=[1], **probe)
+        for probe in first + second
+    ])  # fmt: skip
+    figure = surrogate_figure(RunData.load(tmp_path))
+    assert figure is not None
+    grid = next(line for line in figure.axes[0].lines if line.get_label() == "mean of the GP").get_xdata()
+    assert (grid[0], grid[-1]) == pytest.approx((1e-5, 1e-3))
+    assert "diverged or failed" in labels(figure)
+
+
+def test_the_race_shows_every_trunk_the_winner_thickest_and_marks_the_lost(anchored: Path) -> None:
+    data = RunData.load(anchored)
+    figure = race_figure(data)
+    assert figure is not None
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "None"]
+    curves = [line for line in lines if line.get_linestyle() == "-"]  # dotted ones mark the rungs
+    assert len(curves) == 6
+    thick = max(curves, key=lambda line: line.get_linewidth())
+    assert thick.get_label() == f"winner (LR {data.lrs()[data.arm]:.3g})"
+    assert max(thick.get_xdata()) == 200
+    lost = [fate for fate in data.fates().values() if fate != "won"]
+    marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) and line.get_marker() in set("X^s")]
+    assert len(marks) == len(lost) == 5
+    assert set(lost) < labels(figure)
+    counts = [text.get_text() for text in figure.axes[0].texts]
+    assert counts == [str(len(event["kept"])) for event in data.events("decision")]
+
+
+def test_a_metric_to_be_maximised_is_drawn_as_it_was_reported(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "paper", 40, (1e-3, 1.0), **PAPER)
+    data = RunData.load(folder)
+    flipped = RunData(data.result, {**data.config, "mode": "max", "metric": "score"}, {})
+    figure = loss_figure(flipped)
+    assert figure is not None
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "score")
+    assert list(line.get_ydata()) == [-event["loss"] for event in data.events("commit")]
+    assert figure.axes[0].get_ylabel() == "score"
