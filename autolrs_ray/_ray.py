@@ -34,12 +34,12 @@ def set_source(trial: Trial, path: str | None, metrics: dict[str, Any]) -> None:
     manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics=metrics)
 
 
-def keep_actors_warm(controller: TuneController, trial: Trial, slots: int) -> bool:
-    """Let Tune cache one idle actor per slot and start as many at a time. False if this Ray does not offer it: then
-    probes still run, on new actors."""
+def keep_actors_warm(controller: TuneController, resources: Any, slots: int, more: int) -> bool:
+    """Let Tune cache one idle actor with `resources` per slot, `more` than before, and start as many at a time. False if
+    this Ray does not offer it: then probes still run, on new actors."""
     try:
         if controller._reuse_actors:
-            controller._actor_cache.increase_max(trial.placement_group_factory, slots)
+            controller._actor_cache.increase_max(resources, more)
         controller._max_pending_trials = max(controller._max_pending_trials, slots)
     except (AttributeError, TypeError) as error:
         logger.warning("this version of Ray does not let AutoLRS keep its actors warm (%s)", error)

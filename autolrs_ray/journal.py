@@ -1,11 +1,13 @@
 """The record of a run: an append-only journal of decisions and an atomically replaced state, both JSON.
 
 Tables, plots, exports and results read the journal; resuming reads the state, which names the journal's length it belongs
-to. Every journal line ends in a CRC-32 of itself; lines that do not match are left out with a warning.
+to. Every journal line ends in a CRC-32 of itself; lines that do not match are left out with a warning. The state repeats
+the lines that the learned schedule is made of, so that a damaged journal is mended from it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -20,7 +22,9 @@ JOURNAL_FILE = "autolrs.jsonl"
 STATE_FILE = "autolrs_state.json"
 PREVIOUS_STATE_FILE = "autolrs_state.previous.json"
 LOCK_FILE = "autolrs.lock"
+DAMAGED_STATE_FILE = "autolrs_state.damaged.json"
 FORMAT = 1
+REPEATED = ("start", "commit")  # the events that the state repeats
 
 
 class RecordWarning(UserWarning):
@@ -61,6 +65,13 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All intact events of the journal at `path` (a file or a run folder), in order. Damaged lines raise RecordWarning.
 
@@ -95,12 +106,13 @@ class Record:
         self._lock: TextIO = open(self.folder / LOCK_FILE, "a+")  # noqa: SIM115 - held as long as the run
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise RuntimeError(
                 f"another process is driving the run in {self.folder}; wait for it, stop it, or choose another name"
             ) from None
         self._closed = False
+        self._repeated: list[dict[str, Any]] = []
 
     @property
     def journal(self) -> Path:
@@ -115,29 +127,34 @@ class Record:
         if not events:
             return
         now = time.time()
-        lines = "".join(_sealed({"time": now, **event}) + "\n" for event in events)
-        with open(self.journal, "ab") as file:
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        events = [{"time": now, **event} for event in events]
+        lines = "".join(_sealed(event) + "\n" for event in events).encode()
+        with open(self.journal, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(lines) != len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.journal))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)  # half a line would spoil the next one too
+                raise
+        self._repeated += [_finite(event) for event in events if event["event"] in REPEATED]
 
     def write_state(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         """Replace the state: temporary name, fsync, rename, fsync of the folder. The one before stays beside it."""
         length = self.journal.stat().st_size if self.journal.exists() else 0
         current, temporary = self.folder / STATE_FILE, self.folder / (STATE_FILE + ".tmp")
-        with open(temporary, "w") as file:
-            file.write(_sealed({"format": FORMAT, "config": config, "journal_bytes": length, "state": state}))
-            file.flush()
-            os.fsync(file.fileno())
+        content = dict(format=FORMAT, config=config, journal_bytes=length, repeated=self._repeated, state=state)
+        _write_durably(temporary, _sealed(content))
         if current.exists():
             os.replace(current, self.folder / PREVIOUS_STATE_FILE)
         os.replace(temporary, current)
         fsync_folder(self.folder)
 
     def load_state(self) -> dict[str, Any]:
-        """The last intact state: a dict with "config" and "state". The journal is cut back to where it belongs.
+        """The last intact state: a dict with "config" and "state". The journal is cut back to where it belongs, and mended.
 
-        Raises RuntimeError if no state can be read.
+        Damage raises RecordWarning; RuntimeError if no state can be read.
         """
         failures = []
         for name in (STATE_FILE, PREVIOUS_STATE_FILE):
@@ -150,15 +167,41 @@ class Record:
                 continue
             if failures:
                 warnings.warn(f"{self.folder}: {failures[0]}; using {name}", RecordWarning, stacklevel=2)
+                if (self.folder / STATE_FILE).exists():  # or it would take the place of the one before it
+                    os.replace(self.folder / STATE_FILE, self.folder / DAMAGED_STATE_FILE)
             self._cut(record["journal_bytes"])
+            self._mend(record["repeated"])
             return record
         raise RuntimeError(
             f"cannot resume from {self.folder}: {'; '.join(failures)}. Move the folder away to start anew"
         )
 
     def _cut(self, length: int) -> None:
-        if self.journal.exists() and self.journal.stat().st_size > length:
-            os.truncate(self.journal, length)
+        if not self.journal.exists():
+            return
+        with open(self.journal, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size < length:
+                warnings.warn(f"{self.journal} has lost its last {length - size} bytes", RecordWarning, stacklevel=3)
+            file.truncate(min(length, size))
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if end and file.read(1) != b"\n":  # cut short within a line: the next one is not to be spoilt by it
+                file.write(b"\n")
+
+    def _mend(self, repeated: list[dict[str, Any]]) -> None:
+        """Put the events that the state repeats back into the journal, where it has lost them."""
+        self._repeated = repeated
+        events = read_journal(self.journal) if self.journal.exists() else []
+        lost = [event for event in repeated if event not in events]
+        if lost:
+            message = f"{self.journal} had lost {len(lost)} of the entries that the state repeats; they are put back"
+            warnings.warn(message, RecordWarning, stacklevel=3)
+            events = sorted(lost + events, key=lambda event: event["time"])
+            temporary = self.folder / (JOURNAL_FILE + ".tmp")
+            _write_durably(temporary, "".join(_sealed(event) + "\n" for event in events))
+            os.replace(temporary, self.journal)
+            fsync_folder(self.folder)
 
     def close(self) -> None:
         """Give the folder free for another process."""

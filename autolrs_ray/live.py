@@ -34,12 +34,17 @@ class LiveProgress(Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
-        if now - self._shown < INTERVAL_S:
+        if now - self._shown < INTERVAL_S or not self._search.bound:
             return
         self._shown = now
         progress = self._search.policy.progress()
         if self._first_step < 0:
             self._first_step = progress["step"]
+            compute, wall = self._search.policy.cost(self._search.slots)
+            self._console.print(
+                f"AutoLRS {self._search.policy_name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on "
+                f"{self._search.slots} slots (T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True,
+            )  # fmt: skip
         if self._console.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._console, transient=True, auto_refresh=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autolrs_ray.journal import read_journal
-from autolrs_ray.schedule import LearnedSchedule
+from autolrs_ray.schedule import LearnedSchedule, committed_rows
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class RunResult:
         config = next((event["config"] for event in events if event["event"] == "start"), None)
         if config is None:
             raise ValueError(f"the journal in {folder} has no start: its first line is damaged")
-        done = next((event for event in reversed(events) if event["event"] == "done"), None)
-        commits = [event for event in events if event["event"] == "commit"]
+        last_end = next((event for event in reversed(events) if event["event"] in ("done", "extend")), None)
+        done = last_end if last_end is not None and last_end["event"] == "done" else None
         arm = winner(events, config)
-        rows = [row for row in commits if row.get("arm", "main") == arm]
+        rows = committed_rows(events, arm)
         last = done or (rows[-1] if rows else {})
         segments = [event for event in events if event["event"] == "segment"]
         trained = sum(event["end"] - event["start"] for event in segments)

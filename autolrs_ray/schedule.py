@@ -26,6 +26,16 @@ from autolrs_ray.core.segments import Segment
 FORMAT = 1
 
 
+def committed_rows(events: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """The commits of `arm` in a journal, in order of steps. Where a run lost a checkpoint and went back, the later count."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "commit" and event.get("arm", "main") == arm:
+            start = event.get("start", event["end"] - 1)
+            kept = [*(earlier for earlier in kept if earlier["end"] <= start), event]
+    return kept
+
+
 @dataclass(frozen=True)
 class Piece:
     """LR(t) = lr * envelope(t) for start <= t < end; a linear rise to `lr` over `warmup_steps` if that is positive."""
@@ -84,20 +94,19 @@ class LearnedSchedule:
     @classmethod
     def from_events(cls, events: Iterable[dict[str, Any]], config: dict[str, Any], arm: str) -> LearnedSchedule:
         """The schedule of the main run in a journal."""
-        total = config["total_steps"]
+        events = list(events)
+        totals = [config["total_steps"], *(event["total_steps"] for event in events if event["event"] == "extend")]
+        total = totals[-1]
         default = "quadratic" if config["policy"] == "anchored" else None
         envelope = config["options"].get("envelope", default)
-        rows = [event for event in events if event["event"] == "commit" and event.get("arm", "main") == arm]
+        rows = committed_rows(events, arm)
         if config["policy"] == "anchored":
             pieces: tuple[Piece, ...] = (Piece(0, total, rows[-1]["lr"], envelope),) if rows else ()
         else:
-            kept: list[dict[str, Any]] = []
-            for row in rows:  # a run that lost a checkpoint went back, and its later rows count
-                kept = [*(earlier for earlier in kept if earlier["end"] <= row["start"]), row]
             ramp = config["options"].get("warmup_steps", 0)
             pieces = tuple(
                 Piece(row["start"], row["end"], row["lr"], *((None, ramp) if row["warmup"] else (envelope, 0)))
-                for row in kept
+                for row in rows
             )
         return cls(total, pieces)
 
@@ -160,7 +169,7 @@ class LearnedLRScheduler(LRScheduler):
         lr, first = self.schedule.lr_at(max(0, self.last_epoch)), float(self.base_lrs[0])
         if not first > 0:
             raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")
-        return [lr * float(base) / first for base in self.base_lrs]
+        return [lr * (float(base) / first) for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.trainable import Trainable
 from ray.tune.trainable.function_trainable import FunctionTrainable
 from ray.tune.utils import flatten_dict
 
 from autolrs_ray._ray import keep_actors_warm, set_source
+from autolrs_ray.core import surrogate
 from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSearch
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HOLD_S = 20.0  # longest a finished trial keeps its actor while another waits for one of its own
+RECOUNT_S = 2.0  # how often the cluster is asked for its size
 IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
 SAVE_TIMEOUT_S = 900.0
 
@@ -81,12 +84,15 @@ class AutoLRSScheduler(TrialScheduler):
         self._saving: dict[str, _Save] = {}
         self._seen: dict[str, float] = {}
         self._reported: set[str] = set()
+        self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
         self._clocks: dict[str, _Clock] = {}
         self._actors: dict[tuple[str, int], str] = {}  # node and process -> the trial last seen there
         self._written: set[str] = set()
         self._filesystem: Any = None
         self._resources: Any = None
+        self._function_api = False
         self._counts: tuple[int, int, float] = (0, 0, 0.0)
+        self._recounted = 0.0
         self._idle_since: float | None = None
         self._infeasible_since: float | None = None
 
@@ -127,6 +133,8 @@ class AutoLRSScheduler(TrialScheduler):
     def _open(self, controller: TuneController, search: AutoLRSSearch, trial: Trial) -> None:
         """First trial of this process: open the run folder, count the slots, pin the actors."""
         self._resources = trial.placement_group_factory
+        self._function_api = issubclass(trial.get_trainable_cls(), FunctionTrainable)
+        threading.Thread(target=surrogate.preload, daemon=True).start()  # a second, while the actors start
         search.slots = self._count_slots(search)
         search.policy.set_concurrency(search.slots)
         storage = trial.storage
@@ -138,7 +146,17 @@ class AutoLRSScheduler(TrialScheduler):
             if local:
                 self._written = {path.as_posix() for path in Path(folder).glob("*/checkpoint_*")}
                 self._delete_unneeded(search)
-        keep_actors_warm(controller, trial, search.slots)
+        keep_actors_warm(controller, self._resources, search.slots, more=search.slots)
+
+    def _recount_slots(self, controller: Any, search: AutoLRSSearch) -> None:
+        """Follow the cluster as nodes are lost and join. The policy's proposals do not depend on it."""
+        now, before = time.monotonic(), search.slots
+        if now - self._recounted < RECOUNT_S:
+            return
+        self._recounted, search.slots = now, self._count_slots(search)
+        if search.slots != before:
+            search.note("warning", message=f"room for {search.slots} trials at a time now, for {before} before")
+            keep_actors_warm(controller, self._resources, search.slots, more=search.slots - before)
 
     def _count_slots(self, search: AutoLRSSearch) -> int:
         cluster, needed = ray.cluster_resources(), self._resources.required_resources
@@ -184,8 +202,22 @@ class AutoLRSScheduler(TrialScheduler):
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         if self._search is not None:
             self._search.reasons[trial.trial_id] = _error_of(trial)
+        if trial.status == Trial.PENDING:  # it was given an idle actor, which had died, or which cannot be reset
+            self._actors.clear()
+            self._start_again(trial)
         self._actors = {actor: last for actor, last in self._actors.items() if last != trial.trial_id}
         self._drop_traces(trial.trial_id)
+
+    def _start_again(self, trial: Trial) -> None:
+        """Within max_failures, have the arm of a trial that failed before it ran asked for anew: Tune only retries trials
+        that fail while they run."""
+        search, trial_id = self._search, trial.trial_id
+        arm = search.arm_of.get(trial_id) if search else None
+        if search is None or arm is None or 0 <= trial.max_failures <= self._restarts[arm]:
+            return
+        self._restarts[arm] += 1
+        search.note("warning", message=f"{arm} failed before it ran, and starts again: {search.reasons[trial_id]}")
+        search.forget(trial_id)
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
         self._drop_traces(trial.trial_id)
@@ -205,7 +237,7 @@ class AutoLRSScheduler(TrialScheduler):
         try:
             point = search.point(result, arm, trial_id not in self._reported)
             self._reported.add(trial_id)
-            verdict = search.policy.report(arm, point, can_save=self._can_save(trial, result))
+            verdict = search.policy.report(arm, point, can_save=self._can_save(result))
             self._keep_time(search, trial_id, verdict, result)
             search.persist()
         except (AutoLRSError, ValueError, TypeError) as error:
@@ -225,10 +257,9 @@ class AutoLRSScheduler(TrialScheduler):
         search.note("segment", arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
                     start=segment.start, end=result[search.time_attr], began=clock.began, busy_s=clock.busy_s)  # fmt: skip
 
-    def _can_save(self, trial: Trial, result: dict[str, Any]) -> bool:
+    def _can_save(self, result: dict[str, Any]) -> bool:
         """Class trainables save when asked; function trainables only by what they attached to this report."""
-        cls: type[Trainable] = trial.get_trainable_cls()
-        return not issubclass(cls, FunctionTrainable) or result.get("checkpoint_dir_name") is not None
+        return not self._function_api or result.get("checkpoint_dir_name") is not None
 
     def _carry_out(
         self, controller: Any, search: AutoLRSSearch, trial: Trial, verdict: Verdict, step: int, result: dict[str, Any]
@@ -285,6 +316,7 @@ class AutoLRSScheduler(TrialScheduler):
         try:
             self._collect_saves(search)
             self._reconcile(controller, search)
+            self._recount_slots(controller, search)
             self._watch(search)
         except AutoLRSError as error:
             search.fail(error)

@@ -18,6 +18,7 @@ from autolrs_ray.core.algorithm import PaperPolicy
 from autolrs_ray.core.plan import require_float, require_int, validate_interval
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy
+from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.journal import Record
 from autolrs_ray.training import MANIFEST_FILE, CheckpointError, verify_checkpoint
@@ -38,8 +39,10 @@ class AutoLRSSearch(Searcher):
     default. metric, mode: the validation metric ("val_loss", "min"); None takes TuneConfig's.
     time_attr: result key with the optimizer steps done, restored from checkpoints. train_metric, averaged_metric: result
     keys of the mean training loss and of the loss of averaged weights, used where they are reported.
-    slots: trials at the same time; None: as many as the cluster holds. resume: False refuses a folder with an earlier
-    run, "auto" continues it where there is one, True demands one.
+    slots: trials at the same time; None: as many as the cluster holds. policy="paper" plans its probes for the slots a run
+    began with, whatever nodes come and go; resumed with another value of `slots`, it plans them anew.
+    resume: False refuses a folder with an earlier run, "auto" continues it where there is one, True demands one.
+    extend: a run found there, of fewer steps, finished or not, goes on to `total_steps` (envelopes "wsd", "constant").
     report_timeout_s: a probe silent for so long is given up; the main trial's silence ends the run.
     resource_timeout_s: how long trials may wait for resources nobody has.
 
@@ -65,6 +68,7 @@ class AutoLRSSearch(Searcher):
         seed: int = 0,
         slots: int | None = None,
         resume: bool | str = False,
+        extend: bool = False,
         report_timeout_s: float = 900.0,
         resource_timeout_s: float = 60.0,
         **options: Any,
@@ -85,7 +89,7 @@ class AutoLRSSearch(Searcher):
         self.total_steps, self.policy_name, self.options = total_steps, policy, options
         self.lr_interval = None if lr_interval is None else validate_interval(lr_interval)
         self.time_attr, self.train_metric, self.averaged_metric = time_attr, train_metric, averaged_metric
-        self.seed, self.resume = seed, resume
+        self.seed, self.resume, self.extend = seed, resume, extend
         self.report_timeout_s = require_float("report_timeout_s", report_timeout_s, 0.0, math.inf, low_open=True)
         self.resource_timeout_s = require_float("resource_timeout_s", resource_timeout_s, 0.0, math.inf)
         self.max_slots = slots
@@ -111,10 +115,16 @@ class AutoLRSSearch(Searcher):
             self._policy = self._build()
         return self._policy
 
-    def _build(self) -> Policy:
+    def _build(self, total_steps: int | None = None) -> Policy:
         floor = None if self.mode == "max" else 0.0
         return make_policy(
-            self.policy_name, self.total_steps, self.lr_interval, self.seed, self.slots, floor, **self.options
+            self.policy_name,
+            total_steps or self.total_steps,
+            self.lr_interval,
+            self.seed,
+            self.slots,
+            floor,
+            **self.options,
         )
 
     @property
@@ -182,15 +192,25 @@ class AutoLRSSearch(Searcher):
             )
         saved = record.load_state()
         ours, theirs = self.describe(), saved["config"]
-        different = [key for key in ours if ours[key] != theirs.get(key) and key not in ("slots",)]
+        different = [key for key in ours if ours[key] != theirs.get(key) and key != "slots"]
+        extending = self.extend and different == ["total_steps"]
+        if extending:
+            self._policy, different = self._build(theirs["total_steps"]), []
         if different:
             changes = ", ".join(f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in different)
             raise ValueError(f"cannot resume the run in {record.folder} with other settings ({changes})")
         self.policy.load_state_dict(saved["state"])
+        if ours["slots"] != theirs.get("slots"):
+            self.policy.set_concurrency(self.slots)
         self._verify_checkpoints()
+        if extending:
+            if not isinstance(self.policy, AnchoredPolicy):
+                raise ValueError('only policy="anchored" can be extended')
+            self.policy.extend(self.total_steps)
         self.arm_of.clear()
         self.segments.clear()
         record.append([{"event": "resume", "step": self.policy.progress()["step"]}])
+        record.write_state(self.describe(), self.policy.state_dict())
         return True
 
     def _verify_checkpoints(self) -> None:
@@ -208,7 +228,8 @@ class AutoLRSSearch(Searcher):
         options = {k: v if not callable(v) else getattr(v, "__name__", "function") for k, v in self.options.items()}
         described = dict(
             total_steps=self.total_steps, policy=self.policy_name, lr_interval=self.lr_interval, metric=self.loss_key,
-            mode=self.mode or "min", time_attr=self.time_attr, seed=self.seed, options=options,
+            mode=self.mode or "min", time_attr=self.time_attr, train_metric=self.train_metric,
+            averaged_metric=self.averaged_metric, seed=self.seed, options=options, slots=self.max_slots,
         )  # fmt: skip
         return json.loads(json.dumps(described))  # type: ignore[no-any-return]
 

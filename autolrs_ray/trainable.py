@@ -21,7 +21,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     random numbers (`config["seed"]`), averaged weights where the policy scores them. Without the pair (plain Tune, PBT)
     it trains `config["report_every"]` steps (default 100) per report at `config["lr"]`.
 
-    It reports step, lr, stage, role, train_loss, val_loss, val_METRIC for every metric of the task and, with averaging,
+    It reports step, epoch, lr, stage, role, train_loss, val_loss, val_METRIC for every metric of the task and, with averaging,
     averaged_loss and averaged_METRIC.
     """
 
@@ -68,6 +68,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         train_loss = trainer.train(self._next_report(), segment.lr_at if segment else lambda step: self._lr)
         lr = segment.lr_at(max(0, trainer.step - 1)) if segment else self._lr
         result: dict[str, Any] = {"step": trainer.step, "lr": lr, "train_loss": train_loss}
+        result["epoch"] = trainer.step / trainer.steps_per_epoch
         if segment:
             result.update(stage=segment.stage, role=segment.role)
         result.update({f"val_{name}": value for name, value in trainer.evaluate().items()})

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, default_collate
 
+from autolrs_ray.journal import fsync_folder
+
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
 """(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
@@ -130,10 +132,14 @@ class Trainer:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per pass over the training data."""
+        return _length(self.train_data) // self.task.batch_size
+
     def _indices(self, step: int) -> Tensor:
         """Rows of the batch at `step`: epochs are permutations, the last short batch of each is left out."""
-        per_epoch = _length(self.train_data) // self.task.batch_size
-        epoch, position = divmod(step, per_epoch)
+        epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = torch.randperm(_length(self.train_data), generator=_generator(self.seed, _EPOCH, epoch))
             self._order = (epoch, order.to(self.device) if isinstance(self.train_data, tuple) else order)
@@ -270,6 +276,7 @@ def write_checkpoint(state: dict[str, Any], folder: str | os.PathLike[str]) -> N
         text.flush()
         os.fsync(text.fileno())
     os.replace(temporary, path / MANIFEST_FILE)
+    fsync_folder(path)
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> int:

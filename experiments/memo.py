@@ -22,7 +22,7 @@ from torch import Tensor
 
 from autolrs_ray.training import Trainer
 
-MAX_SNAPSHOTS = 300
+MAX_SNAPSHOTS = 250
 
 
 class Memo:
@@ -72,6 +72,13 @@ class PerRunOrderTrainer(Trainer):
         super().load_state_dict(state)
 
 
+class History(dict[str, Any]):
+    """The state of a MemoTrainer; never changed once made, so copies are the thing itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> History:
+        return self
+
+
 class MemoTrainer:
     """Looks like a Trainer to `run_local` and `run_slots`.
 
@@ -113,7 +120,7 @@ class MemoTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         self._snapshot()
-        return {"step": self.step, "lrs": tuple(self._lrs), "marks": tuple(self._marks)}
+        return History(step=self.step, lrs=tuple(self._lrs), marks=tuple(self._marks))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._lrs, self._marks = list(state["lrs"]), list(state["marks"])
@@ -157,6 +164,7 @@ class MemoTrainer:
         known = self._marks[steps]
         if known != self._real_mark:
             if steps:
+                self._snapshots.move_to_end(known)
                 self._real.load_state_dict(copy.deepcopy(self._snapshots[known]))
             else:
                 self._real.reset()
@@ -184,7 +192,10 @@ class MemoTrainer:
         key = f"{split}/{'averaged' if averaged else 'raw'}/{self._mark.hex()}"
         value = self._memo.get(key)
         if value is None:
-            data = self._test_data() if split == "test" else None
-            value = self._at_mark().evaluate(data, averaged=averaged)
+            data, real = self._test_data() if split == "test" else None, self._at_mark()
+            value = real.evaluate(data, averaged=averaged)
             self._memo.put(key, value)
+            if split == "val" and self.averaging:  # both now: coming back for the other would mean training again
+                other = f"val/{'raw' if averaged else 'averaged'}/{self._mark.hex()}"
+                self._memo.put(other, real.evaluate(averaged=not averaged))
         return dict(value)

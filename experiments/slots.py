@@ -7,6 +7,7 @@ policy the result is the closed form: sum over stages of tau + ceil(k / q) * tau
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
         if state is None:
             trainer.reset()
         else:
-            trainer.load_state_dict(state)
+            trainer.load_state_dict(copy.deepcopy(state))
         train_loss = trainer.train(next_report(segment, step), segment.lr_at)
         run.steps += trainer.step - step
         averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
@@ -60,7 +61,7 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
         if trainer.averaging and averaged is not None and not math.isfinite(point.loss):
             point = Point(trainer.step, averaged, train_loss, averaged)  # the raw loss was not read
         verdict = policy.report(segment.arm, point)
-        state = trainer.state_dict()
+        state = copy.deepcopy(trainer.state_dict())
         if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
             path = f"{segment.arm}@{trainer.step}"
             store[path] = state
@@ -74,5 +75,5 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
         needed = policy.checkpoints()
         store = {path: kept for path, kept in store.items() if path in needed}
     last = next(event for event in reversed(run.events) if event["event"] == "done")
-    trainer.load_state_dict(store[last["checkpoint"]])
+    trainer.load_state_dict(copy.deepcopy(store[last["checkpoint"]]))
     return run

@@ -57,7 +57,7 @@ def start(trainable: Any, folder: Path, search: AutoLRSSearch | None = None, **o
         ({"kappa": -1.0}, "kappa must be a finite number"),
         ({"initial": "sobol"}, "initial must be one of"),
         ({"fit": "mcmc"}, "fit must be one of"),
-        ({"series": "test"}, "series must be one of"),
+        ({"series": "test"}, 'series must be "authors" or "validation"'),
         ({"warmup_steps": 1000}, "warmup_steps must be below total_steps"),
         ({"warmup_steps": 10}, "warmup_lr must be a finite number"),
         ({"envelope": "step"}, "unknown envelope 'step'"),

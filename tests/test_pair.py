@@ -153,6 +153,24 @@ def test_anchored_race_overlaps_and_trains_no_step_twice(tmp_path: Path) -> None
     assert all(before[1] == after[0] for before, after in pairwise(trained))
 
 
+def test_finished_run_is_extended_as_if_it_had_been_longer_from_the_start(tmp_path: Path) -> None:
+    options = {"storage_path": tmp_path, "name": "run", "num_lrs": 3, "envelope": "wsd", "progress": False}
+    options["lr_interval"] = (1e-3, 1.0)
+    short = autolrs_ray.run(build_tiny, 200, **options)
+    with pytest.raises(ValueError, match="total_steps: 200 -> 400"):
+        autolrs_ray.run(build_tiny, 400, **options)
+    longer = autolrs_ray.run(build_tiny, 400, extend=True, **options)
+    assert longer.done
+    assert longer.schedule.total_steps == 400
+    assert [row["end"] for row in longer.rows if row["end"] <= 80] == [
+        row["end"] for row in short.rows if row["end"] <= 80
+    ]
+    trainer = Trainer(lambda: build_tiny({}), 0)
+    trainer.train(400, longer.schedule.lr_at)
+    weights = read_checkpoint(longer.checkpoint)["model"]
+    assert all(torch.equal(weights[name], value) for name, value in trainer.model.state_dict().items())
+
+
 def test_fractional_gpus_share_and_a_metric_to_maximise(tmp_path: Path) -> None:
     result = autolrs_ray.run(
         build_tiny,

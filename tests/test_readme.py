@@ -33,4 +33,6 @@ def test_make_commands_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     images = re.findall(r"\]\((docs/[^)]+)\)", README.read_text())
     assert images
-    assert all(README.with_name(image).exists() if "/" not in image else (README.parent / image).exists() for image in images)
+    assert all(
+        README.with_name(image).exists() if "/" not in image else (README.parent / image).exists() for image in images
+    )

@@ -6,31 +6,15 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
-from autolrs_ray.core import surrogate
 from autolrs_ray.core.forecast import forecast
-from autolrs_ray.core.plan import EnvelopeSpec, Stage, StagePlan, envelope_factor, require_float, require_int
+from autolrs_ray.core.plan import EnvelopeSpec, Stage, StagePlan, envelope_factor, require_bool, require_int
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
+from autolrs_ray.core.proposals import Probe, ProposalRule
 from autolrs_ray.core.segments import Segment
 
 MAIN = "main"
 MAX_ROUNDS = 2  # rounds of probes in a stage whose probes all diverged; each round lies two decades lower
 MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the run ends
-
-
-@dataclass
-class Probe:
-    """One LR tried in the current stage. status: "open", "done", "diverged" or "failed"."""
-
-    lr: float
-    x: float
-    status: str = "open"
-    forecast: float | None = None
-    stderr: float | None = None
-    loss: float | None = None
-    step: int = 0
-    checkpoint: str | None = None
 
 
 @dataclass
@@ -73,26 +57,25 @@ class PaperPolicy(Policy):
 
     # volatile
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+    _rule: ProposalRule = field(init=False, repr=False)
     _stages: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_int("num_lrs", self.num_lrs, 1)
-        require_int("probe_reports", self.probe_reports, 1)
-        require_int("concurrency", self.concurrency, 1)
-        require_float("kappa", self.kappa, 0.0, 1e6)
-        for name, value, allowed in (
-            ("initial", self.initial, ("random", "grid")),
-            ("fit", self.fit, tuple(surrogate.FITS)),
-            ("series", self.series, ("authors", "validation")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        for name in ("probe_reports", "main_reports", "concurrency"):
+            require_int(name, getattr(self, name), 1)
+        require_bool("promote", self.promote)
+        if self.series not in ("authors", "validation"):
+            raise ValueError(f'series must be "authors" or "validation", got {self.series!r}')
+        self._rule = ProposalRule(self.num_lrs, self.kappa, self.initial, self.fit, self.seed)
         envelope_factor(self.envelope, 0, self.total_steps)
         self._stages = len(self.plan.stages())
-        self.stage = self.plan.stage(0, self.plan.warmup_steps)
         self.interval = self.lr_interval
-        self.phase = "warmup" if self.plan.warmup_steps else "search"
-        if self.phase == "search":
+        self._begin()
+
+    def _begin(self) -> None:
+        self.step, self.checkpoint, self.probes, self.chosen = 0, None, [], None
+        self.stage, self.phase = self.plan.stage(0, self.plan.warmup_steps), "warmup"
+        if not self.plan.warmup_steps:
             self._open_stage()
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
@@ -108,6 +91,13 @@ class PaperPolicy(Policy):
     @property
     def breadth(self) -> int:
         return self.q
+
+    def cost(self, slots: int) -> tuple[float, float]:
+        stages, q = self.plan.stages(), max(1, min(slots, self.num_lrs))
+        probed = sum(stage.probe_steps for stage in stages) / self.total_steps
+        again = sum(stage.probe_steps for stage in stages if self.promote and stage.probe_steps < stage.steps)
+        given = again / self.total_steps
+        return 1.0 + self.num_lrs * probed - given, 1.0 + -(-self.num_lrs // q) * probed - given
 
     def wanted(self) -> list[Segment]:
         if self.phase == "search":
@@ -147,7 +137,7 @@ class PaperPolicy(Policy):
     def set_concurrency(self, slots: int) -> None:
         super().set_concurrency(slots)
         if self.phase == "search" and len(self.probes) <= 1:  # the first proposal is the same for every q
-            self.q = min(slots, self.num_lrs)
+            self.q = min(self.concurrency, self.num_lrs)
 
     def _open_stage(self) -> None:
         self.phase, self.q = "search", min(self.concurrency, self.num_lrs)
@@ -157,40 +147,16 @@ class PaperPolicy(Policy):
                   probe_steps=self.stage.probe_steps, concurrency=self.q)  # fmt: skip
 
     def _propose(self) -> None:
-        """Propose while the rule allows: probe i is told of the probes up to i - q and takes the later ones as pending.
-
-        The rule makes proposals independent of the order in which probes that run together happen to finish; with
-        q = 1 it is the paper's loop.
-        """
         first = self.rounds * self.num_lrs
-        while len(self.probes) < first + self.num_lrs:
-            i = len(self.probes)
-            told = self.probes[first : max(first, i - self.q + 1)]
-            if any(probe.status == "open" for probe in told):
-                return
-            x, failure = self._next_x(i - first, told, self.probes[first + len(told) : i])
+        while proposal := self._rule.next_x(self.stage.index, self.rounds, self.probes[first:], self.q):
+            x, failure = proposal
             if failure:
                 self.emit("warning", stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
             low, high = self.interval
             lr = math.exp(math.log(low) + x * (math.log(high) - math.log(low)))
+            i = len(self.probes)
             self.probes.append(Probe(lr, x))
             self.emit("proposal", stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
-
-    def _next_x(self, i: int, told: list[Probe], pending: list[Probe]) -> tuple[float, str]:
-        if i == 0 and self.initial == "random":
-            return float(np.random.default_rng([self.seed, self.stage.index, self.rounds]).uniform()), ""
-        grid = surrogate.bin_centred_grid(min(4, self.num_lrs))
-        if self.initial == "grid" and i < len(grid):
-            return grid[i], ""
-        diverged = [probe.x for probe in told if probe.status == "diverged"]
-        upper = max(0.0, min(diverged) - 1e-3) if diverged else 1.0
-        observed = [(p.x, p.forecast) for p in told if p.status == "done" and p.forecast is not None]
-        waiting = [probe.x for probe in pending]
-        try:
-            return surrogate.propose(observed, waiting, self.kappa, upper, self.fit), ""
-        except Exception as error:  # numerical libraries raise many types, and no probe is worth the run
-            tried = [p.x for p in told + pending]
-            return surrogate.propose([], tried, self.kappa, upper), f"{type(error).__name__}: {error}"
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -231,7 +197,9 @@ class PaperPolicy(Policy):
         predicted = forecast(steps, losses, self.stage.steps, self.floor)
         probe.status = "diverged" if status == "done" and not math.isfinite(predicted.value) else status
         if probe.status == "done":
-            probe.forecast, probe.stderr, probe.loss = predicted.value, predicted.stderr, points[-1].loss
+            probe.forecast, probe.stderr = predicted.value, predicted.stderr
+            probe.loss, probe.train_loss = points[-1].loss, points[-1].train_loss
+            self._keep_leading()
         self.emit(
             "probe",
             stage=self.stage.index, probe=index, arm=self._arm(index), lr=probe.lr, status=probe.status,
@@ -246,12 +214,29 @@ class PaperPolicy(Policy):
         done = [(p.forecast, i) for i, p in enumerate(self.probes) if p.status == "done" and p.forecast is not None]
         return min(done)[1] if done else None
 
+    def _keep_leading(self) -> None:
+        """Let go of all probes' checkpoints but the leading one's: `checkpoints` allows their deletion."""
+        leading = self._leading()
+        for i, probe in enumerate(self.probes):
+            if i != leading:
+                probe.checkpoint = None
+
+    def _leading(self) -> int | None:
+        return self._best() if self.chosen is None else self.chosen
+
     def _choose_if_complete(self) -> None:
         if self.phase != "search" or len(self.probes) < (self.rounds + 1) * self.num_lrs:
             return
         if any(probe.status == "open" for probe in self.probes):
             return
-        refuse_ignored_lr([(probe.lr, probe.loss) for probe in self.probes if probe.loss is not None])
+        try:
+            self._choose()
+        except AutoLRSError:
+            self._open_stage()  # whoever mends the cause and resumes gets this stage searched anew
+            raise
+
+    def _choose(self) -> None:
+        refuse_ignored_lr([(p.lr, p.loss, p.train_loss) for p in self.probes if p.loss is not None])
         best = self._best()
         if best is not None:
             self.phase, self.chosen = "train", best
@@ -300,7 +285,7 @@ class PaperPolicy(Policy):
         if best is None or self.chosen is None or self.rollbacks > MAX_ROLLBACKS:
             raise AutoLRSError(
                 f"the main trial diverged at step {point.step} with {lr=:.3g} and no smaller learning rate is left; "
-                f"the last good checkpoint is {self.checkpoint} (step {self.step}). Lower lr_interval and resume."
+                f"the last good checkpoint is {self.checkpoint} (step {self.step}). Start anew with a lower lr_interval."
             )
         self.chosen = best
         self.emit("rollback", stage=self.stage.index, step=point.step, lr=lr, new_lr=self.probes[best].lr)
@@ -310,9 +295,10 @@ class PaperPolicy(Policy):
 
     def saved(self, arm: str, step: int, path: str) -> None:
         if arm != MAIN:
-            for i, probe in enumerate(self.probes):
-                if self._arm(i) == arm and probe.status == "done":
-                    probe.checkpoint, probe.step = path, step
+            leading = self._leading()
+            if leading is not None and self._arm(leading) == arm and self.probes[leading].checkpoint != path:
+                self.probes[leading].checkpoint, self.probes[leading].step = path, step
+                self.emit("saved", stage=self.stage.index, arm=arm, step=step, checkpoint=path)
             return
         if self.phase == "warmup" and step >= self.plan.warmup_steps:
             self._commit(step, path, self.plan.warmup_lr, None)
@@ -364,23 +350,23 @@ class PaperPolicy(Policy):
             if probe.checkpoint == path:
                 probe.checkpoint = None
         if self.checkpoint != path:
+            if self.previous is not None and self.previous["checkpoint"] == path:
+                self.previous = None
             return
-        back = self.previous
-        self.emit("warning", stage=self.stage.index, message=f"checkpoint {path} is unreadable; going back a stage")
+        back, self.previous, self.loss = self.previous, None, None
+        way = "starting from scratch" if back is None else "going back a stage"
+        self.emit("warning", stage=self.stage.index, message=f"checkpoint {path} is unreadable; {way}")
+        self._issued.discard(MAIN)
         if back is None:
-            self.phase, self.step, self.checkpoint = "warmup" if self.plan.warmup_steps else "search", 0, None
-            self.stage = self.plan.stage(0, self.plan.warmup_steps)
-            if self.phase == "search":
-                self._open_stage()
+            self._begin()
             return
         self.stage, self.step, self.checkpoint = Stage(**back["stage"]), back["step"], back["checkpoint"]
         self.probes = [Probe(back["lr"], 0.0, "done", back["forecast"])]
-        self.phase, self.chosen, self.previous = "train", 0, None
+        self.phase, self.chosen = "train", 0
         self.rounds = self.rollbacks = 0
-        self._issued.discard(MAIN)
 
     def checkpoints(self) -> set[str]:
-        leading = self._best() if self.chosen is None else self.chosen
+        leading = self._leading()
         paths = {self.checkpoint, self.probes[leading].checkpoint if leading is not None else None}
         if self.previous is not None:
             paths.add(self.previous["checkpoint"])
@@ -388,7 +374,7 @@ class PaperPolicy(Policy):
 
     def progress(self) -> dict[str, Any]:
         resolved = sum(probe.status != "open" for probe in self.probes)
-        best = self._best() if self.chosen is None else self.chosen
+        best = self._leading()
         return dict(
             phase=self.phase, stage=self.stage.index, stages=self._stages, resolved=resolved,
             trials=max(len(self.probes), (self.rounds + 1) * self.num_lrs),
@@ -400,7 +386,7 @@ class PaperPolicy(Policy):
         return dict(
             policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
             previous=self.previous, loss=self.loss, q=self.q, interval=list(self.interval),
-            rounds=self.rounds, rollbacks=self.rollbacks,
+            rounds=self.rounds, rollbacks=self.rollbacks, concurrency=self.concurrency,
             probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
         )  # fmt: skip
 
@@ -412,4 +398,5 @@ class PaperPolicy(Policy):
         self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
         self.probes = [Probe(**probe) for probe in state["probes"]]
         self.chosen, self.previous = state["chosen"], state["previous"]
+        self.concurrency = state["concurrency"]  # it shapes the proposals: a run goes on with what it began with
         self._issued, self._points, self._events = set(), {}, []

@@ -42,9 +42,16 @@ def forecast(steps: Sequence[int], losses: Sequence[float], horizon: int, floor:
     y = np.asarray(losses, dtype=float)
     if len(y) == 0 or not np.all(np.isfinite(y)):
         return Forecast(float("inf"), float("inf"), "diverged")
+    size = float(np.abs(y).max()) or 1.0  # in units of it, squares stay within the range of floats
+    scaled = _forecast(t, y / size, horizon, None if floor is None else floor / size)
+    return Forecast(scaled.value * size, scaled.stderr * size, scaled.method)
+
+
+def _forecast(t: np.ndarray, y: np.ndarray, horizon: int, floor: float | None) -> Forecast:
+    """The same for (n,) finite losses of magnitude 1 at most."""
     naive = tail_mean(y)
     spread = float(y.std()) if len(y) > 1 else abs(naive)
-    if len(y) < 4 or t[-1] <= t[0] or spread <= 1e-12 * max(1.0, abs(naive)):
+    if len(y) < 4 or t[-1] <= t[0] or spread <= 1e-12:
         return Forecast(naive, spread, "mean")
     span = t[-1] - t[0]
     u = (t - t[0]) / span

@@ -53,7 +53,7 @@ def envelope_factor(spec: EnvelopeSpec, step: int, total_steps: int) -> float:
         return 1.0
     if callable(spec):
         factor = float(spec(step))
-    elif spec in ENVELOPES:
+    elif isinstance(spec, str) and spec in ENVELOPES:
         factor = ENVELOPES[spec](min(1.0, max(0.0, step / total_steps)))
     else:
         raise ValueError(f"unknown envelope {spec!r}: use one of {sorted(ENVELOPES)}, or a function step -> factor")
@@ -83,6 +83,20 @@ def require_float(name: str, value: Any, low: float, high: float, low_open: bool
     if not math.isfinite(number) or number > high or number < low or (low_open and number == low):
         raise ValueError(f"{name} must be a finite number in {'(' if low_open else '['}{low}, {high}], got {value!r}")
     return number
+
+
+def require_bool(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False; raise TypeError that names it otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def require_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """Return `value` as a tuple if it is a list or tuple; raise TypeError that names it otherwise."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple, got {value!r} ({type(value).__name__})")
+    return tuple(value)
 
 
 def validate_interval(lr_interval: Any) -> tuple[float, float]:

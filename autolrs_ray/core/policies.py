@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autolrs_ray.core.algorithm import PaperPolicy
-from autolrs_ray.core.plan import RUNGS, TOLERANCES, RacePlan, StagePlan, require_int, validate_interval
+from autolrs_ray.core.plan import RUNGS, TOLERANCES, RacePlan, StagePlan, require_int, require_tuple, validate_interval
 from autolrs_ray.core.policy import Policy
 from autolrs_ray.core.race import AnchoredPolicy
 
@@ -15,7 +15,7 @@ DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
                   "envelope")  # fmt: skip
-_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "averaging", "reports", "commits")
+_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "lag", "averaging", "reports", "commits")
 
 
 def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
@@ -23,11 +23,12 @@ def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **com
     if stage_steps is None:
         raise ValueError('policy="paper" needs stage_steps (tau, the optimizer steps of the first stage)')
     require_int("stage_steps", stage_steps, 1)
+    max_stage_steps, probe_steps = options.pop("max_stage_steps", None), options.pop("probe_steps", None)
     plan = StagePlan(
         total_steps=total_steps,
         stage_steps=stage_steps,
-        max_stage_steps=options.pop("max_stage_steps", None) or 8 * stage_steps,
-        probe_steps=options.pop("probe_steps", None) or max(1, stage_steps // 10),
+        max_stage_steps=8 * stage_steps if max_stage_steps is None else max_stage_steps,
+        probe_steps=max(1, stage_steps // 10) if probe_steps is None else probe_steps,
         warmup_steps=options.pop("warmup_steps", 0),
         warmup_lr=options.pop("warmup_lr", 0.0),
     )
@@ -35,8 +36,9 @@ def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **com
 
 
 def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
-    rungs = tuple(options.pop("rungs", None) or RUNGS)
-    tolerances = tuple(options.pop("tolerances", None) or TOLERANCES)
+    rungs, tolerances = options.pop("rungs", None), options.pop("tolerances", None)
+    rungs = RUNGS if rungs is None else require_tuple("rungs", rungs)
+    tolerances = TOLERANCES if tolerances is None else require_tuple("tolerances", tolerances)
     plan = RacePlan.from_fractions(total_steps, rungs, tolerances)
     return AnchoredPolicy(total_steps, plan=plan, **common, **options)
 

@@ -19,9 +19,12 @@ class AutoLRSError(RuntimeError):
     """The run cannot go on; the message says why, and what to do."""
 
 
-def refuse_ignored_lr(results: list[tuple[float, float]]) -> None:
-    """Raise AutoLRSError if three or more learning rates gave the very same loss. results: (lr, loss) pairs."""
-    if len(results) >= 3 and len({lr for lr, _ in results}) >= 3 and len({loss for _, loss in results}) == 1:
+def refuse_ignored_lr(results: list[tuple[float, float, float | None]]) -> None:
+    """Raise AutoLRSError if three or more learning rates gave the very same losses.
+
+    results: (lr, score, training loss or None). The score alone would not do: an accuracy may tie in earnest.
+    """
+    if len({lr for lr, *_ in results}) >= 3 and len({tuple(losses) for _, *losses in results}) == 1:
         raise AutoLRSError(
             f"{len(results)} trials with learning rates from {min(results)[0]:.3g} to {max(results)[0]:.3g} all reported "
             f'the same loss {results[0][1]:.6g}: the trainable does not use config["lr"]. Write it into the optimizer\'s '
@@ -78,6 +81,10 @@ class Policy(ABC):
     @abstractmethod
     def breadth(self) -> int:
         """How many trials may run side by side from here on, slots permitting."""
+
+    @abstractmethod
+    def cost(self, slots: int) -> tuple[float, float]:
+        """Most compute and most wall-clock on `slots` equal slots, both in full runs, if nothing fails."""
 
     @abstractmethod
     def wanted(self) -> list[Segment]:

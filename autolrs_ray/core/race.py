@@ -11,27 +11,14 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autolrs_ray.core import surrogate
-from autolrs_ray.core.plan import EnvelopeSpec, RacePlan, envelope_factor, require_float, require_int
+from autolrs_ray.core.plan import EnvelopeSpec, RacePlan, envelope_factor, require_bool, require_float, require_int
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
+from autolrs_ray.core.rungs import EARLY, FINALISTS_FROM, Trunk, infill, leader_of, losers
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.core.surrogate import bin_centred_grid
 
-FINALISTS_FROM = 0.32  # fraction of the run after which at most `finalists` trunks go on
-
-
-@dataclass
-class Trunk:
-    """One LR scale. status: "open", "dropped", "diverged", "failed" or "won". scores: rung step -> averaged score."""
-
-    lr: float
-    x: float
-    status: str = "open"
-    infill: bool = False
-    step: int = 0
-    checkpoint: str | None = None
-    previous: tuple[int, str] | None = None
-    saved_loss: float | None = None
-    scores: dict[int, float] = field(default_factory=dict)
+HOLDS = {"wsd": 0.4, "constant": 1.0}
+"""Envelopes that begin with a hold at 1, and the fraction of the run it lasts: runs under them can be extended."""
 
 
 @dataclass
@@ -39,7 +26,8 @@ class AnchoredPolicy(Policy):
     """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
 
     below: an LR below the leader is dropped at this fraction of the tolerance that one above it enjoys, because large
-    LRs lag on the averaged score and overtake as the envelope falls. finalists: trunks that may go past 0.32 T.
+    LRs lag on the averaged score and overtake as the envelope falls. lag: before 0.08 T an LR stays that has come as far
+    as the leader had at this fraction of its steps (1: off). finalists: trunks that may go past 0.32 T.
     averaging: score trunks on averaged weights where they are reported. reports: validation points per rung.
     commits: checkpoints of a trunk over the whole run, beside those at rungs.
     """
@@ -51,6 +39,7 @@ class AnchoredPolicy(Policy):
     infill: int = 0
     finalists: int = 2
     below: float = 0.25
+    lag: float = 0.3
     averaging: bool = True
     reports: int = 8
     commits: int = 20
@@ -62,23 +51,65 @@ class AnchoredPolicy(Policy):
 
     # volatile
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+    _crossing: dict[str, Point] = field(default_factory=dict, init=False, repr=False)
+    _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, minimum in (("num_lrs", 1), ("infill", 0), ("finalists", 1), ("reports", 1), ("commits", 1)):
-            require_int(name, getattr(self, name), minimum)
+        for name in ("num_lrs", "finalists", "reports", "commits", "concurrency"):
+            require_int(name, getattr(self, name), 1)
+        require_int("infill", self.infill, 0)
+        require_bool("averaging", self.averaging)
         require_float("below", self.below, 0.0, 1.0)
+        require_float("lag", self.lag, 0.0, 1.0)
         for step in (0, self.total_steps // 2, self.total_steps):
             envelope_factor(self.envelope, step, self.total_steps)
-        spaced = {round(self.total_steps * i / self.commits) for i in range(1, self.commits + 1)}
-        rungs = self.plan.rungs
-        late = {step for step in spaced if not rungs or step > rungs[0]}
-        self._boundaries = tuple(sorted(set(rungs) | late | {self.total_steps}))
-        low, high = self.lr_interval
-        for x in surrogate.bin_centred_grid(self.num_lrs):
-            self.trunks.append(Trunk(math.exp(math.log(low) + x * math.log(high / low)), x))
+        self._boundaries = self._lay_boundaries()
+        for x in bin_centred_grid(self.num_lrs):
+            self._new_trunk(x)
         for i, trunk in enumerate(self.trunks):
             self.emit("proposal", stage=0, probe=i, arm=self._arm(i), lr=trunk.lr)
+
+    def _lay_boundaries(self) -> tuple[int, ...]:
+        """Steps at which checkpoints are due: rungs, commits, the end of the envelope's hold, the end."""
+        spaced = {round(self.total_steps * i / self.commits) for i in range(1, self.commits + 1)}
+        rungs = self.plan.rungs
+        late = {step for step in (*spaced, self._hold_end()) if not rungs or step > rungs[0]}
+        return tuple(sorted(set(rungs) | late | {self.total_steps}))
+
+    def _hold_end(self) -> int:
+        """Last step up to which the envelope is 1 whatever the total is; 0 where it falls from the start."""
+        return int(HOLDS.get(self.envelope, 0.0) * self.total_steps) if isinstance(self.envelope, str) else 0
+
+    def extend(self, total_steps: int) -> None:
+        """Lengthen a run whose race is over, finished or not, to `total_steps`.
+
+        The steps trained while the envelope held stay; what came after is trained again at the longer envelope. Raises
+        ValueError if the envelope does not hold first, the race is still on, or `total_steps` is not larger.
+        """
+        alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
+        if not self._hold_end():
+            raise ValueError(
+                f"envelope {self.envelope!r} falls from the start: only {' and '.join(HOLDS)} can be extended"
+            )
+        if total_steps <= self.total_steps:
+            raise ValueError(f"total_steps must be larger than {self.total_steps}, got {total_steps}")
+        if len(alive) != 1:
+            raise ValueError(f"{len(alive)} learning rates are still in the race: let it come to one before extending")
+        trunk = alive[0]
+        if trunk.step > self._hold_end():
+            if trunk.held is None:
+                raise ValueError("the checkpoint at the end of the hold is lost: the run cannot be extended")
+            (trunk.step, trunk.checkpoint), trunk.previous = trunk.held, None
+        trunk.status, trunk.scores, trunk.saved_loss = "open", {}, None
+        self.total_steps, self.phase = total_steps, "race"
+        self._close_race()
+        self.emit("extend", total_steps=total_steps, step=trunk.step, lr=trunk.lr)
+
+    def _close_race(self) -> None:
+        """No rungs any more: the one trunk left trains to the end."""
+        self.plan, self.decided = RacePlan(self.total_steps, (), ()), 0
+        self._boundaries = self._lay_boundaries()
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
@@ -103,6 +134,12 @@ class AnchoredPolicy(Policy):
     def breadth(self) -> int:
         return len(self._open()) + (self.infill if self.decided == 0 else 0)
 
+    def cost(self, slots: int) -> tuple[float, float]:
+        trunks, late = self.num_lrs + self.infill, min(self.finalists, self.num_lrs + self.infill)
+        waves, last = -(-trunks // max(1, slots)), -(-late // max(1, slots))
+        early = FINALISTS_FROM
+        return trunks * early + late * (1.0 - early), waves * early + last * (1.0 - early)
+
     def wanted(self) -> list[Segment]:
         if self.done:
             return []
@@ -124,32 +161,50 @@ class AnchoredPolicy(Policy):
         trunk = self.trunks[index]
         if self.done or trunk.status != "open":
             return Verdict.FINISH
-        points = self._points.setdefault(arm, [])
-        while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
-            points.pop()
-        crossed = [b for b in self._boundaries if (points[-1].step if points else trunk.step) < b <= point.step]
-        points.append(point)
+        crossed = self._record(arm, trunk, point)
         if not math.isfinite(self._score(point)):
             self._end(index, "diverged")
-            self._decide()
-            self._finish_if_last()
+            self._settle()
             return Verdict.FINISH
-        if not crossed:
+        if crossed:
+            for rung in crossed:
+                if rung in self.plan.rungs and rung not in trunk.scores:
+                    self._score_rung(index, rung, self._points[arm])
+            self._points[arm], self._crossing[arm] = [], point
+            self._settle()
+            if trunk.status != "open":
+                return Verdict.FINISH
+        return self._rest(arm, trunk, point, can_save) if crossed or arm in self._unsaved else Verdict.CONTINUE
+
+    def _record(self, arm: str, trunk: Trunk, point: Point) -> list[int]:
+        """Take the point in; return the boundaries crossed since the one before it."""
+        points, crossing = self._points.setdefault(arm, []), self._crossing.get(arm)
+        while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
+            points.pop()
+        before = trunk.step
+        if points:
+            before = points[-1].step
+        elif crossing is not None and crossing.step < point.step:
+            before = crossing.step
+        points.append(point)
+        return [boundary for boundary in self._boundaries if before < boundary <= point.step]
+
+    def _rest(self, arm: str, trunk: Trunk, point: Point, can_save: bool) -> Verdict:
+        """The verdict at a boundary, or at the first report after it whose state can be saved."""
+        if not can_save:
+            self._unsaved.add(arm)
+            if point.step >= 2 * self.total_steps - trunk.step:
+                raise AutoLRSError(
+                    f"trunk {arm} came to step {point.step} of {self.total_steps} without a checkpoint since step "
+                    f"{trunk.step}. Pass checkpoint= to tune.report at every report, or at least at those past a rung."
+                )
             return Verdict.CONTINUE
-        for rung in crossed:
-            if rung in self.plan.rungs and rung not in trunk.scores:
-                self._score_rung(index, rung, points)
-        self._points[arm] = [point]
-        self._decide()
-        if trunk.status != "open":
-            return Verdict.FINISH
+        self._unsaved.discard(arm)
         if point.step >= self.total_steps:
             return Verdict.FINISH_AND_SAVE
         full = len(self._issued) >= self.concurrency
         behind = full and any(other.start < point.step for other in self.wanted())
-        if behind or self._rungs_passed(trunk) > self.decided + 1:
-            return Verdict.PAUSE
-        return Verdict.SAVE if can_save else Verdict.CONTINUE
+        return Verdict.PAUSE if behind or self._rungs_passed(trunk) > self.decided + 1 else Verdict.SAVE
 
     def _score(self, point: Point) -> float:
         return point.averaged_loss if self.averaging and point.averaged_loss is not None else point.loss
@@ -157,81 +212,94 @@ class AnchoredPolicy(Policy):
     def _score_rung(self, index: int, rung: int, points: list[Point]) -> None:
         since = [self._score(point) for point in points]
         tail = since[-max(1, len(since) // 4) :]
-        self.trunks[index].scores[rung] = sum(tail) / len(tail)
-        self.emit("rung", arm=self._arm(index), probe=index, lr=self.trunks[index].lr, step=rung,
-                  score=self.trunks[index].scores[rung], loss=points[-1].loss,
-                  averaged_loss=points[-1].averaged_loss)  # fmt: skip
+        trunk, last = self.trunks[index], points[-1]
+        if self._is_early(rung):
+            trunk.curve += [(point.step, self._score(point)) for point in points]
+        trunk.scores[rung], trunk.train_loss = sum(tail) / len(tail), last.train_loss
+        self.emit("rung", arm=self._arm(index), probe=index, lr=trunk.lr, step=rung, score=trunk.scores[rung],
+                  loss=last.loss, averaged_loss=last.averaged_loss)  # fmt: skip
+
+    def _is_early(self, rung: int) -> bool:
+        return rung < round(EARLY * self.total_steps)
 
     # -- the rule ------------------------------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        """Draw every conclusion that what is known allows: rungs, the end, or that there is none."""
+        self._decide()
+        if not self._open() and not self.done and not self._revive():
+            self._fail()
+        self._finish_if_last()
+
     def _decide(self) -> None:
-        """Decide every rung that all open trunks have passed, in order."""
+        """Decide every rung that all open trunks have passed, in order.
+
+        A trunk that passed the rung and diverged after it takes part: it would have if the others had been faster.
+        """
         while self.decided < len(self.plan.rungs):
             rung = self.plan.rungs[self.decided]
-            alive = self._open()
-            if any(rung not in trunk.scores for _, trunk in alive):
+            if any(rung not in trunk.scores for _, trunk in self._open()):
                 return
+            field = [t for t in self.trunks if t.status in ("open", "diverged") and rung in t.scores]
             if self.decided == 0:
-                refuse_ignored_lr([(trunk.lr, trunk.scores[rung]) for _, trunk in alive])
-            self._drop(rung, self.plan.tolerances[self.decided], alive)
+                refuse_ignored_lr([(trunk.lr, trunk.scores[rung], trunk.train_loss) for trunk in field])
+            self._drop(rung, self.plan.tolerances[self.decided], field)
             self.decided += 1
             if self.decided == 1 and self.infill:
                 self._fill_in()
-        if not self._open() and not self.done:
-            self._fail()
 
-    def _drop(self, rung: int, tolerance: float, alive: list[tuple[int, Trunk]]) -> None:
-        if not alive:
+    def _drop(self, rung: int, tolerance: float, field: list[Trunk]) -> None:
+        if not field:
             return
-        leader = min(alive, key=lambda item: item[1].scores[rung])[1]
-        best = leader.scores[rung]
-        dropped = []
-        for i, trunk in alive:
-            behind = (trunk.scores[rung] - best) / max(abs(best), 1e-12)
-            if behind > tolerance * (1.0 if trunk.lr > leader.lr else self.below):
-                dropped.append(i)
-        if rung >= FINALISTS_FROM * self.total_steps:
-            ranked = sorted((trunk.scores[rung], i) for i, trunk in alive if i not in dropped)
-            dropped += [i for _, i in ranked[self.finalists :]]
-        for i in dropped:
-            self._end(i, "dropped")
-        kept = [trunk.lr for _, trunk in self._open()]
-        self.emit("decision", step=rung, leader=leader.lr, score=best, dropped=len(dropped), kept=kept)
-        if len(kept) == 1 and len(alive) > 1:
+        late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
+        lag = self.lag if self._is_early(rung) else 1.0
+        out = losers(field, rung, tolerance, self.below, self.finalists if late else None, lag)
+        for trunk in out:
+            trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead
+            self._end(self.trunks.index(trunk), "dropped")
+        leader, kept = leader_of(field, rung), [trunk.lr for _, trunk in self._open()]
+        self.emit("decision", step=rung, leader=leader.lr, score=leader.scores[rung], dropped=len(out), kept=kept)
+        if len(kept) == 1 and len(field) > 1:
             self.emit("choice", stage=0, lr=kept[0], step=rung)
 
     def _fill_in(self) -> None:
-        """Propose `infill` LRs by the lower confidence bound on the first rung's scores, beside and between survivors."""
-        rung = self.plan.rungs[0]
-        survivors = [trunk.x for _, trunk in self._open()]
-        if not survivors:
+        try:
+            xs = infill(self.trunks, self.plan.rungs[0], 1.0 / self.num_lrs, self.infill)
+        except Exception as error:  # numerical libraries raise many types, and no in-fill LR is worth the run
+            self.emit("warning", stage=0, message=f"surrogate failed ({error}); no in-fill LR")
             return
-        spacing = 1.0 / self.num_lrs
-        low, high = max(0.0, min(survivors) - spacing), min(1.0, max(survivors) + spacing)
-        observed = [
-            ((trunk.x - low) / (high - low), trunk.scores[rung])
-            for trunk in self.trunks
-            if rung in trunk.scores and low <= trunk.x <= high
-        ]
-        pending: list[float] = []
-        for _ in range(self.infill):
-            try:
-                u = surrogate.propose(observed, pending, kappa=2.0)
-            except Exception as error:  # numerical libraries raise many types, and no in-fill LR is worth the run
-                self.emit("warning", stage=0, message=f"surrogate failed ({error}); no in-fill LR")
-                return
-            pending.append(u)
-            x = low + u * (high - low)
-            ends = math.log(self.lr_interval[0]), math.log(self.lr_interval[1])
-            self.trunks.append(Trunk(math.exp(ends[0] + x * (ends[1] - ends[0])), x, infill=True))
-            i = len(self.trunks) - 1
-            self.emit("proposal", stage=0, probe=i, arm=self._arm(i), lr=self.trunks[i].lr, infill=True)
+        for x in xs:
+            trunk = self._new_trunk(x, infill=True)
+            self.emit("proposal", stage=0, probe=len(self.trunks) - 1, arm=self._arm(len(self.trunks) - 1), lr=trunk.lr,
+                      infill=True)  # fmt: skip
+
+    def _new_trunk(self, x: float, infill: bool = False) -> Trunk:
+        low, high = self.lr_interval
+        self.trunks.append(Trunk(math.exp(math.log(low) + x * (math.log(high) - math.log(low))), x, infill=infill))
+        return self.trunks[-1]
 
     def _end(self, index: int, status: str) -> None:
         trunk = self.trunks[index]
         trunk.status = status
-        self._points.pop(self._arm(index), None)
+        self._forget(self._arm(index))
         self.emit("trunk", arm=self._arm(index), probe=index, lr=trunk.lr, status=status, step=trunk.step)
+
+    def _forget(self, arm: str) -> None:
+        self._points.pop(arm, None)
+        self._crossing.pop(arm, None)
+        self._unsaved.discard(arm)
+
+    def _revive(self) -> bool:
+        """All that were left have diverged: start the best of those dropped below them again, if there is one."""
+        bound = min((trunk.lr for trunk in self.trunks if trunk.status == "diverged"), default=0.0)
+        fallen = [trunk for trunk in self.trunks if trunk.status == "dropped" and trunk.lr < bound]
+        if not fallen:
+            return False
+        trunk = min(fallen, key=lambda trunk: (-max(trunk.scores), trunk.scores[max(trunk.scores)]))
+        trunk.restart()
+        arm = self._arm(self.trunks.index(trunk))
+        self.emit("warning", stage=0, arm=arm, message=f"all other trunks diverged; LR {trunk.lr:.3g} starts again")
+        return True
 
     def _fail(self) -> None:
         tried = ", ".join(f"{trunk.lr:.3g} ({trunk.status})" for trunk in self.trunks)
@@ -245,14 +313,16 @@ class AnchoredPolicy(Policy):
     def saved(self, arm: str, step: int, path: str) -> None:
         index = int(arm[1:])
         trunk = self.trunks[index]
-        if trunk.status != "open":
+        if trunk.status != "open" or step <= trunk.step:
             return
-        last = self._points.get(arm, [])
-        if trunk.checkpoint is not None and trunk.checkpoint != path:
+        if trunk.checkpoint is not None:
             trunk.previous = (trunk.step, trunk.checkpoint)
         trunk.step, trunk.checkpoint = step, path
-        trunk.saved_loss = self._score(last[-1]) if last else trunk.saved_loss
-        point = last[-1] if last else None
+        if step == self._hold_end():
+            trunk.held = (step, path)
+        seen = [self._crossing[arm]] if arm in self._crossing else []
+        point = next((p for p in [*seen, *self._points.get(arm, [])] if p.step == step), None)
+        trunk.saved_loss = self._score(point) if point else None
         self.emit(
             "commit", stage=0, arm=arm, end=step, lr=trunk.lr, checkpoint=path, loss=point.loss if point else None,
             averaged_loss=point.averaged_loss if point else None,
@@ -277,6 +347,9 @@ class AnchoredPolicy(Policy):
         if trunk.status != "open":
             return
         if len(self._open()) == 1:
+            for other in self.trunks:  # before the first decision, whoever mends the cause gets the whole field back
+                if other.status == "failed" and self.decided == 0:
+                    other.restart()
             raise AutoLRSError(
                 f"the last trunk of the race (LR {trunk.lr:.3g}) failed for good ({reason}). Its last good checkpoint is "
                 f"{trunk.checkpoint or 'none: it had not reached its first rung'} (step {trunk.step}); run the same "
@@ -284,24 +357,29 @@ class AnchoredPolicy(Policy):
             )
         self.emit("warning", stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._end(index, "failed")
-        self._decide()
-        self._finish_if_last()
+        self._settle()
 
     def is_open(self, arm: str) -> bool:
         return not self.done and self.trunks[int(arm[1:])].status == "open"
 
     def lost(self, path: str) -> None:
-        for trunk in self.trunks:
+        for index, trunk in enumerate(self.trunks):
             if trunk.previous and trunk.previous[1] == path:
                 trunk.previous = None
+            if trunk.held and trunk.held[1] == path:
+                trunk.held = None
             if trunk.checkpoint == path:
                 trunk.step, trunk.checkpoint = trunk.previous or (0, None)
                 trunk.previous = None
+                if trunk.status == "won":
+                    trunk.status, self.phase = "open", "race"
+                self._forget(self._arm(index))
                 self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
 
     def checkpoints(self) -> set[str]:
         alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
         paths = {trunk.checkpoint for trunk in alive} | {trunk.previous[1] for trunk in alive if trunk.previous}
+        paths |= {trunk.held[1] for trunk in alive if trunk.held}
         return {path for path in paths if path is not None}
 
     def progress(self) -> dict[str, Any]:
@@ -317,6 +395,7 @@ class AnchoredPolicy(Policy):
     def state_dict(self) -> dict[str, Any]:
         return dict(
             policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps,
+            extended=not self.plan.rungs,
             trunks=[{**asdict(t), "scores": {str(k): v for k, v in t.scores.items()}} for t in self.trunks],
         )  # fmt: skip
 
@@ -324,12 +403,17 @@ class AnchoredPolicy(Policy):
         if state.get("policy") != "anchored":
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'anchored'")
         self.phase, self.decided = state["phase"], state["decided"]
+        if state["extended"]:
+            self._close_race()
         self.trunks = [
             Trunk(**{
                 **trunk,
                 "previous": tuple(trunk["previous"]) if trunk["previous"] else None,
+                "held": tuple(trunk["held"]) if trunk["held"] else None,
+                "curve": [(step, score) for step, score in trunk["curve"]],
                 "scores": {int(step): score for step, score in trunk["scores"].items()},
             })
             for trunk in state["trunks"]
         ]  # fmt: skip
-        self._issued, self._points, self._events = set(), {}, []
+        self._issued, self._events = set(), []
+        self._points, self._crossing, self._unsaved = {}, {}, set()

@@ -27,6 +27,11 @@ _LENGTHSCALES = torch.logspace(math.log10(0.05), math.log10(2.0), 20, dtype=torc
 _NOISES = torch.logspace(-4, -0.5, 8, dtype=torch.float64)  # noise variance over signal variance
 
 
+def preload() -> None:
+    """Import BoTorch now, for whoever has time to spare."""
+    _botorch()
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """lengthscale in units of x; outputscale and noise are variances in units of the standardised y."""
@@ -69,10 +74,14 @@ def fit_hyperparameters(x: Tensor, y: Tensor) -> Hyperparameters:
 @cache
 def _botorch() -> Any:
     """Import BoTorch on first use: it costs about a second, which `import autolrs_ray` should not."""
-    import botorch.acquisition
-    import botorch.fit
-    import botorch.models
-    import gpytorch
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # what they deprecate among themselves; an error here would cost us the surrogate
+        import botorch.acquisition
+        import botorch.fit
+        import botorch.models
+        import gpytorch
 
     return botorch, gpytorch
 
@@ -81,8 +90,9 @@ def standardise(losses: Sequence[float]) -> Tensor:
     """(n,) losses -> (n,) float64 with mean 0 and variance 1. What lies far above the rest is clipped first, so that
     one bad LR cannot flatten the landscape: at the median plus twice the median's height above the minimum."""
     y = torch.tensor(losses, dtype=torch.float64)
+    y = y / (y.abs().max() or 1.0)  # squares stay within the range of floats
     if y.numel() >= 3:
-        low, median = y.min(), y.median()
+        low, median = y.min(), y.quantile(0.5)  # `median` would be the lower of the two middle values
         y = y.clamp(max=float(median + 2.0 * (median - low)) if median > low else float(y.max()))
     y = y - y.mean()
     std = float(y.square().mean().sqrt())
@@ -91,6 +101,8 @@ def standardise(losses: Sequence[float]) -> Tensor:
 
 def fit_hyperparameters_mll(x: Tensor, y: Tensor) -> Hyperparameters:
     """The same by BoTorch's own `fit_gpytorch_mll` (L-BFGS on the marginal likelihood, 50 to 300 ms): the reference."""
+    if not y.any():  # the likelihood of a constant has no maximum
+        return fit_hyperparameters(x, y)
     botorch, gpytorch = _botorch()
     kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=2.5))
     model = botorch.models.SingleTaskGP(
@@ -141,23 +153,33 @@ def bin_centred_grid(count: int) -> list[float]:
     return [(i + 0.5) / count for i in range(count)]
 
 
+def space_filling(tried: Sequence[float], upper: float = 1.0) -> float:
+    """The x in [0, upper] farthest from all those `tried`; the middle if there are none."""
+    if not tried:
+        return upper / 2.0
+    grid = torch.linspace(0.0, upper, GRID_SIZE, dtype=torch.float64)
+    z = torch.tensor(list(tried), dtype=torch.float64)
+    return float(grid[int((grid[:, None] - z).abs().min(1).values.argmax())])
+
+
 def propose(
     observed: Sequence[tuple[float, float]],
     pending: Sequence[float],
     kappa: float,
     upper: float = 1.0,
     fit: str = "map",
+    apart: float = 0.0,
 ) -> float:
     """Next x in [0, upper] by the lower confidence bound mu - kappa * sigma (argmin over a log grid).
 
     observed: (x, loss) pairs with finite losses. pending: x of probes that still run; they enter with the posterior's
     own mean as their value (GP-BUCB, Desautels et al. 2014): the mean stays and sigma shrinks around them.
-    upper: x above this are forbidden (a probe there diverged).
+    upper: x above this are forbidden (a probe there diverged). apart: so far from every other x, if there is room.
     """
+    if not observed:  # the prior mean is flat, so only sigma counts
+        return space_filling(pending, upper)
     grid = torch.linspace(0.0, upper, GRID_SIZE, dtype=torch.float64)
     z = torch.tensor(list(pending), dtype=torch.float64)
-    if not observed:  # the prior mean is flat, so only sigma counts: the point farthest from those pending
-        return float(grid[int((grid[:, None] - z).abs().min(1).values.argmax())]) if len(pending) else upper / 2.0
     x = torch.tensor([point for point, _ in observed], dtype=torch.float64)
     y = standardise([loss for _, loss in observed])
     hyper = FITS[fit](x, y)
@@ -168,4 +190,8 @@ def propose(
             y = torch.cat([y, model.posterior(z[:, None]).mean[:, 0]])
             model = build_model(torch.cat([x, z]), y, hyper)
         acquisition = botorch.acquisition.UpperConfidenceBound(model, beta=kappa**2, maximize=False)
-        return float(grid[int(acquisition(grid[:, None, None]).argmax())])
+        value = acquisition(grid[:, None, None])
+    near = (grid[:, None] - torch.cat([x, z])).abs().min(1).values < apart
+    if not near.all():
+        value[near] = -math.inf
+    return float(grid[int(value.argmax())])

@@ -1,0 +1,100 @@
+"""What a rung of the race decides: who is dropped, and which LRs join. Functions of the trunks' scores alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from autolrs_ray.core import surrogate
+
+EARLY = 0.08
+"""Fraction of the run before which a rung is early: a trunk that lags behind is given time."""
+
+FINALISTS_FROM = 0.32
+"""Fraction of the run after which at most `finalists` trunks go on."""
+
+
+@dataclass(eq=False)
+class Trunk:
+    """One LR scale of the race. status: "open", "dropped", "diverged", "failed" or "won". x: log LR scaled to [0, 1].
+
+    scores: rung step -> averaged score. curve: (step, score) of every report up to the last early rung. step, checkpoint:
+    the last commit; previous: the one before it; held: the one at the end of the envelope's hold. saved_loss: the score
+    at the last commit, train_loss: the training loss at the last rung.
+    """
+
+    lr: float
+    x: float
+    status: str = "open"
+    infill: bool = False
+    step: int = 0
+    checkpoint: str | None = None
+    previous: tuple[int, str] | None = None
+    saved_loss: float | None = None
+    train_loss: float | None = None
+    scores: dict[int, float] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    held: tuple[int, str] | None = None
+
+    def reached(self, step: float) -> float:
+        """Score of the last report up to `step`; of the first one where there is none so early; -inf without any."""
+        before = [score for at, score in self.curve if at <= step]
+        return before[-1] if before else self.curve[0][1] if self.curve else -math.inf
+
+    def restart(self) -> None:
+        """Open again, from scratch."""
+        self.status, self.step, self.checkpoint, self.previous = "open", 0, None, None
+
+
+def leader_of(trunks: list[Trunk], rung: int) -> Trunk:
+    """The trunk with the lowest score at `rung`; the first of equals."""
+    return min(trunks, key=lambda trunk: trunk.scores[rung])
+
+
+def losers(
+    trunks: list[Trunk], rung: int, tolerance: float, below: float, finalists: int | None, lag: float = 1.0
+) -> list[Trunk]:
+    """Those of `trunks` (all scored at `rung`) that do not go on.
+
+    An LR above the leader's goes if it is worse by more than `tolerance` (relative), one below if by more than
+    `below` * `tolerance`. But none goes that has come as far as the leader had after `lag` * `rung` steps: at first,
+    progress is LR times steps, and an LR a third of the leader's lags by two thirds whatever it is worth (1: no such
+    mercy). Of the others, the best `finalists` stay (None: all).
+    """
+    leader = leader_of(trunks, rung)
+    best = leader.scores[rung]
+
+    def allowed(trunk: Trunk) -> float:
+        return tolerance * (1.0 if trunk.lr > leader.lr else below) * max(abs(best), 1e-12)
+
+    reach = leader.reached(lag * rung) if lag < 1.0 else best
+    kept = [trunk for trunk in trunks if trunk.scores[rung] - best <= allowed(trunk) or trunk.scores[rung] <= reach]
+    kept.sort(key=lambda trunk: trunk.scores[rung])
+    staying = {id(trunk) for trunk in kept[:finalists]}
+    return [trunk for trunk in trunks if id(trunk) not in staying]
+
+
+def infill(trunks: list[Trunk], rung: int, spacing: float, count: int) -> list[float]:
+    """x of up to `count` LRs beside and between the open trunks, by the lower confidence bound on the scores at `rung`.
+
+    They reach one `spacing` beyond the outermost open trunks, but not up to an LR that diverged before the rung, and
+    keep a quarter of it from every other LR: left alone, the bound proposes the same LR twice over.
+    """
+    survivors = [trunk.x for trunk in trunks if trunk.status == "open"]
+    if not survivors:
+        return []
+    diverged = [trunk.x for trunk in trunks if trunk.status == "diverged" and rung not in trunk.scores]
+    low = max(0.0, min(survivors) - spacing)
+    high = max(max(survivors), min([1.0, max(survivors) + spacing, *(x - 0.5 * spacing for x in diverged)]))
+    observed = [
+        ((trunk.x - low) / (high - low), trunk.scores[rung])
+        for trunk in trunks
+        if rung in trunk.scores and low <= trunk.x <= high
+    ]
+    apart, pending = 0.25 * spacing / (high - low), list[float]()
+    for _ in range(count):
+        u = surrogate.propose(observed, pending, kappa=2.0, apart=apart)
+        if min(abs(u - other) for other in [*pending, *(x for x, _ in observed)]) < apart:
+            break  # there is no room left
+        pending.append(u)
+    return [low + u * (high - low) for u in pending]

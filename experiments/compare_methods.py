@@ -1,0 +1,370 @@
+"""The methods of the comparison. Each trains T main steps, makes every choice on validation data, and reads the test
+split once, for its final model.
+
+compute: steps trained in all trials over T, search included. wall_clock: the same on `SLOTS` free slots, in steps over T
+(a grid of full runs fits its slots: 1.0; the policies: `experiments.slots`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autolrs_ray.core.plan import RUNGS, TOLERANCES
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.training import Trainer
+from experiments.compare_tasks import (
+    DEFAULT_LR,
+    GRID,
+    INTERVALS,
+    SCHEDULE_FREE_DEFAULT,
+    SCHEDULE_FREE_GRID,
+    WEIGHT_DECAY,
+    Task,
+)
+from experiments.memo import Memo, MemoTrainer, PerRunOrderTrainer
+from experiments.slots import run_slots
+
+SLOTS = 12
+"""k: trials that run at the same time; the size of the race's field."""
+
+
+@dataclass
+class Outcome:
+    """What one method found with one seed. weights: "raw" or "averaged", whichever is the final model."""
+
+    test_loss: float
+    test_accuracy: float | None
+    val_loss: float
+    compute: float
+    wall_clock: float
+    lr: float | None = None
+    weights: str = "raw"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Lab:
+    """One task at one seed, with the memo that all its methods share."""
+
+    def __init__(self, task: Task, seed: int, folder: Path) -> None:
+        self.task, self.seed = task, seed
+        self.memo = Memo(folder / f"{task.name}-{seed}.sqlite")
+        self._trainers: dict[str, MemoTrainer] = {}
+
+    @property
+    def test_data(self) -> tuple[Tensor, Tensor]:
+        return self.task.split(self.seed)["test"]
+
+    def trainer(
+        self, averaging: bool = True, raw: bool = False, train_losses: bool = False, order: str = "common"
+    ) -> MemoTrainer:
+        """The memo trainer for this data order; its snapshots live as long as the lab."""
+        kind = Trainer if order == "common" else PerRunOrderTrainer
+        if order not in self._trainers:
+            self._trainers[order] = MemoTrainer(
+                lambda: kind(lambda: self.task.build(self.seed), self.seed, averaging=True),
+                self.memo,
+                f"{self.task.name}/{self.seed}/{order}",
+                lambda: self.test_data,
+            )
+        trainer = self._trainers[order]
+        trainer.averaging, trainer.raw, trainer.train_losses = averaging, raw, train_losses
+        trainer.reset()
+        return trainer
+
+    def outcome(self, trainer: MemoTrainer, weights: str, compute: float, wall: float, **fields: Any) -> Outcome:
+        """Read the test split for the state `trainer` is in. weights "best": the better on validation."""
+        losses = {name: trainer.validation(name == "averaged")["loss"] for name in _candidates(weights)}
+        chosen = min(losses, key=lambda name: _finite(losses[name]))
+        test = trainer.evaluate_test(chosen == "averaged")
+        return Outcome(test["loss"], test.get("accuracy"), losses[chosen], compute, wall, weights=chosen, **fields)
+
+
+def _candidates(weights: str) -> tuple[str, ...]:
+    return ("raw", "averaged") if weights == "best" else (weights,)
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def one_cycle(u: float) -> float:
+    """torch's OneCycleLR: cosine from 1/25 to 1 over the first 30 %, cosine to 1/250,000 over the rest."""
+    low, start, end, turn = 1.0, 1 / 25, 1 / 250_000, 0.3
+    if u < turn:
+        return start + (low - start) * 0.5 * (1.0 - math.cos(math.pi * u / turn))
+    return end + (low - end) * 0.5 * (1.0 + math.cos(math.pi * (u - turn) / (1.0 - turn)))
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda u: 1.0,
+    "linear": lambda u: 1.0 - u,
+    "cosine": lambda u: 0.5 * (1.0 + math.cos(math.pi * u)),
+    "one-cycle": one_cycle,
+    "quadratic": lambda u: 1.0 - u * u,
+}
+
+
+def _train(lab: Lab, shape: str, lr: float) -> MemoTrainer:
+    trainer, steps = lab.trainer(), lab.task.steps
+    trainer.train(steps, lambda step: lr * SHAPES[shape](step / steps))
+    return trainer
+
+
+def tuned(lab: Lab, shape: str, weights: str = "raw") -> Outcome:
+    """Full runs at every LR of the grid, the best on validation: a grid of 7 costs 7 T."""
+    grid = GRID[lab.task.optimizer]
+    found = []
+    for lr in grid:
+        trainer = _train(lab, shape, lr)
+        found.append((min(_finite(trainer.validation(w == "averaged")["loss"]) for w in _candidates(weights)), lr))
+    lr = min(found)[1]
+    edge = lr in (grid[0], grid[-1])
+    return lab.outcome(_train(lab, shape, lr), weights, float(len(grid)), 1.0, lr=lr, extra={"edge": edge})
+
+
+def untuned(lab: Lab, shape: str) -> Outcome:
+    lr = DEFAULT_LR[lab.task.optimizer]
+    return lab.outcome(_train(lab, shape, lr), "raw", 1.0, 1.0, lr=lr)
+
+
+# -- optimizers that claim to need no schedule -------------------------------------------------------------------------
+
+
+class AveragedPointTrainer(Trainer):
+    """Schedule-Free: evaluated at the averaged point, batch-norm statistics re-estimated there on 50 batches."""
+
+    def train(self, until: int, lr_at: Callable[[int], float]) -> float:
+        self.task.optimizer.train()  # type: ignore[attr-defined]
+        return super().train(until, lr_at)
+
+    def to_averaged_point(self) -> None:
+        self.task.optimizer.eval()  # type: ignore[attr-defined]
+        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        self.model.train()
+        with torch.no_grad():
+            for step in range(50):
+                self.model(self.batch(step)[0])
+
+
+def _schedule_free(lab: Lab, lr: float) -> AveragedPointTrainer:
+    import schedulefree
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        kind, decay = lab.task.optimizer, WEIGHT_DECAY[lab.task.optimizer]
+        warmup = lab.task.steps // 20  # the authors advise a warm-up of about 5 %
+        if kind == "sgd":
+            return schedulefree.SGDScheduleFree(
+                parameters, lr=lr, momentum=0.9, weight_decay=decay, warmup_steps=warmup
+            )
+        return schedulefree.AdamWScheduleFree(parameters, lr=lr, weight_decay=decay, warmup_steps=warmup)
+
+    trainer = AveragedPointTrainer(lambda: lab.task.build(lab.seed, make), lab.seed)
+    trainer.train(lab.task.steps, lambda step: lr)
+    trainer.to_averaged_point()
+    return trainer
+
+
+def schedule_free(lab: Lab, grid: list[float]) -> Outcome:
+    found = {}
+    for lr in grid:
+        key = f"schedule-free/{lr!r}"
+        if lab.memo.get(key) is None:
+            lab.memo.put(key, _schedule_free(lab, lr).evaluate()["loss"])
+        found[lr] = _finite(lab.memo.get(key))
+    lr = min(found, key=lambda lr: found[lr])
+    trainer = _schedule_free(lab, lr)
+    test = trainer.evaluate(lab.test_data)
+    extra = {"edge": len(grid) > 1 and lr in (grid[0], grid[-1])}
+    return Outcome(test["loss"], test.get("accuracy"), found[lr], float(len(grid)), 1.0, lr, "averaged", extra)
+
+
+def prodigy(lab: Lab) -> Outcome:
+    """LR 1 under cosine decay, as its authors advise."""
+    import prodigyopt
+
+    decay = WEIGHT_DECAY[lab.task.optimizer]
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        with redirect_stdout(io.StringIO()):  # it says which weight decay it uses, every time
+            return prodigyopt.Prodigy(parameters, lr=1.0, weight_decay=decay)
+
+    trainer = Trainer(lambda: lab.task.build(lab.seed, make), lab.seed)
+    trainer.train(lab.task.steps, lambda step: SHAPES["cosine"](step / lab.task.steps))
+    val, test = trainer.evaluate(), trainer.evaluate(lab.test_data)
+    return Outcome(test["loss"], test.get("accuracy"), val["loss"], 1.0, 1.0, 1.0)
+
+
+# -- our policies ------------------------------------------------------------------------------------------------------
+
+
+def paper(lab: Lab, decades: int = 2, slots: int = SLOTS, **options: Any) -> Outcome:
+    """5 stages of tau = T / 5, tau' = tau / 10, k = 10 probes a stage; the validation loss ranks probes throughout.
+
+    Stages that double from T / 15 on, ranked by training loss at first as the authors do, are one of the ablations: with
+    probes of a handful of steps they did worse.
+    """
+    task, tau = lab.task, lab.task.steps // 5
+    options = {"stage_steps": tau, "max_stage_steps": tau, "probe_reports": task.probe_reports, **options}
+    policy = make_policy("paper", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
+    doubling = options["max_stage_steps"] > options["stage_steps"]  # only then is the training loss read
+    trainer = lab.trainer(averaging=False, raw=True, train_losses=doubling)
+    run = run_slots(policy, trainer, slots)
+    lrs = [event["lr"] for event in run.events if event["event"] == "commit"]
+    return lab.outcome(trainer, "raw", run.steps / task.steps, run.clock / task.steps, extra={"lrs": lrs})
+
+
+def paper_doubling(lab: Lab) -> Outcome:
+    tau = lab.task.steps // 15
+    return paper(lab, stage_steps=tau, max_stage_steps=8 * tau)
+
+
+def anchored(
+    lab: Lab, decades: int = 6, slots: int = SLOTS, order: str = "common", weights: str = "best", **options: Any
+) -> Outcome:
+    """The race; the final model is the better of raw and averaged weights on validation."""
+    task = lab.task
+    options = {"reports": task.reports, "commits": task.commits, **options}
+    policy = make_policy("anchored", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
+    averaging = options.get("averaging", True)
+    trainer = lab.trainer(averaging=averaging, raw=not averaging, order=order)
+    run = run_slots(policy, trainer, slots)
+    last = run.events[-1]
+    kept = {event["step"] / task.steps: event["kept"] for event in run.events if event["event"] == "decision"}
+    extra = {"kept": {f"{fraction:.2f}": lrs for fraction, lrs in kept.items()}}
+    return lab.outcome(trainer, weights, run.steps / task.steps, run.clock / task.steps, lr=last["lr"], extra=extra)
+
+
+def scaled_rungs(factor: float) -> dict[str, Any]:
+    """Rungs at `factor` times the usual fractions, those past the end left out."""
+    pairs = [(rung * factor, tolerance) for rung, tolerance in zip(RUNGS, TOLERANCES, strict=True) if rung * factor < 1]
+    return {"rungs": [rung for rung, _ in pairs], "tolerances": [tolerance for _, tolerance in pairs]}
+
+
+WIDE_AT_FIRST = (0.4, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)
+
+
+def _rungs_from(first: int) -> dict[str, Any]:
+    """The usual rungs without the first few."""
+    return {"rungs": RUNGS[first:], "tolerances": TOLERANCES[first:]}
+
+
+def _tolerances(factor: float) -> dict[str, Any]:
+    return {"tolerances": [factor * tolerance for tolerance in TOLERANCES]}
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """group: "main", "ablation", "setting" (of the race; exploration) or "ray". decades: width of the search interval."""
+
+    name: str
+    group: str
+    run: Callable[[Lab], Outcome]
+    tuned: bool = False
+    decades: int | None = None
+
+
+def _schedule_free_grid(lab: Lab) -> Outcome:
+    return schedule_free(lab, SCHEDULE_FREE_GRID[lab.task.optimizer])
+
+
+def _schedule_free_default(lab: Lab) -> Outcome:
+    return schedule_free(lab, [SCHEDULE_FREE_DEFAULT[lab.task.optimizer]])
+
+
+def _anchored(name: str, group: str = "ablation", decades: int = 6, **options: Any) -> Method:
+    return Method(f"anchored, {name}", group, partial(anchored, decades=decades, **options), decades=decades)
+
+
+def _methods() -> list[Method]:
+    return [
+        Method("anchored", "main", anchored, decades=6),
+        Method("paper", "main", paper, decades=2),
+        Method("constant", "main", partial(tuned, shape="constant"), tuned=True),
+        Method("constant + averaged weights", "main", partial(tuned, shape="constant", weights="averaged"), tuned=True),
+        Method("linear", "main", partial(tuned, shape="linear"), tuned=True),
+        Method(
+            "linear, better of raw and averaged", "main", partial(tuned, shape="linear", weights="best"), tuned=True
+        ),
+        Method("linear, default LR", "main", partial(untuned, shape="linear")),
+        Method("quadratic", "main", partial(tuned, shape="quadratic"), tuned=True),
+        Method(
+            "quadratic, better of raw and averaged", "main", partial(tuned, shape="quadratic", weights="best"), True
+        ),
+        Method("Schedule-Free", "main", _schedule_free_grid, tuned=True),
+        Method("Schedule-Free, default LR", "main", _schedule_free_default),
+        Method("Prodigy + cosine", "main", prodigy),
+        Method("paper, q = 1", "main", partial(paper, slots=1), decades=2),
+        Method("paper, 4 decades", "main", partial(paper, decades=4), decades=4),
+        Method("paper, 6 decades", "main", partial(paper, decades=6), decades=6),
+        _anchored("4 decades", "main", 4),
+        _anchored("2 decades", "main", 2),
+        _anchored("on 4 slots", "main", slots=4),
+        Method("cosine", "main", partial(tuned, shape="cosine"), tuned=True),
+        Method("one-cycle", "main", partial(tuned, shape="one-cycle"), tuned=True),
+        Method("cosine, default LR", "main", partial(untuned, shape="cosine")),
+        Method("one-cycle, default LR", "main", partial(untuned, shape="one-cycle")),
+        Method("constant, default LR", "main", partial(untuned, shape="constant")),
+        _anchored("no averaging", averaging=False, weights="raw"),
+        _anchored("no envelope", envelope="constant"),
+        _anchored("wsd", envelope="wsd"),
+        _anchored("linear", envelope="linear"),
+        _anchored("5 LRs by the GP", infill=5),
+        _anchored("log grid of 17", num_lrs=17),
+        _anchored("rungs half as long", **scaled_rungs(0.5)),
+        _anchored("rungs twice as long", **scaled_rungs(2.0)),
+        _anchored("1 finalist", finalists=1),
+        _anchored("no mercy for laggards", lag=1.0),
+        _anchored("no common random numbers", order="per run"),
+        Method("paper + quadratic envelope", "ablation", partial(paper, envelope="quadratic"), decades=2),
+        Method("paper, doubling stages", "ablation", paper_doubling, decades=2),
+        _anchored("3 LRs by the GP", "setting", infill=3),
+        _anchored("8 LRs by the GP", "setting", infill=8),
+        _anchored("log grid of 24", "setting", num_lrs=24),
+        _anchored("6 finalists", "setting", finalists=6),
+        _anchored("lag = 0.2", "setting", lag=0.2),
+        _anchored("lag = 0.5", "setting", lag=0.5),
+        _anchored("below = 1", "setting", below=1.0),
+        _anchored("below = 1, no lag", "setting", below=1.0, lag=1.0),
+        _anchored("tolerances halved", "setting", **_tolerances(0.5)),
+        _anchored("tolerances doubled", "setting", **_tolerances(2.0)),
+        _anchored("tolerances wide at first", "setting", tolerances=WIDE_AT_FIRST),
+        _anchored("first rung at .04 T", "setting", **_rungs_from(1)),
+        _anchored("first rung at .08 T", "setting", **_rungs_from(2)),
+        _anchored("first rung at .04 T, 5 LRs by the GP", "setting", infill=5, **_rungs_from(1)),
+        _anchored("first rung at .08 T, 5 LRs by the GP", "setting", infill=5, **_rungs_from(2)),
+        _anchored("1 report a rung", "setting", reports=1),
+        _anchored(
+            "plain halving", "setting", below=1.0, lag=1.0, tolerances=(0.05, 0.02, 0.01, 0.003, 0.001, 0.0, 0.0)
+        ),
+    ]
+
+
+METHODS = {method.name: method for method in _methods()}
+
+
+def setting(task: Task) -> str:
+    """What a cached result depends on beside task, method and seed, in short."""
+    text = f"{task.steps}/{SLOTS}/{task.batch_size}/{task.reports}/{task.commits}/{task.probe_reports}/{task.title}"
+    return f"T{task.steps}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"

@@ -1,0 +1,182 @@
+"""Tables, JSON and figure of the comparison, from its cached rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.compare_tasks import Task
+
+TITLES = {
+    "digits": "Digits (8 x 8 images, SGD)",
+    "digits_noise": "Digits with 20 % label noise (SGD)",
+    "char_lm": "Characters (GRU, AdamW)",
+    "cifar16": "CIFAR-10 at 16 x 16 (SGD)",
+    "cifar32": "CIFAR-10 at 32 x 32 (SGD)",
+}
+Number = list[float] | None
+
+
+def hardware() -> str:
+    import torch
+
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), 1 thread a run, torch {torch.__version__}"
+
+
+def mean_se(values: list[float | None]) -> Number:
+    """[mean, standard error] over seeds; the error is 0 for one seed. None where a value is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    mean = sum(known) / len(known)
+    if len(known) == 1:
+        return [mean, 0.0]
+    return [mean, math.sqrt(sum((v - mean) ** 2 for v in known) / (len(known) - 1) / len(known))]
+
+
+def summarise(cached: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of compare.json: one per task, setting and method. minus_anchored: paired over the seeds both have."""
+    by_task: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in cached:
+        by_task[row["task"], row["setting"]][row["method"]].append(row)
+    result = []
+    for (task, _), found in by_task.items():
+        reference = {row["seed"]: row["outcome"]["test_loss"] for row in found.get("anchored", [])}
+        for method, rows in found.items():
+            known = methods.get(method)
+            outcomes = [row["outcome"] for row in sorted(rows, key=lambda row: row["seed"])]
+            differences = [
+                row["outcome"]["test_loss"] - reference[row["seed"]] for row in rows if row["seed"] in reference
+            ]
+            result.append(dict(
+                task=task, method=method, group=known.group if known else "main", tuned=bool(known and known.tuned),
+                interval_decades=known.decades if known else 2, seeds=len(rows), steps=rows[0]["steps"],
+                test_loss=mean_se([o["test_loss"] for o in outcomes]),
+                test_accuracy=mean_se([o["test_accuracy"] for o in outcomes]),
+                minus_anchored=mean_se(differences) if differences else None,
+                compute=round(sum(o["compute"] for o in outcomes) / len(rows), 3),
+                wall_clock=round(sum(o["wall_clock"] for o in outcomes) / len(rows), 3),
+                lrs=[o["lr"] for o in outcomes], hardware=rows[-1]["hardware"], date=max(row["date"] for row in rows),
+            ))  # fmt: skip
+    return result
+
+
+def _plus_minus(value: Number, digits: int, sign: str = "", scale: float = 1.0) -> str:
+    if value is None or not all(math.isfinite(v) for v in value):
+        return "" if value is None else "diverged"
+    return f"{scale * value[0]:{sign}.{digits}f} ± {scale * value[1]:.{digits}f}"
+
+
+def _source(row: dict[str, Any]) -> str:
+    if row["tuned"]:
+        return "7 full runs"
+    return f"{row['interval_decades']} decades" if row["interval_decades"] else "default"
+
+
+def _rank(row: dict[str, Any]) -> tuple[int, float]:
+    loss = row["test_loss"][0]
+    return (["main", "ablation", "setting"].index(row["group"]), loss if math.isfinite(loss) else math.inf)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: main methods first, best test loss on top, then ablations and settings of the race."""
+    accuracy = any(row["test_accuracy"] for row in rows)
+    heads = [
+        "method",
+        "LR from",
+        "test loss",
+        "minus anchored (paired)",
+        "compute, T",
+        f"wall-clock, T ({12} slots)",
+        "seeds",
+    ]
+    heads = heads[:3] + (["test accuracy, %"] if accuracy else []) + heads[3:]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    group = "main"
+    for row in sorted(rows, key=_rank):
+        if row["group"] != group:
+            group = row["group"]
+            title = {"ablation": "*ablations*", "setting": "*settings of the race*"}[group]
+            lines.append(f"| {title} |" + " |" * (len(heads) - 1))
+        name = f"**{row['method']}**" if row["method"] in ("paper", "anchored") else row["method"]
+        cells = [name, _source(row), _plus_minus(row["test_loss"], 4)]
+        cells += [_plus_minus(row["test_accuracy"], 2, scale=100.0)] if accuracy else []
+        difference = "" if row["method"] == "anchored" else _plus_minus(row["minus_anchored"], 4, "+")
+        cells += [difference, f"{row['compute']:.2f}", f"{row['wall_clock']:.2f}", str(row["seeds"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """One line: anchored against the best tuned row, and against the paper's policy."""
+    found = {row["method"]: row for row in rows}
+    tuned = [row for row in rows if row["tuned"] and math.isfinite(row["test_loss"][0])]
+    if "anchored" not in found or not tuned:
+        return ""
+    ours, best = found["anchored"], min(tuned, key=lambda row: row["test_loss"][0])
+    gap, error = -best["minus_anchored"][0], best["minus_anchored"][1]
+    return (
+        f"anchored {_plus_minus(ours['test_loss'], 4)} at {ours['compute']:.2f} T; best tuned row: {best['method']}, "
+        f"{_plus_minus(best['test_loss'], 4)} at {best['compute']:.0f} T; gap {gap:+.4f} ± {error:.4f} "
+        f"(paired): {'within' if gap <= error else 'more than'} one standard error."
+    )
+
+
+NOTES = """
+Losses and accuracies: mean ± standard error over seeds, on a test split that was read once for each final model; every
+choice (LR, weights, winner of a race) was made on the validation split. On the digits tasks each seed draws its own split,
+so the error of a mean is mostly the split's: compare methods by the paired column (same seeds, same splits). Negative:
+the method beat anchored. compute: optimizer steps of all trials over T, search included. Wall-clock: the same on 12 free
+slots, training steps only (`experiments/slots.py`). "7 full runs": LR tuned on a grid over 2 decades around the default
+(.1 for SGD, 3e-3 for AdamW; Schedule-Free 1.0 and 2.5e-3). `paper`: 5 stages of T / 5, 10 probes of T / 50 each, over 2
+decades around the default LR (wider where its name says so). `anchored`: all defaults, over [1e-5, 10] (SGD) or [1e-6, 1]
+(AdamW) unless its name says otherwise. PBT and PB2: Ray's own, 12 trials, LR over 2 decades. Methods share stretches that
+they train in common; results are those of separate runs.
+"""
+
+
+def write_report(
+    cached: list[dict[str, Any]], out: Path, tasks: Mapping[str, Task], methods: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Write compare.json, compare.md, compare.png and compare.svg into `out`, and print the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = summarise(cached, methods)
+    parts = ["# The comparison\n\nMade by `python -m experiments.compare`; numbers in compare.json.\n"]
+    order = {name: i for i, name in enumerate(TITLES)}
+    names = sorted({row["task"] for row in rows}, key=lambda name: order.get(name, 99))
+    for name in names:
+        of_task = [row for row in rows if row["task"] == name]
+        steps = of_task[0]["steps"]
+        text = f"## {TITLES.get(name, name)}, T = {steps} steps\n\n{verdict(of_task)}\n\n{table(of_task)}\n"
+        print(text)
+        parts.append(text)
+    extra = out / "compare_notes.md"  # what was not run, written by hand beside the results
+    parts += ["## Notes\n" + NOTES, extra.read_text() if extra.exists() else ""]
+    _replace(out / "compare.md", "\n".join(parts).rstrip() + "\n")
+    _replace(out / "compare.json", json.dumps([_strict(row) for row in rows], indent=1) + "\n")
+    if rows:
+        from experiments.compare_figure import draw
+
+        draw(rows, out / "compare", TITLES)
+    return rows
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities as None: strict JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

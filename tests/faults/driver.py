@@ -1,0 +1,122 @@
+"""A training run as a user would start it, in a process of its own, to be killed. Its last line on stdout is its outcome.
+
+`python -m tests.faults.driver STORAGE --policy paper` once more is how it is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.tune import Callback
+
+import autolrs_ray
+from autolrs_ray import RunResult, journal
+from autolrs_ray.training import read_checkpoint
+from tests.faults.trainables import Fragile
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": dict(
+        total_steps=200, stage_steps=40, max_stage_steps=40, probe_steps=8, num_lrs=4, probe_reports=4, main_reports=4,
+        lr_interval=(1e-2, 1.0),
+    ),
+    "anchored": dict(
+        total_steps=160, num_lrs=5, rungs=(0.1, 0.3, 0.6), tolerances=(0.3, 0.2, 0.1), infill=2, finalists=3, reports=2,
+        commits=6, lr_interval=(1e-3, 1.0),
+    ),
+}  # fmt: skip
+
+
+class DiesInTheRecord:
+    """`os` for autolrs_ray.journal: the process is killed before its n-th fsync or rename there."""
+
+    def __init__(self, n: int) -> None:
+        self._left = n
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("fsync", "replace"):
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return getattr(os, name)
+
+
+class KillsIdleActors(Callback):  # type: ignore[misc]
+    """Kills the actor of every third probe as soon as it has ended and waits for its next trial."""
+
+    def __init__(self, flag: str) -> None:
+        self._flag, self._ended = Path(flag), 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended += 1
+        if self._ended % 3 == 0:
+            with open(self._flag, "a") as file:
+                file.write("idle\n")
+            os.kill(int(trial.last_result["pid"]), signal.SIGKILL)
+
+
+def digest(checkpoint: str) -> str:
+    """SHA-256 of all weights and buffers of a checkpoint."""
+    state = hashlib.sha256()
+    for name, value in sorted(read_checkpoint(checkpoint)["model"].items()):
+        state.update(name.encode() + value.contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def outcome(result: RunResult) -> dict[str, Any]:
+    """What two runs are compared by: the LR of every step, every committed row, the final weights."""
+    assert result.checkpoint is not None
+    return {
+        "done": result.done,
+        "lrs": [result.schedule.lr_at(step) for step in range(result.schedule.total_steps)],
+        "rows": [[row["end"], row["lr"], row["loss"]] for row in result.rows],
+        "weights": digest(result.checkpoint),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("storage")
+    parser.add_argument("--policy", default="paper")
+    parser.add_argument("--address", default="local")
+    parser.add_argument("--config", type=json.loads, default={})
+    parser.add_argument("--options", type=json.loads, default={})
+    parser.add_argument("--die-at", type=int, default=0)
+    parser.add_argument("--kill-idle", default="")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.die_at:
+        journal.os = DiesInTheRecord(given.die_at)  # type: ignore[assignment]
+    folder = tempfile.mkdtemp(prefix="alr", dir="/tmp")  # socket paths end at 107 bytes
+    local = given.address == "local"
+    own = dict(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, _temp_dir=folder) if local else {}
+    ray.init(address=given.address, log_to_driver=False, **own)
+    try:
+        result = autolrs_ray.run(
+            Fragile,
+            policy=given.policy,
+            storage_path=given.storage,
+            name="run",
+            config=given.config,
+            progress=False,
+            callbacks=[KillsIdleActors(given.kill_idle)] if given.kill_idle else None,
+            **{**OPTIONS[given.policy], **given.options},
+        )
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(outcome(result)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Damaged and hostile files in a run folder: the last good one is used with a warning, and nothing foreign is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autolrs_ray import AutoLRSSearch
+from autolrs_ray.journal import JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE
+from tests.faults.harness import COUNTS, SCALE, Driver, compare, journal_text
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+
+Undisturbed = Callable[[str], dict[str, Any]]
+Damage = Callable[[Path], None]
+
+
+class Evil:
+    """Unpickling it creates the file named in FAULTS_MARKER."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, ('touch "$FAULTS_MARKER"',))
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def hostile(file: Path) -> None:
+    file.write_bytes(pickle.dumps(Evil()))
+
+
+def removed(file: Path) -> None:
+    file.unlink()
+
+
+DAMAGES = [truncated, emptied, flipped, hostile, removed]
+one_by_one = pytest.mark.skipif(SCALE < 20, reason="one kind of file at a time: with FAULTS=20")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> tuple[Path, Path]:
+    """(storage, copy of it): a paper run whose driver was killed in the search of its fourth stage."""
+    storage = tmp_path_factory.mktemp("stopped")
+    with Driver(storage, ("--address", cluster)) as driver:
+        assert driver.wait_until(lambda: '"arm":"s003p01","role"' in journal_text(storage))
+        driver.kill()
+    copy = storage.with_name("copy")
+    shutil.copytree(storage, copy)
+    return storage, copy
+
+
+@pytest.fixture
+def run(stopped: tuple[Path, Path]) -> Path:
+    """The stopped run's folder, as it was when it was stopped (its state names its checkpoints by their full paths)."""
+    storage, copy = stopped
+    shutil.rmtree(storage)
+    shutil.copytree(copy, storage)
+    return storage / "run"
+
+
+def main_checkpoints(run: Path) -> list[Path]:
+    """Those of the main trial that its state names, the last one first."""
+    state = json.loads((run / STATE_FILE).read_text())["state"]
+    return [Path(state["checkpoint"]), Path(state["previous"]["checkpoint"])]
+
+
+def finish(run: Path, cluster: str, expected: dict[str, Any], rows: bool = True) -> str:
+    """Resume, compare with `expected`, and return what was said on stderr."""
+    marker = run.parent / "executed"
+    with Driver(run.parent, ("--address", cluster), {"FAULTS_MARKER": str(marker)}) as driver:
+        compare(driver.outcome(), expected, rows)
+        assert not marker.exists(), "a file of the run was executed"
+        return driver.errors.read_text()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_everything_damaged_at_once(run: Path, cluster: str, undisturbed: Undisturbed, damage: Damage) -> None:
+    last, _ = main_checkpoints(run)
+    for file in (last / "state.pt", run / STATE_FILE, run / JOURNAL_FILE):
+        damage(file)
+        COUNTS["corrupt_files"] += 1
+    said = finish(run, cluster, undisturbed("paper"), rows=False)
+    assert f"checkpoint {last}" in said
+    assert "RecordWarning" in said
+    assert "unreadable; going back a stage" in journal_text(run.parent)
+    commits = [json.loads(line) for line in journal_text(run.parent).splitlines() if '"event":"commit"' in line]
+    assert [row["end"] for row in commits] == [40, 80, 120, 120, 160, 200]
+
+
+@one_by_one
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint(run: Path, cluster: str, undisturbed: Undisturbed, damage: Damage) -> None:
+    last, _ = main_checkpoints(run)
+    damage(last / "state.pt")
+    COUNTS["corrupt_files"] += 1
+    said = finish(run, cluster, undisturbed("paper"), rows=False)
+    assert f"checkpoint {last}" in said
+    assert "unreadable; going back a stage" in journal_text(run.parent)
+
+
+@one_by_one
+@pytest.mark.parametrize("damage", [truncated, emptied, removed])
+def test_damaged_manifest_or_both_checkpoints(
+    run: Path, cluster: str, undisturbed: Undisturbed, damage: Damage
+) -> None:
+    last, previous = main_checkpoints(run)
+    if damage is removed:
+        for folder in (last, previous):
+            shutil.rmtree(folder)
+    else:
+        damage(last / "manifest.json")
+    COUNTS["corrupt_files"] += 2 if damage is removed else 1
+    finish(run, cluster, undisturbed("paper"), rows=False)
+    way = "starting from scratch" if damage is removed else "going back a stage"
+    assert way in journal_text(run.parent)
+
+
+@one_by_one
+@pytest.mark.parametrize("name", [STATE_FILE, JOURNAL_FILE])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_record(run: Path, cluster: str, undisturbed: Undisturbed, name: str, damage: Damage) -> None:
+    damage(run / name)
+    COUNTS["corrupt_files"] += 1
+    said = finish(run, cluster, undisturbed("paper"))
+    assert "RecordWarning" in said or (name, damage) == (STATE_FILE, removed)
+
+
+def test_both_states_damaged_is_a_clear_error(run: Path, cluster: str) -> None:
+    hostile(run / STATE_FILE)
+    truncated(run / PREVIOUS_STATE_FILE)
+    COUNTS["corrupt_files"] += 2
+    marker = run.parent / "executed"
+    with Driver(run.parent, ("--address", cluster), {"FAULTS_MARKER": str(marker)}) as driver:
+        assert driver.finish() == 1
+        assert "RuntimeError: cannot resume from" in driver.errors.read_text()
+    assert not marker.exists()
+
+
+def test_hostile_checkpoint_with_a_matching_manifest_is_refused(run: Path, cluster: str) -> None:
+    last, _ = main_checkpoints(run)
+    hostile(last / "state.pt")
+    content = (last / "state.pt").read_bytes()
+    manifest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "step": 120}
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    COUNTS["corrupt_files"] += 1
+    marker = run.parent / "executed"
+    more = ("--options", json.dumps({"max_failures": 0}))
+    with Driver(run.parent, ("--address", cluster, *more), {"FAULTS_MARKER": str(marker)}) as driver:
+        assert driver.finish() == 1
+        assert "cannot be loaded" in driver.errors.read_text()
+    assert not marker.exists()
+
+
+def test_hostile_files_of_tune_are_not_read(
+    run: Path, cluster: str, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What our resume promises. (Tuner.restore is Ray's own: it unpickles the files of the folder it is given.)"""
+    found = [file for file in run.rglob("*") if file.suffix in (".pkl", ".json") and "autolrs" not in file.name]
+    planted = [run / name for name in ("tuner.pkl", "trainable.pkl", "searcher-state-2099-01-01_00-00-00.pkl",
+                                       "search_gen_state-2099-01-01_00-00-00.json", "callback-state-2099.pkl",
+                                       "experiment_state-2099-01-01_00-00-00.json")]  # fmt: skip
+    kept = {file for folder in main_checkpoints(run) for file in folder.iterdir()}
+    for file in {*found, *planted} - kept:
+        hostile(file)
+        COUNTS["corrupt_files"] += 1
+    finish(run, cluster, undisturbed("paper"))
+    monkeypatch.setenv("FAULTS_MARKER", str(tmp_path / "executed"))
+    with pytest.raises(ValueError, match=r"codec|JSON|Expecting"):
+        AutoLRSSearch(200, policy="paper", stage_steps=40).restore(str(planted[2]))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_second_driver_on_a_run_is_refused(tmp_path: Path, cluster: str, undisturbed: Undisturbed) -> None:
+    slow = ("--address", cluster, "--config", json.dumps({"pause_s": 0.2}))
+    with Driver(tmp_path, slow) as first:
+        assert first.wait_until(lambda: '"event":"commit"' in journal_text(tmp_path))
+        with Driver(tmp_path, slow) as second:
+            assert second.finish() == 1
+            assert "another process is driving the run" in second.errors.read_text()
+        compare(first.outcome(), undisturbed("paper"))

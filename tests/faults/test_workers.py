@@ -1,0 +1,77 @@
+"""Workers are killed: retried within max_failures with nothing lost; beyond it probes are booked as failed, and the main
+trial ends the run with an error that says how to go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autolrs_ray.journal import read_journal
+from tests.faults.harness import COUNTS, Driver, compare
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+
+Undisturbed = Callable[[str], dict[str, Any]]
+
+
+def command(folder: Path, policy: str = "paper", options: dict[str, Any] | None = None, **plan: Any) -> tuple[str, ...]:
+    config = json.dumps({"flag": str(folder / "flag"), **plan})
+    return ("--policy", policy, "--config", config, "--options", json.dumps(options or {}))
+
+
+def count_kills(folder: Path) -> list[str]:
+    kills = (folder / "flag").read_text().splitlines()
+    COUNTS["worker_kills"] += len(kills)
+    return kills
+
+
+@pytest.mark.parametrize(("policy", "plan"), [
+    ("paper", {"kill": {"probe": 0.1}, "kill_at": ["main report 104", "main save 160"]}),
+    ("anchored", {"kill": {"trunk": 0.1}, "kill_at": ["trunk save 16 t01", "trunk save 48 t02"]}),
+])  # fmt: skip
+def test_killed_workers_change_nothing(
+    tmp_path: Path, undisturbed: Undisturbed, policy: str, plan: dict[str, Any]
+) -> None:
+    with Driver(tmp_path, command(tmp_path, policy, {"max_failures": 10}, **plan)) as driver:
+        compare(driver.outcome(), undisturbed(policy))
+    kills = count_kills(tmp_path)
+    assert len(kills) >= 4
+    assert any("report" in kill for kill in kills)
+    assert any("save" in kill for kill in kills)
+
+
+@pytest.mark.parametrize("policy", ["paper", "anchored"])
+def test_actors_killed_between_two_trials_change_nothing(tmp_path: Path, undisturbed: Undisturbed, policy: str) -> None:
+    arguments = ("--policy", policy, "--kill-idle", str(tmp_path / "flag"))
+    with Driver(tmp_path, arguments) as driver:
+        compare(driver.outcome(), undisturbed(policy))
+    assert count_kills(tmp_path)
+
+
+def test_probe_killed_for_good_is_booked_and_the_run_ends(tmp_path: Path) -> None:
+    plan = {"kill_at": ["probe report 84 s002p01", "probe report 84 s002p02"]}
+    with Driver(tmp_path, command(tmp_path, options={"max_failures": 0}, **plan)) as driver:
+        assert driver.outcome()["done"]
+    assert len(count_kills(tmp_path)) == 2
+    failed = [e["arm"] for e in read_journal(tmp_path / "run") if e["event"] == "probe" and e["status"] == "failed"]
+    assert sorted(failed) == ["s002p01", "s002p02"]
+
+
+def test_main_killed_for_good_names_its_checkpoint_and_resumes(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    again = command(tmp_path, options={"max_failures": 0}, kill_at=["main report 104", "main save 160"])
+    for last_good in (80, 120):
+        with Driver(tmp_path, again) as driver:
+            assert driver.finish() == 1
+            message = driver.errors.read_text().splitlines()[-1]
+        assert message.startswith("autolrs_ray.core.policy.AutoLRSError: the main trial failed for good")
+        assert f"(step {last_good})" in message
+        assert 'resume="auto"' in message
+        checkpoint = message.split("last good checkpoint is ")[1].split(" (step")[0]
+        assert (Path(checkpoint) / "state.pt").exists()
+    with Driver(tmp_path, again) as driver:
+        compare(driver.outcome(), undisturbed("paper"))
+    assert len(count_kills(tmp_path)) == 2

@@ -1,0 +1,577 @@
+"""AnchoredPolicy: the race's rule (nothing is dropped that could still change places), and its survival of trouble."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from autolrs_ray.core import surrogate
+from autolrs_ray.core.plan import ENVELOPES, RUNGS, TOLERANCES, RacePlan, envelope_factor
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
+from autolrs_ray.core.rungs import Trunk, infill, losers
+from tests.simulation import Simulation, diverging
+
+RULE = list(zip(RUNGS, TOLERANCES, strict=True))
+
+
+def anchored(total_steps=200, lr_interval=(1e-3, 10.0), concurrency=1, **options):
+    return make_policy(
+        "anchored", total_steps, lr_interval, 0, concurrency, **{"num_lrs": 8, "finalists": 8, **options}
+    )
+
+
+def field(scores, rung=10, xs=None):
+    """Trunks with LRs 1, 2, 3, ... and these scores at `rung`."""
+    xs = xs or [(i + 0.5) / len(scores) for i in range(len(scores))]
+    return [Trunk(float(i + 1), x, scores={rung: s}) for i, (s, x) in enumerate(zip(scores, xs, strict=True))]
+
+
+def lrs(trunks):
+    return [trunk.lr for trunk in trunks]
+
+
+def drive(policy, losses, can_save=True):
+    """Run every segment wanted to its end, with loss losses(lr, step); returns what was started."""
+    started = []
+    while not policy.done and (wanted := policy.wanted()):
+        segment = wanted[0]
+        started.append((segment.start, min(trunk.step for trunk in policy.trunks if trunk.status == "open")))
+        policy.issue(segment.arm)
+        for step in segment.boundaries:
+            verdict = policy.report(segment.arm, Point(step, losses(segment.lr, step)), can_save)
+            if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
+                policy.saved(segment.arm, step, f"{segment.arm}@{step}")
+            if verdict not in (Verdict.CONTINUE, Verdict.SAVE):
+                break
+        policy.withdraw(segment.arm)
+    return started
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rungs_and_tolerances_are_those_measured():
+    assert RULE == [(0.02, 0.10), (0.04, 0.07), (0.08, 0.05), (0.16, 0.03), (0.32, 0.02), (0.5, 0.01), (0.75, 0.005)]
+
+
+@pytest.mark.parametrize(("rung", "tolerance"), RULE)
+def test_above_the_leader_an_lr_may_lag_by_the_tolerance_and_below_by_a_quarter_of_it(rung, tolerance):
+    small = 1e-6
+    scores = [
+        2.0 * (1 + tolerance / 4 + small),  # below the leader: just too far behind
+        2.0 * (1 + tolerance / 4 - small),  # just near enough
+        2.0,  # the leader
+        2.0 * (1 + tolerance - small),  # above: just near enough
+        2.0 * (1 + tolerance + small),  # just too far behind
+    ]
+    assert lrs(losers(field(scores), 10, tolerance, 0.25, None)) == [1.0, 5.0]
+
+
+def test_the_policy_applies_the_rule_at_each_of_its_rungs():
+    """Of five LRs, 3 leads all the way; at every rung the outer ones are just within its tolerance, then one step beyond."""
+    policy = anchored(1000, num_lrs=5, finalists=5)
+    leader = policy.trunks[2].lr
+    tolerance = dict(zip(policy.plan.rungs, policy.plan.tolerances, strict=True))
+    seen = []
+
+    def losses(lr, step):
+        rung = min((rung for rung in policy.plan.rungs if rung >= step), default=1000)
+        allowed = tolerance.get(rung, 0.0) * (1.0 if lr > leader else 0.25) * 0.999
+        return 3.0 - (step == 1000) if lr == leader else 3.0 * (1 + allowed)
+
+    drive(policy, losses)
+    for event in policy.drain_events():
+        if event["event"] == "decision":
+            seen.append((event["step"], event["dropped"]))
+            assert event["leader"] == leader
+    assert seen == [(rung, 0) for rung in (20, 40, 80, 160, 320, 500, 750)]
+    assert policy.trunks[2].status == "won"
+    for victim in (0, 4):
+        policy = anchored(1000, num_lrs=5, finalists=5)
+        lr = policy.trunks[victim].lr
+        for last, rung in enumerate(policy.plan.rungs):
+            policy = anchored(1000, num_lrs=5, finalists=5)
+            drive(policy, lambda x, step, at=rung, lr=lr: losses(x, step) * (1.001 if x == lr and step == at else 1.0))
+            dropped = [e for e in policy.drain_events() if e["event"] == "trunk" and e["step"] < 1000]
+            assert [event["lr"] for event in dropped] == [lr], (victim, rung, last)
+            assert not any(step > rung for step in policy.trunks[victim].scores)
+
+
+def test_negated_metrics_follow_the_same_rule():
+    """mode="max": an accuracy of .90 is 10 % behind one of 1.0."""
+    assert lrs(losers(field([-0.98, -1.0, -0.91, -0.89]), 10, 0.10, 0.25, None)) == [4.0]
+    assert lrs(losers(field([-0.97, -1.0, -0.91, -0.89]), 10, 0.10, 0.25, None)) == [1.0, 4.0]
+
+
+def test_equals_stay_and_the_leader_is_never_dropped():
+    assert losers(field([1.0, 1.0, 1.0]), 10, 0.0, 0.0, None) == []
+    assert lrs(losers(field([2.0, 1.0, 3.0]), 10, 0.0, 0.0, 1)) == [1.0, 3.0]
+    assert losers(field([0.0, 0.0]), 10, 0.1, 0.25, None) == []
+
+
+def test_finalists_cap_the_field_by_score():
+    assert lrs(losers(field([1.001, 1.003, 1.0, 1.004, 1.002]), 10, 0.5, 1.0, 3)) == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("total", [200, 1220, 1230, 50, 10])
+def test_no_more_than_the_finalists_go_past_a_third_of_the_run(total):
+    policy = anchored(total, num_lrs=6, finalists=2)
+    late = round(0.32 * total)
+    passed = set()
+
+    def losses(lr, step):
+        if step > late:
+            passed.add(lr)
+        return 1.0 + 1e-6 * lr
+
+    drive(policy, losses)
+    assert policy.done
+    assert len(passed) <= 2
+
+
+def test_finalists_cap_at_the_last_rung_of_a_short_list():
+    policy = anchored(100, num_lrs=6, finalists=1, rungs=(0.1, 0.2), tolerances=(0.5, 0.5))
+    past = set()
+    drive(policy, lambda lr, step: past.add(lr) or 1.0 + 1e-6 * lr if step > 20 else 1.0 + 1e-6 * lr)
+    assert len(past) == 1
+
+
+def test_who_is_alive_at_the_end_is_chosen_on_the_final_score():
+    """The large LR lags within the tolerance all the way and overtakes at the end."""
+    policy = anchored(1000, num_lrs=2, finalists=2)
+    low, high = (trunk.lr for trunk in policy.trunks)
+    drive(policy, lambda lr, step: (0.9 if lr == high else 1.0) if step == 1000 else (1.004 if lr == high else 1.0))
+    assert [trunk.status for trunk in policy.trunks] == ["dropped", "won"]
+    (done,) = [event for event in policy.drain_events() if event["event"] == "done"]
+    assert (done["lr"], done["loss"], done["step"]) == (high, 0.9, 1000)
+    assert low < high
+
+
+def test_the_averaged_loss_is_the_score_where_it_is_reported():
+    averaged, raw = (anchored(100, num_lrs=2, averaging=averaging) for averaging in (True, False))
+    for policy in (averaged, raw):
+        for trunk, loss in zip(policy.trunks, (1.0, 2.0), strict=True):
+            arm = f"t{policy.trunks.index(trunk):02d}"
+            policy.report(arm, Point(2, loss, None, 3.0 - loss))
+    assert [trunk.status for trunk in averaged.trunks] == ["dropped", "open"]
+    assert [trunk.status for trunk in raw.trunks] == ["open", "dropped"]
+
+
+def test_a_rungs_score_is_the_mean_of_its_last_quarter_of_reports():
+    policy = anchored(1000, num_lrs=2)
+    for step, loss in enumerate((9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 1.0, 2.0), start=13):
+        policy.report("t00", Point(step, loss))
+    assert policy.trunks[0].scores == {20: 1.5}
+    for step, loss in enumerate((9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 5.0, 6.0), start=33):
+        policy.report("t00", Point(step, loss))
+    assert policy.trunks[0].scores[40] == 5.5
+
+
+# -- who trains when ---------------------------------------------------------------------------------------------------
+
+
+def test_no_rung_is_decided_before_every_open_trunk_has_passed_it():
+    policy = anchored(1000, num_lrs=3, concurrency=3)
+    for arm in ("t00", "t01"):
+        assert policy.report(arm, Point(20, 1.0 if arm == "t00" else 9.0)) is Verdict.SAVE
+    assert policy.decided == 0
+    assert policy.is_open("t01")
+    policy.report("t02", Point(20, 1.05))
+    assert policy.decided == 1
+    assert not policy.is_open("t01") or policy.trunks[1].lr > policy.trunks[0].lr
+    assert policy.report("t01", Point(30, 9.0)) is Verdict.FINISH
+
+
+def test_a_trunk_may_run_ahead_of_the_others_by_one_rung():
+    policy = anchored(1000, num_lrs=2, concurrency=4)
+    policy.issue("t00")
+    assert policy.report("t00", Point(20, 1.0)) is Verdict.SAVE
+    policy.saved("t00", 20, "a")
+    assert policy.report("t00", Point(40, 1.0)) is Verdict.PAUSE
+    policy.saved("t00", 40, "b")
+    policy.withdraw("t00")
+    assert [segment.arm for segment in policy.wanted()] == ["t01"]
+    policy.report("t01", Point(20, 1.01))
+    assert [segment.arm for segment in policy.wanted()] == ["t01", "t00"]
+
+
+def test_the_least_trained_trunk_comes_first_and_others_make_way_for_it_on_a_full_house():
+    policy = anchored(1000, num_lrs=3, concurrency=1)
+    started = drive(policy, lambda lr, step: 1.0 + 1e-6 * lr)
+    assert all(start == least for start, least in started)
+    assert len(started) > 3 * len(policy.plan.rungs)  # they took turns
+    policy = anchored(1000, num_lrs=3, concurrency=2)
+    policy.issue("t00"), policy.issue("t01")
+    assert policy.report("t00", Point(20, 1.0)) is Verdict.PAUSE  # t02 waits, and the house is full
+    policy = anchored(1000, num_lrs=3, concurrency=3)
+    policy.issue("t00"), policy.issue("t01")
+    assert policy.report("t00", Point(20, 1.0)) is Verdict.SAVE  # t02 has a slot of its own
+
+
+def test_every_segment_starts_at_the_trunks_last_checkpoint_under_the_envelope():
+    policy = anchored(1000, num_lrs=2, concurrency=2)
+    policy.report("t00", Point(20, 1.0))
+    policy.saved("t00", 20, "here")
+    segment = next(segment for segment in policy.wanted() if segment.arm == "t00")
+    assert (segment.start, segment.source, segment.boundaries[:3], segment.end) == (20, "here", (40, 50, 80), 1000)
+    assert segment.lr_at(500) == pytest.approx(0.75 * policy.trunks[0].lr)
+
+
+def test_the_run_ends_when_the_last_rival_of_a_finished_trunk_is_dropped():
+    """Two slots of different speed: t00 is at the end while t01 still has to pass the last rung."""
+    policy = anchored(100, num_lrs=2, concurrency=2)
+    for step in policy._boundaries:
+        policy.report("t00", Point(step, 1.0))
+        policy.saved("t00", step, f"t00@{step}")
+        if step < 75:
+            policy.report("t01", Point(step, 1.0001))
+            policy.saved("t01", step, f"t01@{step}")
+    assert not policy.done
+    assert policy.report("t01", Point(75, 2.0)) is Verdict.FINISH
+    assert policy.done
+    assert policy.wanted() == []
+
+
+@pytest.mark.parametrize("slots", [2, 3, 8, 12])
+@pytest.mark.parametrize("options", [{}, {"infill": 4}, {"finalists": 1}])
+def test_decisions_do_not_depend_on_the_order_of_arrival(slots, options):
+    runs = [Simulation(anchored(concurrency=1, **options)).run()]
+    runs += [
+        Simulation(anchored(concurrency=slots, **options), slots=slots, order=np.random.default_rng(seed)).run()
+        for seed in range(4)
+    ]
+    expected, *others = [(run.of("decision"), run.of("done")[0]["lr"], run.of("done")[0]["loss"]) for run in runs]
+    assert all(other == expected for other in others)
+    order = [[event["arm"] for event in run.of("rung")] for run in runs]
+    assert order[1] != order[2]
+
+
+def test_a_trunk_that_passed_a_rung_and_then_diverged_counts_at_that_rung_in_whatever_order():
+    """t02 leads at the first rung and diverges after it: the others are measured against it all the same."""
+
+    def run(first):
+        policy = anchored(1000, num_lrs=3, concurrency=3)
+        reports = {"t00": [Point(20, 1.2)], "t01": [Point(20, 1.01)], "t02": [Point(20, 1.0), Point(25, math.nan)]}
+        for arm in first:
+            for point in reports[arm]:
+                policy.report(arm, point)
+        return [event for event in policy.drain_events() if event["event"] == "decision"]
+
+    decisions = [run(order) for order in (("t00", "t01", "t02"), ("t02", "t01", "t00"), ("t01", "t02", "t00"))]
+    assert decisions[0][0]["leader"] == decisions[1][0]["leader"] == decisions[2][0]["leader"]
+    assert decisions[0][0]["dropped"] == decisions[1][0]["dropped"] == decisions[2][0]["dropped"] == 1
+
+
+# -- in-fill -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [0, 3, 7])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_infill_lies_beside_and_between_the_survivors_and_inside_the_interval(best, count):
+    policy = anchored(1000, num_lrs=8, infill=count, concurrency=8)
+    for i, _ in enumerate(policy.trunks[:8]):
+        policy.report(f"t{i:02d}", Point(20, 1.0 + 0.04 * abs(i - best)))
+    alive = [trunk.x for trunk in policy.trunks[:8] if trunk.status == "open"]
+    added = policy.trunks[8:]
+    assert min(count, 3) <= len(added) <= count  # there may not be room for all
+    for trunk in added:
+        assert max(0.0, min(alive) - 1 / 8) - 1e-9 <= trunk.x <= min(1.0, max(alive) + 1 / 8) + 1e-9
+        assert 1e-3 * (1 - 1e-9) <= trunk.lr <= 10.0 * (1 + 1e-9)
+        assert trunk.infill
+    xs = [trunk.x for trunk in policy.trunks]
+    assert min(abs(a - b) for i, a in enumerate(xs) for b in xs[:i]) > 0.03  # a quarter of the field's spacing
+    assert {segment.start for segment in policy.wanted() if int(segment.arm[1:]) >= 8} == {0}
+
+
+def test_infill_keeps_away_from_what_diverged_before_the_rung():
+    trunks = field([1.02, 1.0, 9.0, 9.0], xs=[0.125, 0.375, 0.625, 0.875])
+    for trunk in trunks[2:]:
+        trunk.status, trunk.scores = "diverged", {}
+    assert max(infill(trunks, 10, 0.25, 5)) <= 0.5 + 1e-9
+
+
+def test_infill_trunks_take_part_in_the_next_decision():
+    policy = anchored(1000, num_lrs=4, infill=2, concurrency=9)
+    for i in range(4):
+        policy.report(f"t{i:02d}", Point(20, 1.0 + 0.01 * i))
+    for i in range(4):
+        policy.report(f"t{i:02d}", Point(40, 1.0 + 0.01 * i))
+    assert policy.decided == 1
+    for arm in ("t04", "t05"):
+        policy.report(arm, Point(40, 0.5))
+    assert policy.decided == 2
+    assert [trunk.status for trunk in policy.trunks[:4]] == ["dropped"] * 4
+
+
+def test_a_failing_surrogate_costs_the_infill_and_not_the_run(monkeypatch):
+    monkeypatch.setattr(surrogate, "propose", lambda *args, **kwargs: 1 / 0)
+    simulation = Simulation(anchored(infill=3)).run()
+    assert len(simulation.of("proposal")) == 8
+    assert "no in-fill LR" in simulation.of("warning")[0]["message"]
+
+
+# -- trouble -----------------------------------------------------------------------------------------------------------
+
+
+def test_diverged_trunks_leave_the_race():
+    simulation = Simulation(anchored())
+    simulation.change = diverging(above=1.0)(simulation)
+    simulation.run()
+    statuses = {trunk.status for trunk in simulation.policy.trunks if trunk.lr > 1.0}
+    assert statuses == {"diverged"}
+    assert simulation.of("done")[0]["lr"] <= 1.0
+
+
+def test_a_race_without_survivors_ends_with_every_lr_that_was_tried():
+    simulation = Simulation(anchored())
+    simulation.change = diverging(above=0.0)(simulation)
+    with pytest.raises(
+        AutoLRSError, match=r"no learning rate is left in the race: 0.00178 \(diverged\).*Lower lr_interval"
+    ):
+        simulation.run()
+
+
+def test_if_the_last_leader_diverges_late_the_best_dropped_lr_below_it_starts_again():
+    """One LR is so good at the first rungs that all others go; then it blows up."""
+    simulation = Simulation(anchored())
+    best = simulation.policy.trunks[6].lr
+
+    def change(arm, point):
+        lr = simulation.running[arm][0].lr
+        loss = (math.nan if point.step > 100 else 0.01) if lr == best else 1.0 + abs(math.log(lr / 0.1))
+        return replace(point, loss=loss, averaged_loss=loss)
+
+    simulation.change = change
+    simulation.run()
+    assert simulation.of("done")[0]["lr"] == min(
+        (t.lr for t in simulation.policy.trunks), key=lambda x: abs(math.log(x / 0.1))
+    )
+    assert "starts again" in simulation.of("warning")[0]["message"]
+
+
+def test_a_trunk_that_had_run_ahead_when_it_was_dropped_is_not_preferred_for_it():
+    for ahead in (False, True):
+        policy = anchored(1000, num_lrs=3, concurrency=3)
+        policy.report("t00", Point(20, 2.0))
+        if ahead:
+            policy.report("t00", Point(40, 2.0))
+        policy.report("t01", Point(20, 1.9))
+        policy.report("t02", Point(20, 1.0))
+        assert [trunk.status for trunk in policy.trunks] == ["dropped", "dropped", "open"]
+        policy.report("t02", Point(30, math.nan))
+        assert [trunk.status for trunk in policy.trunks] == ["dropped", "open", "diverged"]
+        assert [segment.arm for segment in policy.wanted()] == ["t01"]
+
+
+def test_failing_trunks_leave_the_race():
+    simulation = Simulation(anchored())
+    simulation.change = lambda arm, point: "fail" if arm in ("t03", "t05") else None
+    simulation.run()
+    assert [simulation.policy.trunks[i].status for i in (3, 5)] == ["failed", "failed"]
+    assert len(simulation.of("warning")) == 2
+    assert simulation.policy.done
+
+
+def test_the_failure_of_the_last_trunk_ends_the_run_with_its_checkpoint():
+    policy = anchored(100, num_lrs=2, concurrency=2)
+    policy.report("t00", Point(2, 1.0))
+    policy.saved("t00", 2, "here")
+    policy.report("t01", Point(2, 9.0))
+    with pytest.raises(AutoLRSError, match=r"failed for good \(killed\).*here \(step 2\).*resume"):
+        policy.failed("t00", "killed")
+    restored = anchored(100, num_lrs=2)
+    restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert [(segment.arm, segment.start) for segment in restored.wanted()] == [("t00", 2)]
+
+
+def test_a_cause_that_fails_all_trunks_at_the_start_can_be_mended_and_the_whole_field_resumed():
+    policy = anchored(100, num_lrs=3)
+    policy.failed("t00", "no such data set")
+    policy.failed("t01", "no such data set")
+    with pytest.raises(AutoLRSError, match="no such data set"):
+        policy.failed("t02", "no such data set")
+    restored = anchored(100, num_lrs=3)
+    restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert [segment.arm for segment in restored.wanted()] == ["t00", "t01", "t02"]
+
+
+def test_a_trunk_restarted_from_an_older_checkpoint_goes_over_its_rungs_again_harmlessly():
+    policy = anchored(1000, num_lrs=2, concurrency=2)
+    for i in range(2):
+        for step in (20, 40):
+            policy.report(f"t{i:02d}", Point(step, 1.0 + 1e-3 * i))
+            policy.saved(f"t{i:02d}", step, f"t{i:02d}@{step}")
+    before, decided = dict(policy.trunks[0].scores), policy.decided
+    policy.drain_events()
+    for step in (10, 20, 30):
+        assert policy.report("t00", Point(step, 50.0)) in (Verdict.CONTINUE, Verdict.SAVE)
+        policy.saved("t00", step, "again")
+    assert (policy.trunks[0].scores, policy.decided, policy.trunks[0].step) == (before, decided, 40)
+    assert policy.trunks[0].checkpoint == "t00@40"
+    assert [event for event in policy.drain_events() if event["event"] in ("rung", "decision", "commit")] == []
+
+
+def test_a_rung_passed_again_after_a_lost_checkpoint_is_not_scored_twice():
+    whole = Simulation(anchored()).run()
+    simulation = Simulation(anchored())
+    while simulation.policy.decided < 3:
+        simulation.act()
+    trunk = next(trunk for trunk in simulation.policy.trunks if trunk.status == "open" and trunk.previous)
+    index = simulation.policy.trunks.index(trunk)
+    scores = dict(trunk.scores)
+    simulation.interrupt(anchored())
+    simulation.policy.lost(trunk.checkpoint)
+    simulation.run()
+    again = simulation.policy.trunks[index].scores
+    assert {step: again[step] for step in scores} == scores
+    assert simulation.of("done")[0]["lr"] == whole.of("done")[0]["lr"]
+    assert len(simulation.of("rung")) == len({(event["arm"], event["step"]) for event in simulation.of("rung")})
+
+
+def test_both_checkpoints_lost_send_a_trunk_back_to_the_start():
+    policy = anchored(1000, num_lrs=2, concurrency=2)
+    for step in (20, 40):
+        policy.report("t00", Point(step, 1.0))
+        policy.saved("t00", step, f"t00@{step}")
+    policy.lost("t00@20")
+    policy.lost("t00@40")
+    assert (policy.trunks[0].step, policy.trunks[0].checkpoint, policy.checkpoints()) == (0, None, set())
+    assert {segment.start for segment in policy.wanted()} == {0}
+
+
+def test_a_lost_end_state_of_the_run_is_trained_again():
+    simulation = Simulation(anchored()).run()
+    (won,) = [trunk for trunk in simulation.policy.trunks if trunk.status == "won"]
+    loss = won.saved_loss
+    simulation.policy.lost(won.checkpoint)
+    assert not simulation.policy.done
+    simulation.run()
+    assert (simulation.of("done")[-1]["lr"], simulation.of("done")[-1]["loss"]) == (won.lr, loss)
+
+
+@pytest.mark.parametrize(("slots", "options"), [(1, {}), (3, {}), (1, {"infill": 3}), (8, {"infill": 2, "reports": 7})])
+def test_a_race_interrupted_anywhere_and_restored_makes_the_same_decisions(slots, options):
+    def new():
+        return anchored(concurrency=slots, **options)
+
+    whole = Simulation(new(), slots).run()
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        cut = Simulation(new(), slots, order=np.random.default_rng(rng.integers(99)))
+        points = set(rng.integers(0, len(whole.verdicts), size=5).tolist())
+        for action in range(10_000):
+            if cut.policy.done:
+                break
+            if action in points:
+                cut.interrupt(new())
+            cut.act()
+        cut.events += cut.policy.drain_events()
+        assert cut.of("decision") == whole.of("decision")
+        assert cut.of("done")[0]["lr"] == whole.of("done")[0]["lr"]
+        assert cut.of("done")[0]["loss"] == whole.of("done")[0]["loss"]
+        rungs = {(event["arm"], event["step"]): event["score"] for event in whole.of("rung")}
+        mine = {(event["arm"], event["step"]): event["score"] for event in cut.of("rung")}
+        assert all(mine[key] == rungs[key] for key in mine.keys() & rungs.keys())
+
+
+def test_the_checkpoints_kept_are_two_a_trunk_at_most_and_one_trunks_at_the_end():
+    simulation = Simulation(anchored())  # which fails where one is missing
+    while not simulation.policy.done:
+        simulation.act()
+        alive = [trunk for trunk in simulation.policy.trunks if trunk.status in ("open", "won")]
+        assert len(simulation.store) <= 2 * len(alive)
+    (won,) = [trunk for trunk in simulation.policy.trunks if trunk.status == "won"]
+    assert simulation.store[won.checkpoint].step == 200
+
+
+def test_a_trainable_that_can_save_only_now_and_then_still_gets_to_the_end():
+    """Function trainables save what they attach to a report; here every third report, and not at the rungs."""
+    counter = iter(range(10**9))
+    simulation = Simulation(anchored(), can_save=lambda arm, step: step >= 200 or next(counter) % 3 == 2)
+    simulation.run(limit=20_000)
+    assert simulation.of("done")[0]["step"] == 200
+
+
+def test_a_trainable_that_never_saves_ends_the_run_with_the_mend():
+    policy = anchored(100, num_lrs=1)
+    for step in (2, 50, 100, 150, 199):
+        assert policy.report("t00", Point(step, 1.0), can_save=False) is Verdict.CONTINUE
+    with pytest.raises(AutoLRSError, match=r"step 200 of 100 without a checkpoint since step 0.*Pass checkpoint="):
+        policy.report("t00", Point(200, 1.0), can_save=False)
+
+
+def test_a_trainable_that_ignores_the_learning_rate_is_found_out():
+    with pytest.raises(AutoLRSError, match=r"does not use config\[\"lr\"\]"):
+        Simulation(anchored(), change=lambda arm, point: Point(point.step, 1.5, 2.5, 1.5)).run()
+
+
+def test_equal_scores_alone_do_not_accuse_a_trainable_whose_training_losses_differ():
+    simulation = Simulation(anchored(), change=lambda arm, point: replace(point, loss=-1.0, averaged_loss=-1.0))
+    assert simulation.run().policy.done
+
+
+def test_the_race_finds_a_good_learning_rate_and_trains_it_once():
+    simulation = Simulation(anchored(400, num_lrs=12, finalists=1)).run()
+    done = simulation.of("done")[0]
+    full = {}
+    for trunk in simulation.policy.trunks:
+        alone = simulation.toy.train(400, lambda t, lr=trunk.lr: lr * envelope_factor("quadratic", t, 400))
+        full[trunk.lr] = alone.loss
+    assert done["loss"] == full[done["lr"]]  # the winning trunk is the run: no step of it was trained otherwise
+    assert done["loss"] <= 1.3 * min(full.values())
+    assert simulation.trained < 2.5 * 400
+
+
+def test_progress_says_where_the_run_stands():
+    policy = anchored()
+    assert policy.trials_needed == 8
+    assert policy.breadth == 8
+    simulation = Simulation(policy).run()
+    progress = simulation.policy.progress()
+    assert (progress["phase"], progress["step"]) == ("done", 200)
+    assert progress["lr"] == simulation.of("done")[0]["lr"]
+
+
+# -- envelopes and rungs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(ENVELOPES))
+def test_envelopes_begin_at_one_and_end_at_zero(name):
+    factors = [envelope_factor(name, step, 100) for step in range(101)]
+    assert factors[0] == 1.0
+    assert factors[100] == (1.0 if name == "constant" else 0.0)
+    assert all(after <= before for before, after in pairwise(factors))
+    assert envelope_factor(name, 150, 100) == factors[100]  # a trainable that overshoots
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "factor"),
+    [("quadratic", 50, 0.75), ("quadratic", 90, 0.19), ("linear", 25, 0.75), ("cosine", 50, 0.5), ("wsd", 40, 1.0),
+     ("wsd", 70, 0.5), ("constant", 99, 1.0), (None, 99, 1.0)],
+)  # fmt: skip
+def test_envelopes_have_their_written_out_values(name, step, factor):
+    assert envelope_factor(name, step, 100) == pytest.approx(factor, abs=1e-12)
+
+
+def test_an_envelope_of_ones_own_is_a_function_of_the_step():
+    assert envelope_factor(lambda step: 1.0 / (1 + step), 3, 100) == 0.25
+    with pytest.raises(ValueError, match=r"finite and >= 0 .*nan at step=7"):
+        envelope_factor(lambda step: math.nan, 7, 100)
+
+
+def test_rungs_that_fall_on_one_step_are_merged_and_none_lies_at_the_end():
+    assert RacePlan.from_fractions(10).rungs == (1, 2, 3, 5, 8)
+    assert RacePlan.from_fractions(10).tolerances == (0.05, 0.03, 0.02, 0.01, 0.005)
+    assert RacePlan.from_fractions(2).rungs == (1,)
+    assert RacePlan.from_fractions(100, (0.5, 1.0), (0.1, 0.1)).rungs == (50,)
+
+
+@pytest.mark.parametrize("total", [2, 3, 7, 20])
+def test_short_runs_end_too(total):
+    assert Simulation(anchored(total)).run().policy.done

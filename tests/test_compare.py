@@ -1,0 +1,299 @@
+"""The comparison's own machinery: what it looks up is what would have been trained, choices never see the test split,
+and the problems with known answers come out as known."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.local import run_local
+from autolrs_ray.training import Trainer
+from experiments import compare, known_answers
+from experiments.compare_methods import METHODS, Lab, anchored, one_cycle, paper, tuned
+from experiments.compare_report import mean_se, summarise, verdict
+from experiments.compare_tasks import GRID, Task, make_task
+from experiments.memo import Memo, MemoTrainer, PerRunOrderTrainer
+from experiments.slots import run_slots
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return small_task()
+
+
+def small_task() -> Task:
+    def model() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
+
+    return replace(make_task("digits"), steps=40, model=model, reports=2, commits=4, probe_reports=4)
+
+
+def options(task: Task) -> dict[str, Any]:
+    return dict(num_lrs=5, reports=task.reports, commits=task.commits)
+
+
+def memo_trainer(task: Task, folder: Path) -> MemoTrainer:
+    return MemoTrainer(
+        lambda: Trainer(lambda: task.build(0), 0, averaging=True), Memo(folder / "memo.sqlite"), "root",
+        lambda: task.split(0)["test"],
+    )  # fmt: skip
+
+
+# -- looking up instead of training ------------------------------------------------------------------------------------
+
+
+def test_memo_trainer_gives_the_losses_of_the_plain_trainer_bit_for_bit(task: Task, tmp_path: Path) -> None:
+    def race() -> Any:
+        return make_policy("anchored", task.steps, (1e-3, 1.0), **options(task))
+
+    plain = Trainer(lambda: task.build(0), 0, averaging=True)
+    expected = run_local(race(), plain)
+    memo = memo_trainer(task, tmp_path)
+    found = run_local(race(), memo)  # type: ignore[arg-type]
+    assert found.events == expected.events
+    assert found.trained_steps == expected.trained_steps
+    assert memo.evaluate(averaged=True) == plain.evaluate(averaged=True)
+    assert memo.trained == expected.trained_steps, "nothing was trained twice"
+
+
+def test_a_second_run_trains_nothing(task: Task, tmp_path: Path) -> None:
+    for _ in range(2):
+        trainer = memo_trainer(task, tmp_path)
+        policy = make_policy("anchored", task.steps, (1e-3, 1.0), **options(task))
+        run = run_slots(policy, trainer, slots=3)
+        trainer._memo.flush()
+    assert run.steps > task.steps
+    assert trainer.trained == 0
+
+
+def test_memo_trainer_trains_on_from_wherever_a_history_was_known(task: Task, tmp_path: Path) -> None:
+    memo, plain = memo_trainer(task, tmp_path), Trainer(lambda: task.build(0), 0, averaging=True)
+    memo.train(10, lambda _: 0.1)
+    memo.evaluate()
+    fork = memo.state_dict()
+    memo.train(20, lambda _: 0.01)
+    memo.evaluate()
+    memo.load_state_dict(fork)
+    memo.train(20, lambda _: 0.2)
+    plain.train(20, lambda step: 0.1 if step < 10 else 0.2)
+    assert memo.evaluate() == plain.evaluate()
+    assert memo.trained == 30
+
+
+def test_without_common_random_numbers_the_order_depends_on_the_first_lr(task: Task) -> None:
+    trainer = PerRunOrderTrainer(lambda: task.build(0), 0, averaging=True)
+    orders = []
+    for lr in (0.1, 0.2, 0.1):
+        trainer.reset()
+        trainer.train(1, lambda _, lr=lr: lr)
+        orders.append(trainer._indices(1).tolist())
+    assert orders[0] == orders[2] != orders[1]
+    state = copy.deepcopy(trainer.state_dict())
+    trainer.reset()
+    trainer.train(1, lambda _: 0.2)
+    trainer.load_state_dict(state)
+    assert trainer._indices(1).tolist() == orders[0]
+
+
+# -- the clock ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_slot_is_the_plain_loop(task: Task, tmp_path: Path) -> None:
+    trainer = memo_trainer(task, tmp_path)
+    policies = [make_policy("anchored", task.steps, (1e-3, 1.0), **options(task)) for _ in range(2)]
+    local = run_local(policies[0], trainer)  # type: ignore[arg-type]
+    slots = run_slots(policies[1], trainer, slots=1)
+    assert slots.events == local.events
+    assert slots.clock == slots.steps == local.trained_steps
+
+
+def test_many_slots_choose_the_same_and_end_sooner(task: Task, tmp_path: Path) -> None:
+    trainer = memo_trainer(task, tmp_path)
+    runs = [
+        run_slots(make_policy("anchored", task.steps, (1e-3, 1.0), **options(task)), trainer, slots) for slots in (1, 5)
+    ]
+    assert runs[0].events[-1]["lr"] == runs[1].events[-1]["lr"]
+    assert runs[1].clock == task.steps < runs[0].clock
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(1, 1.0 + 9 / 10), (10, 1.0)])
+def test_paper_takes_the_time_of_the_closed_form(slots: int, expected: float, tmp_path: Path) -> None:
+    """1 + (k / q - 1) tau' / tau, with promotion: k = 10 probes of tau / 10."""
+    trainer = known_answers.NoisyQuadratic(0)
+    trainer.averaging = False
+    policy = make_policy("paper", 300, (1e-3, 1.0), stage_steps=50, max_stage_steps=50, concurrency=slots)
+    run = run_slots(policy, trainer, slots)
+    assert run.clock / 300 == pytest.approx(expected)
+    assert run.steps / 300 == pytest.approx(1.9)
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def test_choices_never_see_the_test_split(task: Task, tmp_path: Path) -> None:
+    lab = Lab(task, 0, tmp_path)
+    reads = []
+    trainer = lab.trainer()
+    read = trainer.evaluate_test
+    trainer.evaluate_test = lambda averaged: reads.append(1) or read(averaged)  # type: ignore[method-assign]
+    outcome = tuned(lab, "linear", weights="best")
+    assert len(reads) == 1
+    assert outcome.lr in GRID["sgd"]
+    assert outcome.compute == len(GRID["sgd"])
+    validation = [lab.memo.get(key)["loss"] for key in lab.memo._known if key.startswith("val/")]
+    assert outcome.val_loss == min(validation)
+    anchored(lab, 4, **options(task))
+    paper(lab)
+    assert len(reads) == 3
+
+
+def test_one_cycle_is_torchs(task: Task) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=1001)
+    for step in range(1000):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(one_cycle(step / 1000), abs=5e-3)
+        optimizer.step()
+        schedule.step()
+
+
+def test_every_method_of_the_quick_comparison_exists() -> None:
+    assert set(compare.QUICK_METHODS) <= set(METHODS)
+    assert [name for name in METHODS if name in ("paper", "anchored")] == ["anchored", "paper"]
+    with pytest.raises(ValueError, match="unknown method 'anchord'"):
+        compare.chosen_methods(["anchord"], quick=False)
+
+
+def test_tasks_name_what_they_need() -> None:
+    with pytest.raises(ValueError, match="--data-dir"):
+        make_task("cifar16")
+    with pytest.raises(ValueError, match="unknown task 'mnist'"):
+        make_task("mnist")
+
+
+def test_noise_changes_a_fifth_of_the_labels_and_the_characters_keep_their_splits_apart() -> None:
+    clean, noisy = (make_task(name).split(3) for name in ("digits", "digits_noise"))
+    changed = torch.cat([clean[part][1] != noisy[part][1] for part in clean]).float().mean()
+    assert 0.17 < changed < 0.23
+    characters = make_task("char_lm")
+    split = characters.split(0)
+    rows = {part: {tuple(row) for row in inputs.tolist()} for part, (inputs, _) in split.items()}
+    assert len(rows["val"] & rows["train"]) < 0.02 * len(rows["val"])  # a few set phrases
+    assert torch.equal(split["train"][0][:, 1:], split["train"][1][:, :-1])
+    built = characters.build(0)
+    assert built.model(split["val"][0][:2]).shape == (2, 104, 32)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def cached(task: str, method: str, seed: int, loss: float) -> dict[str, Any]:
+    outcome = dict(test_loss=loss, test_accuracy=None, compute=7.0, wall_clock=1.0, lr=0.1)
+    return dict(
+        task=task, method=method, seed=seed, setting="T9", steps=9, outcome=outcome, hardware="h", date="2026-01-01"
+    )
+
+
+def test_mean_and_standard_error() -> None:
+    assert mean_se([1.0, 3.0]) == [2.0, 1.0]
+    assert mean_se([None, None]) is None
+    assert mean_se([2.0]) == [2.0, 0.0]
+
+
+def test_rows_pair_seeds_with_anchored_and_the_verdict_says_who_lost() -> None:
+    rows = [cached("digits", "anchored", s, 1.0 + s) for s in range(3)]
+    rows += [cached("digits", "linear", s, 0.5 + s) for s in range(3)]
+    summary = {row["method"]: row for row in summarise(rows, METHODS)}
+    assert summary["linear"]["minus_anchored"] == [-0.5, 0.0]
+    assert summary["linear"]["tuned"] is True
+    assert summary["anchored"]["interval_decades"] == 6
+    assert "gap +0.5000 ± 0.0000 (paired): more than one" in verdict(list(summary.values()))
+
+
+def test_a_line_cut_short_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    cache = compare.Cache(tmp_path / "results.jsonl")
+    cache.add(cached("digits", "linear", 0, 1.0))
+    with open(cache.path, "a") as file:
+        file.write('{"task": "digits", "met')
+    cache.add(cached("digits", "linear", 1, 2.0))
+    assert [row["seed"] for row in cache.rows()] == [0, 1]
+
+
+def test_the_command_writes_all_results_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "make_task", lambda *_: small_task())
+    command = ["--tasks", "digits", "--methods", "anchored", "paper", "linear", "Prodigy + cosine", "--seeds", "2",
+               "--jobs", "1", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
+    compare.main(command)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "compare.json", "compare.md", "compare.png", "compare.svg"
+    }  # fmt: skip
+    rows = json.loads((tmp_path / "out/compare.json").read_text())
+    required = {"task", "method", "tuned", "interval_decades", "seeds", "steps", "test_loss", "test_accuracy", "compute",
+                "wall_clock", "hardware", "date"}  # fmt: skip
+    assert len(rows) == 4
+    assert all(required <= row.keys() and row["seeds"] == 2 and len(row["test_loss"]) == 2 for row in rows)
+    monkeypatch.setattr(compare, "run_group", lambda *_: pytest.fail("everything was cached"))
+    compare.main(command)
+    assert "| **anchored** | 6 decades |" in capsys.readouterr().out
+
+
+# -- known answers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_schedule_of_the_noisy_quadratic_beats_the_greedy_one() -> None:
+    """Short-horizon bias (Wu et al., 2018): the best next step is a bad schedule."""
+    best = known_answers.best_schedule(100, iterations=60)
+    losses = [float(known_answers.expected_loss(torch.tensor(s, dtype=torch.float64)))
+              for s in (best, known_answers.greedy_schedule(100), (0.5,) * 100)]  # fmt: skip
+    assert losses[0] < 0.5 * losses[1]
+    assert losses[0] < losses[2]
+
+
+def test_the_recursion_is_the_mean_of_the_trajectories() -> None:
+    finals = []
+    for seed in range(200):
+        trainer = known_answers.NoisyQuadratic(seed)
+        trainer.train(20, lambda _: 0.3)
+        finals.append(trainer.evaluate()["loss"])
+    expected = float(known_answers.expected_loss(torch.full((20,), 0.3, dtype=torch.float64)))
+    assert sum(finals) / 200 == pytest.approx(expected, rel=0.1)
+
+
+def test_anchored_comes_closer_to_the_best_schedule_than_paper_and_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_answers, "best_schedule", lambda steps: known_answers.greedy_schedule(steps))
+    losses = {m: known_answers.answer("noisy quadratic", m, 3).final[0] for m in ("anchored", "paper", "greedy")}
+    assert losses["anchored"] < losses["paper"] < losses["greedy"]
+
+
+def test_rays_toy_runs_unchanged_and_climbs_fastest_at_its_triangle_wave() -> None:
+    from ray import tune
+    from ray.tune.examples import pbt_function
+
+    toy = known_answers.RayToy(0)
+    toy.train(150, lambda step: 0.001)
+    slow = toy.evaluate()["loss"]
+    best = known_answers._follow(SimpleToy(), lambda state, step: toy.best_lr(state, step))
+    assert best < slow - 20.0
+    assert pbt_function.tune is tune, "the example was put back as it was"
+    assert math.isfinite(best)
+
+
+class SimpleToy(known_answers.RayToy):
+    steps = 150
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+def test_tables_hold_every_answer() -> None:
+    answer = known_answers.Answer("p", "m", [1.0, 0.1], [0.5, 0.1], 1.9)
+    assert "| p | m | 1 ± 0.1 | 0.5 ± 0.1 | 1.90 |" in known_answers.table([answer])

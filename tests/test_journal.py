@@ -1,0 +1,280 @@
+"""The record of a run: every decision on disk before it counts, and nothing that a crash or a bad disk can spoil."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autolrs_ray import journal
+from autolrs_ray.journal import (
+    JOURNAL_FILE,
+    PREVIOUS_STATE_FILE,
+    STATE_FILE,
+    Record,
+    RecordWarning,
+    read_journal,
+)
+
+EVENTS = [
+    {"event": "start", "n": 1},
+    {"event": "probe", "lr": 0.1, "losses": [1.0, 2.0]},
+    {"event": "done", "ok": True},
+]
+
+
+def without_time(events):
+    return [{key: value for key, value in event.items() if key != "time"} for event in events]
+
+
+@pytest.fixture
+def record(tmp_path):
+    record = Record(tmp_path / "run")
+    yield record
+    record.close()
+
+
+def python(code, *args):
+    """Run `code` in another process, which needs no torch for it."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+# -- the journal -------------------------------------------------------------------------------------------------------
+
+
+def test_events_come_back_in_order_with_the_time(record):
+    record.append(EVENTS[:2])
+    record.append([])
+    record.append(EVENTS[2:])
+    events = read_journal(record.folder)
+    assert without_time(events) == EVENTS == without_time(read_journal(record.journal))
+    assert all(event["time"] > 1e9 for event in events)
+
+
+def test_every_append_is_on_disk_before_it_returns(record, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
+    record.append(EVENTS)
+    assert synced == [str(record.journal)]
+    record.write_state({}, {})
+    assert synced[1:] == [str(record.folder / (STATE_FILE + ".tmp")), str(record.folder)]
+
+
+def test_nan_and_infinities_become_null_and_every_line_is_strict_json(record):
+    record.append([{"event": "x", "a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan)}])
+    line = record.journal.read_text()
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert without_time(read_journal(record.folder)) == [
+        {"event": "x", "a": None, "b": [None, {"c": None}], "d": [1.0, None]}
+    ]
+
+
+def test_text_of_any_kind_survives(record):
+    nasty = {"event": "w", "message": 'a "quoted"\nline,"crc":12}, ünïcødé \u2028 \x00', "crc": 5}
+    record.append([nasty])
+    assert without_time(read_journal(record.folder)) == [nasty]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[: len(line) // 2],  # cut short
+        lambda line: line.replace(b"0.1", b"0.2"),  # altered
+        lambda line: b"\x00" * len(line),
+        lambda line: b"\xff\xfe" + line,
+        lambda line: b"{}",
+        lambda line: b"not json at all",
+        lambda line: line.rpartition(b',"crc":')[0] + b"}",
+        lambda line: line[:-1] + b"9}",
+    ],
+)
+def test_a_damaged_line_is_left_out_with_a_warning_and_the_others_stay(record, damage):
+    record.append(EVENTS)
+    lines = record.journal.read_bytes().split(b"\n")
+    lines[1] = damage(lines[1])
+    record.journal.write_bytes(b"\n".join(lines))
+    with pytest.warns(RecordWarning, match=r"1 damaged line\(s\) left out"):
+        events = read_journal(record.folder)
+    assert without_time(events) == [EVENTS[0], EVENTS[2]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_whatever_happens_to_one_byte_no_wrong_event_is_read(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("r")
+    lines = [journal._sealed(event).encode() for event in EVENTS]
+    content = bytearray(b"\n".join(lines) + b"\n")
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] = data.draw(st.integers(0, 255))
+    (folder / JOURNAL_FILE).write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecordWarning)
+        events = read_journal(folder)
+    assert all(event in EVENTS for event in events)
+    assert len(events) >= 1
+
+
+def test_a_missing_journal_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no journal at {tmp_path}/{JOURNAL_FILE}.*folder of an AutoLRS run"):
+        read_journal(tmp_path)
+
+
+def test_a_line_cut_short_by_a_crash_does_not_spoil_the_next_one(record):
+    record.append(EVENTS[:1])
+    record.write_state({}, {"n": 1})
+    with open(record.journal, "ab") as file:
+        file.write(b'{"time":1,"event":"half')
+    record.load_state()
+    record.append(EVENTS[2:])
+    assert without_time(read_journal(record.folder)) == [EVENTS[0], EVENTS[2]]
+
+
+def test_a_journal_that_lost_its_end_goes_on_without_spoiling_the_next_line(record):
+    record.append(EVENTS[:2])
+    record.write_state({}, {"n": 1})
+    os.truncate(record.journal, record.journal.stat().st_size - 10)
+    with pytest.warns(RecordWarning, match="damaged|has lost its last"):
+        record.load_state()
+    record.append(EVENTS[2:])
+    with pytest.warns(RecordWarning, match="1 damaged"):
+        assert without_time(read_journal(record.folder)) == [EVENTS[0], EVENTS[2]]
+
+
+# -- the state ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_comes_back_and_the_journal_is_cut_back_to_where_it_belongs(record):
+    assert not record.exists()
+    record.append(EVENTS[:1])
+    record.write_state({"seed": 1}, {"step": 10, "nan": math.nan})
+    record.append(EVENTS[1:])  # written, but its state was not: the run crashed in between
+    loaded = record.load_state()
+    assert record.exists()
+    assert (loaded["config"], loaded["state"]) == ({"seed": 1}, {"step": 10, "nan": None})
+    assert without_time(read_journal(record.folder)) == EVENTS[:1]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"nonsense", b"\xff\x00", None, "altered", "foreign"])
+def test_a_damaged_state_falls_back_to_the_previous_one_and_its_part_of_the_journal(record, content):
+    for i in range(3):
+        record.append(EVENTS[i : i + 1])
+        record.write_state({}, {"step": i})
+    current = record.folder / STATE_FILE
+    if content is None:
+        current.unlink()
+    elif content == "altered":
+        current.write_text(current.read_text().replace('"step":2', '"step":7'))
+    elif content == "foreign":
+        current.write_text(journal._sealed({"format": 99, "state": {}}))
+    else:
+        current.write_bytes(content)
+    with pytest.warns(RecordWarning, match=PREVIOUS_STATE_FILE):
+        loaded = record.load_state()
+    assert loaded["state"] == {"step": 1}
+    assert without_time(read_journal(record.folder)) == EVENTS[:2]
+
+
+def test_without_any_readable_state_the_error_says_what_to_do(record):
+    record.write_state({}, {})
+    record.write_state({}, {})
+    for name in (STATE_FILE, PREVIOUS_STATE_FILE):
+        (record.folder / name).write_text("x")
+    with pytest.raises(RuntimeError, match=f"cannot resume from {record.folder}: {STATE_FILE}.*Move the folder away"):
+        record.load_state()
+
+
+@pytest.mark.parametrize("survives", range(2))
+def test_a_crash_between_any_two_steps_of_writing_leaves_a_state(record, monkeypatch, survives):
+    record.write_state({}, {"step": 0})
+    record.write_state({}, {"step": 1})
+    replace, calls = os.replace, []
+
+    def dying(source, target):
+        if len(calls) == survives:
+            raise KeyboardInterrupt
+        calls.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        record.write_state({}, {"step": 2})
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecordWarning)
+        assert record.load_state()["state"] == {"step": 1}
+
+
+# -- processes and disks -----------------------------------------------------------------------------------------------
+
+OPEN = """
+    import sys
+    from autolrs_ray.journal import Record
+    try:
+        Record(sys.argv[1])
+    except RuntimeError as error:
+        print(error)
+    else:
+        print("opened")
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_has_closed(tmp_path):
+    record = Record(tmp_path)
+    assert "another process is driving the run" in python(OPEN, tmp_path).stdout
+    assert str(tmp_path) in python(OPEN, tmp_path).stdout
+    record.close()
+    record.close()
+    assert python(OPEN, tmp_path).stdout == "opened\n"
+
+
+def test_a_process_that_was_killed_leaves_no_lock(tmp_path):
+    code = "import os, sys; from autolrs_ray.journal import Record; r = Record(sys.argv[1]); os.kill(os.getpid(), 9)"
+    assert python(code, tmp_path).returncode == -9
+    Record(tmp_path).close()
+
+
+FULL = """
+    import resource, sys
+    from autolrs_ray.journal import Record
+    record = Record(sys.argv[1])
+    record.append([{"event": "start"}])
+    record.write_state({}, {"step": 1})
+    limit = record.journal.stat().st_size + 200
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # no file can grow past it, as on a full disk
+    for write in (lambda: record.write_state({}, {"step": 2, "much": "x" * 10_000}),
+                  lambda: record.append([{"event": "long", "much": "x" * 10_000}])):
+        try:
+            write()
+        except OSError as error:
+            print(type(error).__name__)
+    record.append([{"event": "short"}])
+"""
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_earlier_state_and_journal_intact(tmp_path):
+    result = python(FULL, tmp_path)
+    assert result.stdout == "OSError\nOSError\n", result.stderr
+    assert without_time(read_journal(tmp_path)) == [{"event": "start"}, {"event": "short"}]
+    record = Record(tmp_path)
+    assert record.load_state()["state"] == {"step": 1}
+    record.write_state({}, {"step": 2})  # the leftovers are in nobody's way
+    assert record.load_state()["state"] == {"step": 2}
+    record.close()
+
+
+def test_an_unusable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Record(Path(tmp_path, "file"))

@@ -1,0 +1,295 @@
+"""The learned schedule: what was learned can be kept, read and replayed without Ray."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.journal import Record
+from autolrs_ray.schedule import LearnedLRScheduler, LearnedSchedule, Piece
+from tests.simulation import Simulation
+
+STAGES = LearnedSchedule(100, (Piece(0, 10, 0.5, None, 10), Piece(10, 30, 0.2), Piece(30, 100, 0.05, "linear")))
+RACE = LearnedSchedule(100, (Piece(0, 100, 0.3, "quadratic"),))
+
+
+# -- the function ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [
+        (0, 0.05), (4, 0.25), (9, 0.5),  # a linear rise
+        (10, 0.2), (29, 0.2),  # the boundary belongs to the new stage
+        (30, 0.05 * 0.7), (65, 0.05 * 0.35), (99, 0.05 * 0.01),
+        (100, 0.05 * 0.01), (10_000, 0.05 * 0.01),  # past its end it is held
+    ],
+)  # fmt: skip
+def test_the_learning_rate_has_its_written_out_values(step, lr):
+    assert STAGES.lr_at(step) == pytest.approx(lr)
+
+
+def test_the_race_follows_its_envelope():
+    assert [RACE.lr_at(step) for step in (0, 50, 90)] == pytest.approx([0.3, 0.3 * 0.75, 0.3 * 0.19])
+
+
+def test_a_step_that_no_piece_covers_is_an_error_and_not_a_guess():
+    gap = LearnedSchedule(100, (Piece(10, 20, 0.1), Piece(30, 40, 0.2)))
+    assert gap.lr_at(19) == 0.1
+    assert gap.lr_at(99) == 0.2
+    for step in (-1, 0, 9, 20, 29):
+        with pytest.raises(ValueError, match=f"no learning rate at step {step}"):
+            gap.lr_at(step)
+    with pytest.raises(ValueError, match="no learning rate at step 0"):
+        LearnedSchedule(100, ()).lr_at(0)
+
+
+def test_a_schedule_of_a_hundred_thousand_pieces_is_looked_up_quickly():
+    schedule = LearnedSchedule(100_000, tuple(Piece(i, i + 1, 0.1 + i) for i in range(100_000)))
+    began = time.perf_counter()
+    assert [schedule.lr_at(step) for step in range(0, 100_000, 50)] == [0.1 + i for i in range(0, 100_000, 50)]
+    assert time.perf_counter() - began < 1.0  # a scan of the pieces takes 20 s
+
+
+@pytest.mark.parametrize(
+    ("pieces", "error", "message"),
+    [
+        ([(10, 20, 0.1), (0, 10, 0.1)], ValueError, "in order"),
+        ([(0, 20, 0.1), (10, 30, 0.1)], ValueError, "must not overlap"),
+        ([(0, 0, 0.1)], ValueError, "end must be at least 1, got 0"),
+        ([(-1, 5, 0.1)], ValueError, "start must be at least 0, got -1"),
+        ([(0, 5, float("nan"))], ValueError, "lr must be a finite number .* got nan"),
+        ([(0, 5, -0.1)], ValueError, "lr must be a finite number .* got -0.1"),
+        ([(0, 5, "0.1")], TypeError, "lr must be a number, got '0.1'"),
+        ([(0.5, 5, 0.1)], TypeError, "start must be an int, got 0.5"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(pieces, error, message):
+    with pytest.raises(error, match=message):
+        LearnedSchedule(30, tuple(Piece(*piece) for piece in pieces))
+
+
+# -- from a run --------------------------------------------------------------------------------------------------------
+
+
+def run(name, **options):
+    simulation = Simulation(make_policy(name, 100, (1e-3, 1.0), **options)).run()
+    config = dict(total_steps=100, policy=name, options={k: v for k, v in options.items() if k != "seed"})
+    return simulation, config
+
+
+PAPER = dict(stage_steps=20, max_stage_steps=40, probe_steps=5, num_lrs=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup_steps": 10, "warmup_lr": 0.2}, {"envelope": "cosine"}])
+def test_a_papers_run_is_replayed_step_by_step(options):
+    simulation, config = run("paper", **PAPER, **options, promote=False)
+    schedule = LearnedSchedule.from_events(simulation.events, config, "main")
+    for segment in simulation.started:
+        if segment.role == "main":
+            for step in range(segment.start, segment.end):
+                assert schedule.lr_at(step) == pytest.approx(segment.lr_at(step), rel=1e-12)
+    assert schedule.pieces[-1].end == 100
+    assert simulation.toy.train(100, schedule.lr_at).loss == simulation.policy.loss
+
+
+def test_a_race_is_replayed_step_by_step():
+    simulation, config = run("anchored", num_lrs=4)
+    (done,) = simulation.of("done")
+    schedule = LearnedSchedule.from_events(simulation.events, config, done["arm"])
+    assert simulation.toy.train(100, schedule.lr_at).loss == done["loss"]
+
+
+def test_a_stage_that_was_trained_twice_counts_once():
+    simulation = Simulation(make_policy("paper", 100, (1e-3, 1.0), **PAPER))
+    while len(simulation.of("commit")) < 2:
+        simulation.act()
+    simulation.policy.lost(simulation.policy.checkpoint)
+    simulation.running.clear()
+    simulation.run()
+    assert len(simulation.of("commit")) == 4
+    schedule = LearnedSchedule.from_events(simulation.events, dict(total_steps=100, policy="paper", options={}), "main")
+    assert [(piece.start, piece.end) for piece in schedule.pieces] == [(0, 20), (20, 60), (60, 100)]
+
+
+def test_a_run_with_an_envelope_of_its_own_can_be_read_but_not_replayed():
+    events = [{"event": "commit", "arm": "t00", "lr": 0.1, "end": 100}]
+    config = dict(total_steps=100, policy="anchored", options={"envelope": "my_own"})
+    schedule = LearnedSchedule.from_events(events, config, "t00")
+    for use in (lambda: schedule.lr_at(0), schedule.to_json):
+        with pytest.raises(ValueError, match=r"unknown envelope 'my_own'.*cannot be replayed"):
+            use()
+
+
+def test_a_run_that_has_committed_nothing_has_an_empty_schedule():
+    for policy in ("paper", "anchored"):
+        assert LearnedSchedule.from_events([], dict(total_steps=9, policy=policy, options={}), "main").pieces == ()
+
+
+def test_a_journal_with_a_damaged_commit_still_gives_the_rest():
+    simulation, config = run("paper", **PAPER)
+    rows = [event for event in simulation.events if not (event["event"] == "commit" and event["start"] == 20)]
+    schedule = LearnedSchedule.from_events(rows, config, "main")
+    assert schedule.lr_at(0) > 0
+    with pytest.raises(ValueError, match="no learning rate at step 20"):
+        schedule.lr_at(20)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [STAGES, RACE, LearnedSchedule(5, ())])
+def test_json_comes_back_as_it_was(schedule, tmp_path):
+    assert LearnedSchedule.from_json(schedule.to_json()) == schedule
+    (tmp_path / "s.json").write_text(schedule.to_json())
+    assert LearnedSchedule.load(tmp_path / "s.json") == schedule
+
+
+@pytest.mark.parametrize("schedule", [STAGES, RACE])
+def test_csv_comes_back_with_the_same_learning_rate_at_every_step(schedule, tmp_path):
+    schedule.write_csv(tmp_path / "s.csv")
+    loaded = LearnedSchedule.load(tmp_path / "s.csv")
+    assert [loaded.lr_at(step) for step in range(101)] == [schedule.lr_at(step) for step in range(101)]
+    assert loaded.total_steps == 100
+
+
+def test_a_coarse_csv_is_held_from_row_to_row(tmp_path):
+    STAGES.write_csv(tmp_path / "s.csv", every=10)
+    assert (tmp_path / "s.csv").read_text().splitlines()[:3] == ["step,lr", "0,0.05", "10,0.2"]
+    loaded = LearnedSchedule.load(tmp_path / "s.csv")
+    assert [loaded.lr_at(step) for step in (0, 9, 10, 29)] == [0.05, 0.05, 0.2, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a learned schedule"),
+        ("{}", "not a learned schedule"),
+        ("[]", "not a learned schedule"),
+        ("null", "not a learned schedule"),
+        ('{"format": 2}', "format 2 is not 1"),
+        ('{"format": 1, "total_steps": 5, "pieces": [{"start": 0}]}', "not a learned schedule"),
+        ('{"format": 1, "total_steps": 5, "pieces": [{"start": 0, "end": 5, "lr": "x"}]}', "lr must be a number"),
+        (
+            '{"format": 1, "total_steps": 5, "pieces": [{"start": 0, "end": 5, "lr": 1, "envelope": "no"}]}',
+            "envelope 'no'",
+        ),
+        ('{"format": 1, "total_steps": 5, "pieces": [{"start": 0, "end": 5, "lr": 1, "colour": 1}]}', "colour"),
+    ],
+)
+def test_a_file_that_is_no_schedule_is_refused(text, message, tmp_path):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        LearnedSchedule.load(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no rows"),
+        ("step,lr\n", "no rows"),
+        ("a,b\n1,2\n", r"not a learned schedule: expected rows step,lr .*'step'"),
+        ("step,lr\n0,x\n", "not a learned schedule.*'x'"),
+        ("step,lr\n0\n", "not a learned schedule"),
+        ("step,lr\n5,0.1\n2,0.1\n", "end must be at least 6, got 2"),
+    ],
+)
+def test_a_csv_that_is_no_schedule_is_refused(text, message, tmp_path):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        LearnedSchedule.load(tmp_path / "s.csv")
+
+
+def test_a_run_folder_is_a_schedule_too(tmp_path):
+    simulation, config = run("paper", **PAPER)
+    record = Record(tmp_path)
+    record.append([{"event": "start", "config": config}, *simulation.events])
+    record.close()
+    loaded = LearnedSchedule.load(tmp_path)
+    assert loaded == LearnedSchedule.from_events(simulation.events, config, "main")
+
+
+# -- the torch scheduler -----------------------------------------------------------------------------------------------
+
+
+def optimizer(*lrs):
+    parameters = [nn.Parameter(torch.ones(1)) for _ in lrs]
+    return torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(parameters, lrs, strict=True)], lr=1.0)
+
+
+def replay(optim, scheduler, steps):
+    seen = []
+    for _ in range(steps):
+        seen.append([group["lr"] for group in optim.param_groups])
+        optim.step()
+        scheduler.step()
+    return seen
+
+
+def test_the_torch_scheduler_replays_the_schedule():
+    optim = optimizer(0.1)
+    seen = replay(optim, LearnedLRScheduler(optim, STAGES), 105)
+    assert [lr for (lr,) in seen] == [STAGES.lr_at(step) for step in range(105)]
+
+
+def test_parameter_groups_keep_the_ratios_of_their_initial_learning_rates():
+    optim = optimizer(0.1, 0.02, 0.0)
+    for step, lrs in enumerate(replay(optim, LearnedLRScheduler(optim, STAGES), 40)):
+        assert lrs == pytest.approx([STAGES.lr_at(step), 0.2 * STAGES.lr_at(step), 0.0])
+
+
+def test_an_optimizer_without_an_lr_in_its_first_group_is_refused():
+    with pytest.raises(ValueError, match="lr > 0 in its first group, got 0"):
+        LearnedLRScheduler(optimizer(0.0, 0.1), STAGES)
+
+
+def test_its_state_loads_with_weights_only_and_a_resumed_replay_goes_on_where_it_was():
+    whole_optim = optimizer(0.1, 0.05)
+    whole = replay(whole_optim, LearnedLRScheduler(whole_optim, STAGES), 60)
+    seen, states = [], None
+    for steps in (13, 20, 27):  # resumed twice
+        optim = optimizer(0.1, 0.05)
+        scheduler = LearnedLRScheduler(optim, STAGES if states is None else RACE)  # the state brings its own schedule
+        if states is not None:
+            loaded = torch.load(io.BytesIO(states), weights_only=True)
+            optim.load_state_dict(loaded["optimizer"])
+            scheduler.load_state_dict(loaded["scheduler"])
+            assert scheduler.schedule == STAGES
+        seen += replay(optim, scheduler, steps)
+        buffer = io.BytesIO()
+        torch.save({"optimizer": optim.state_dict(), "scheduler": scheduler.state_dict()}, buffer)
+        states = buffer.getvalue()
+    assert seen == whole
+
+
+def test_last_epoch_resumes_in_torchs_own_way():
+    optim = optimizer(0.1)
+    for group in optim.param_groups:
+        group["initial_lr"] = 0.1
+    scheduler = LearnedLRScheduler(optim, STAGES, last_epoch=28)
+    assert scheduler.get_last_lr() == [pytest.approx(0.2)]
+    optim.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [pytest.approx(STAGES.lr_at(30))]
+
+
+def test_it_works_behind_another_torch_scheduler():
+    optim = optimizer(0.1)
+    warm = torch.optim.lr_scheduler.ConstantLR(optim, factor=0.5, total_iters=100)
+    both = torch.optim.lr_scheduler.SequentialLR(optim, [warm, LearnedLRScheduler(optim, STAGES)], milestones=[5])
+    seen = replay(optim, both, 20)
+    assert seen[4] == [pytest.approx(0.05)]
+    assert seen[5:8] == [[pytest.approx(STAGES.lr_at(step))] for step in range(3)]
+
+
+def test_replaying_needs_no_ray():
+    code = "import sys, autolrs_ray.schedule; print('ray' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"

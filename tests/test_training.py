@@ -1,0 +1,478 @@
+"""Trainer: step t is a function of (seed, t), so the winning probe is the main run; checkpoints that can be trusted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from autolrs_ray.training import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    CheckpointError,
+    Trainer,
+    TrainingTask,
+    accuracy,
+    read_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
+
+GENERATOR = torch.Generator().manual_seed(5)
+X = torch.randn(80, 6, generator=GENERATOR)
+Y = (X[:, 0] * X[:, 1] > 0).long()
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, **options})
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.05)
+
+
+def momentum(model):
+    return sgd(model, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def noisy(inputs, generator):
+    return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 2))
+
+
+def task(optimizer=momentum, model=net, **options):
+    network = model()
+    defaults = dict(
+        loss=nn.functional.cross_entropy, train_data=(X[:64], Y[:64]), val_data=(X[64:], Y[64:]), batch_size=10,
+        metrics={"accuracy": accuracy},
+    )  # fmt: skip
+    return TrainingTask(model=network, optimizer=optimizer(network), **{**defaults, **options})
+
+
+def flat(value):
+    """Every tensor and number in a state, in order."""
+    if isinstance(value, dict):
+        return [item for key in value for item in flat(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [item for entry in value for item in flat(entry)]
+    return [value]
+
+
+def assert_same(first, second):
+    first, second = flat(first), flat(second)
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert same, (a, b)
+
+
+def falling(step):
+    return 0.2 / (1 + step / 10)
+
+
+# -- promotion ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [sgd, momentum, adamw])
+@pytest.mark.parametrize("averaging", [False, True])
+@pytest.mark.parametrize("options", [{}, {"augment": noisy, "clip_norm": 0.5}, {"autocast": True}])
+def test_winning_probe_is_the_main_run_bit_for_bit(optimizer, averaging, options, tmp_path):
+    """0 -> 20, a checkpoint, another process -> 50 is 0 -> 50: dropout, batch norm, augmentation and all."""
+    whole = Trainer(lambda: task(optimizer, **options), 3, averaging)
+    whole.train(50, falling)
+    probe = Trainer(lambda: task(optimizer, **options), 3, averaging)
+    probe.train(20, falling)
+    probe.evaluate()
+    probe.save(tmp_path)
+    torch.manual_seed(99)
+    main = Trainer(lambda: task(optimizer, **options), 3, averaging)
+    main.train(33, lambda step: 1.0)  # it was busy with something else
+    main.load(tmp_path)
+    assert main.step == 20
+    main.train(50, falling)
+    assert_same(main.state_dict(), whole.state_dict())
+    assert main.evaluate() == whole.evaluate()
+
+
+def test_how_the_steps_are_cut_into_calls_makes_no_difference():
+    one, many = (Trainer(lambda: task(augment=noisy), 0, True) for _ in range(2))
+    one.train(30, falling)
+    for until in (1, 2, 7, 7, 20, 30):
+        many.train(until, falling)
+        many.evaluate()
+    assert_same(one.state_dict(), many.state_dict())
+
+
+def test_two_probes_from_one_checkpoint_see_the_same_batches_and_differ_by_their_lr_only(tmp_path):
+    start = Trainer(lambda: task(), 0)
+    start.train(5, falling)
+    start.save(tmp_path)
+    states = []
+    for lr in (0.05, 0.05, 0.3):
+        probe = Trainer(lambda: task(), 0)
+        probe.load(tmp_path)
+        probe.train(15, lambda step, lr=lr: lr)
+        states.append(copy.deepcopy(probe.model.state_dict()))
+    assert_same(states[0], states[1])
+    assert not torch.equal(states[0]["0.weight"], states[2]["0.weight"])
+
+
+def test_reset_goes_back_to_the_very_start():
+    trainer = Trainer(lambda: task(adamw), 1, True)
+    begin = copy.deepcopy(trainer.state_dict())
+    trainer.train(25, falling)
+    once = copy.deepcopy(trainer.state_dict())
+    trainer.reset()
+    assert_same(trainer.state_dict(), begin)
+    trainer.train(25, falling)
+    assert_same(trainer.state_dict(), once)
+    trainer.reset()
+    assert_same(trainer.state_dict(), begin)  # the copy it went back to was not trained on
+
+
+def test_every_process_starts_from_the_same_weights():
+    code = (
+        "from tests.test_training import *\n"
+        "t = Trainer(lambda: task(), 7); t.train(9, falling)\n"
+        "print(t.evaluate()['loss'].hex(), t.batch(9)[0].sum().item().hex())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = Trainer(lambda: task(), 7)
+    here.train(9, falling)
+    expected = f"{here.evaluate()['loss'].hex()} {here.batch(9)[0].sum().item().hex()}\n"
+    assert other.stdout == expected
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_at_a_step_is_a_function_of_seed_and_step():
+    first, second, other = Trainer(lambda: task(), 1), Trainer(lambda: task(), 1), Trainer(lambda: task(), 2)
+    expected = {step: first.batch(step)[0] for step in range(20)}
+    for step in (19, 3, 11, 3, 0):  # in whatever order they are asked for
+        assert torch.equal(second.batch(step)[0], expected[step])
+    assert not torch.equal(other.batch(3)[0], expected[3])
+
+
+def test_an_epoch_shows_every_row_once_but_for_the_last_short_batch():
+    trainer = Trainer(lambda: task(), 0)
+    rows = [torch.cat([trainer._indices(step) for step in range(6 * epoch, 6 * epoch + 6)]) for epoch in range(3)]
+    for epoch in rows:
+        assert len(set(epoch.tolist())) == 60 == len(epoch)  # 64 rows, batches of 10
+    assert not torch.equal(rows[0], rows[1])
+
+
+def test_augmentation_draws_from_seed_and_step_and_not_from_the_global_generator():
+    trainer = Trainer(lambda: task(augment=noisy), 0)
+    once = trainer.batch(4)[0]
+    torch.manual_seed(123)
+    assert torch.equal(trainer.batch(4)[0], once)
+    plain = Trainer(lambda: task(), 0).batch(4)[0]
+    assert not torch.equal(once, plain)
+    assert not torch.allclose(trainer.batch(5)[0] - Trainer(lambda: task(), 0).batch(5)[0], once - plain)
+
+
+def test_a_map_style_dataset_gives_the_same_run_as_the_tensors():
+    tensors = Trainer(lambda: task(), 0)
+    dataset = Trainer(lambda: task(train_data=TensorDataset(X[:64], Y[:64]), val_data=TensorDataset(X[64:], Y[64:])), 0)
+    for trainer in (tensors, dataset):
+        trainer.train(15, falling)
+    assert_same(tensors.state_dict(), dataset.state_dict())
+    assert tensors.evaluate() == dataset.evaluate()
+
+
+# -- learning rates ----------------------------------------------------------------------------------------------------
+
+
+def used(trainer):
+    """Have `trainer` note the LR of every group at every update."""
+    seen, step = [], trainer.task.optimizer.step
+
+    def noting(*args):
+        seen.append([group["lr"] for group in trainer.task.optimizer.param_groups])
+        return step(*args)
+
+    trainer.task.optimizer.step = noting
+    return seen
+
+
+def test_the_lr_is_applied_after_the_restore(tmp_path):
+    """`Optimizer.load_state_dict` brings the old LR back: the very first update after it must be at the new one."""
+    old = Trainer(lambda: task(), 0)
+    old.train(10, lambda step: 0.7)
+    old.save(tmp_path)
+    new = Trainer(lambda: task(), 0)
+    new.load(tmp_path)
+    assert new.task.optimizer.param_groups[0]["lr"] == 0.7  # what it would be without us
+    seen = used(new)
+    new.train(12, lambda step: 0.01)
+    assert seen == [[0.01], [0.01]]
+    twin = Trainer(lambda: task(), 0)
+    twin.train(12, lambda step: 0.7 if step < 10 else 0.01)
+    assert_same(new.state_dict(), twin.state_dict())
+
+
+def test_the_lr_of_the_update_from_t_is_that_of_step_t():
+    trainer = Trainer(lambda: task(), 0)
+    seen = used(trainer)
+    trainer.train(4, lambda step: 0.1 * (step + 1))
+    assert seen == [[pytest.approx(0.1 * (step + 1))] for step in range(4)]
+
+
+def groups(model):
+    return torch.optim.SGD(
+        [{"params": list(model[0].parameters()), "lr": 0.2}, {"params": list(model[4].parameters()), "lr": 0.05}],
+        lr=0.1,
+    )
+
+
+def test_parameter_groups_keep_the_ratio_they_were_built_with(tmp_path):
+    trainer = Trainer(lambda: task(groups), 0)
+    seen = used(trainer)
+    trainer.train(1, lambda step: 0.4)
+    trainer.save(tmp_path)
+    again = Trainer(lambda: task(groups), 0)
+    again.load(tmp_path)
+    later = used(again)
+    again.train(2, lambda step: 0.002)
+    assert seen == [pytest.approx([0.4, 0.1])]
+    assert later == [pytest.approx([0.002, 0.0005])]
+
+
+def test_an_optimizer_built_without_an_lr_is_refused():
+    with pytest.raises(ValueError, match="lr > 0 in its first group, got 0"):
+        Trainer(lambda: task(lambda model: sgd(model, lr=0.0)), 0)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for():
+    trainer = Trainer(lambda: task(sgd, clip_norm=1e-3), 0)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train(1, lambda step: 1.0)
+    moved = torch.stack([(a - b).norm() for a, b in zip(before, trainer.model.parameters(), strict=True)]).norm()
+    assert float(moved.detach()) == pytest.approx(1e-3, rel=1e-3)
+
+
+# -- averaged weights --------------------------------------------------------------------------------------------------
+
+
+def test_averaged_weights_and_buffers_follow_the_plain_formula():
+    """average(t) = average(t - 1) + min(1, 4 / t) * (current - average(t - 1)), over weights and batch-norm statistics."""
+    trainer = Trainer(lambda: task(), 0, averaging=True)
+    twin = {}
+    for step in range(1, 41):
+        trainer.train(step, falling)
+        for name, value in trainer.model.state_dict().items():
+            if not value.is_floating_point():
+                twin[name] = value.clone()
+            elif step == 1:
+                twin[name] = value.double().clone()
+            else:
+                twin[name] += min(1.0, 4.0 / step) * (value.double() - twin[name])
+    ours = trainer.averaged.module.state_dict()
+    assert ours.keys() == twin.keys()
+    for name, value in ours.items():
+        assert torch.allclose(value.double(), twin[name].double(), atol=1e-6), name
+    assert not torch.allclose(ours["0.weight"], trainer.model.state_dict()["0.weight"], atol=1e-4)
+
+
+def test_averaged_weights_are_evaluated_on_demand():
+    trainer = Trainer(lambda: task(), 0, averaging=True)
+    trainer.train(40, lambda step: 0.5)
+    raw, averaged = trainer.evaluate(), trainer.evaluate(averaged=True)
+    assert raw["loss"] != averaged["loss"]
+    by_hand = trainer.averaged.module.eval()(X[64:])
+    assert averaged["loss"] == pytest.approx(nn.functional.cross_entropy(by_hand, Y[64:]).item(), rel=1e-6)
+    with pytest.raises(ValueError, match="averaging=True"):
+        Trainer(lambda: task(), 0).evaluate(averaged=True)
+
+
+def test_a_checkpoint_without_an_average_begins_one_where_it_stands(tmp_path):
+    Trainer(lambda: task(), 0).save(tmp_path)
+    trainer = Trainer(lambda: task(), 0, averaging=True)
+    trainer.train(10, falling)
+    trainer.load(tmp_path)
+    assert torch.equal(trainer.averaged.module[0].weight, trainer.model[0].weight)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_changes_nothing():
+    trainer = Trainer(lambda: task(), 0, averaging=True)
+    trainer.train(10, falling)
+    before, random = copy.deepcopy(trainer.state_dict()), torch.random.get_rng_state()
+    first = trainer.evaluate()
+    trainer.evaluate(averaged=True)
+    trainer.evaluate((X, Y))
+    assert_same(trainer.state_dict(), before)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert trainer.evaluate() == first
+    assert trainer.model.training
+
+
+def test_evaluation_is_the_mean_over_all_rows_whatever_the_batch_size():
+    results = [Trainer(lambda size=size: task(eval_batch_size=size), 0).evaluate() for size in (3, 5, 16, 1000)]
+    model = Trainer(lambda: task(), 0).model.eval()
+    with torch.no_grad():
+        output = model(X[64:])
+    expected = dict(loss=nn.functional.cross_entropy(output, Y[64:]).item(), accuracy=accuracy(output, Y[64:]).item())
+    for result in results:
+        assert result == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_training_loss_is_the_mean_over_the_steps_of_the_call():
+    whole, parts = Trainer(lambda: task(), 0), Trainer(lambda: task(), 0)
+    losses = [parts.train(step, falling) for step in range(1, 9)]
+    assert whole.train(8, falling) == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert whole.train(8, falling) == 0.0  # nothing left to train
+
+
+def test_a_diverging_training_reports_it_and_goes_on():
+    trainer = Trainer(lambda: task(sgd, model=lambda: nn.Linear(6, 2)), 0)
+    loss = trainer.train(60, lambda step: 1e38)
+    assert not math.isfinite(loss)
+    assert not math.isfinite(trainer.evaluate()["loss"])
+
+
+# -- what is asked of a task -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size must be in \[1, 64\], got 0"),
+        ({"batch_size": 65}, r"batch_size must be in \[1, 64\], got 65"),
+        ({"val_data": (X[:0], Y[:0])}, "val_data is empty"),
+    ],
+)
+def test_a_task_that_cannot_be_trained_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        task(**options)
+
+
+def test_a_build_function_that_returns_something_else_is_refused():
+    with pytest.raises(TypeError, match="must return a TrainingTask, got int"):
+        Trainer(lambda: 3)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    trainer = Trainer(lambda: task(adamw), 0, averaging=True)
+    trainer.train(7, falling)
+    trainer.save(tmp_path / "c")
+    return tmp_path / "c"
+
+
+def test_checkpoints_hold_tensors_and_plain_values_only(checkpoint):
+    state = torch.load(checkpoint / STATE_FILE, weights_only=True)
+    assert state["step"] == 7
+    assert verify_checkpoint(checkpoint) == 7
+    assert sorted(os.listdir(checkpoint)) == [MANIFEST_FILE, STATE_FILE]  # no temporary files
+
+
+def refused(folder):
+    with pytest.raises(CheckpointError, match=str(folder)):
+        verify_checkpoint(folder)
+    trainer = Trainer(lambda: task(adamw), 0, averaging=True)
+    before = copy.deepcopy(trainer.state_dict())
+    with pytest.raises(CheckpointError, match=str(folder)):
+        trainer.load(folder)
+    assert_same(trainer.state_dict(), before)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_truncated_checkpoint_is_refused(checkpoint, keep):
+    content = (checkpoint / STATE_FILE).read_bytes()
+    (checkpoint / STATE_FILE).write_bytes(content[:keep])
+    refused(checkpoint)
+
+
+@pytest.mark.parametrize("position", [0, 0.25, 0.5, 0.99])
+def test_a_flipped_bit_is_refused(checkpoint, position):
+    content = bytearray((checkpoint / STATE_FILE).read_bytes())
+    content[int(position * len(content))] ^= 1
+    (checkpoint / STATE_FILE).write_bytes(content)
+    refused(checkpoint)
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, MANIFEST_FILE])
+def test_a_missing_file_is_refused(checkpoint, name):
+    (checkpoint / name).unlink()
+    refused(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"size": 1}', '{"size": 1, "sha256": 2, "step": "x"}', "\xff"]
+)
+def test_a_damaged_manifest_is_refused(checkpoint, text):
+    (checkpoint / MANIFEST_FILE).write_bytes(text.encode("latin-1"))
+    refused(checkpoint)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refused(tmp_path / "nowhere")
+
+
+class Malice:
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.flag}",)
+
+
+@pytest.mark.parametrize("through_torch", [True, False])
+def test_a_malicious_pickle_with_a_matching_manifest_is_not_executed(checkpoint, tmp_path, through_torch):
+    flag, target = tmp_path / "executed", checkpoint / STATE_FILE
+    if through_torch:
+        torch.save({"step": 7, "model": Malice(flag)}, target)
+    else:
+        target.write_bytes(pickle.dumps(Malice(flag)))
+    from autolrs_ray.training import _sha256
+
+    manifest = {"size": target.stat().st_size, "sha256": _sha256(target), "step": 7}
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert verify_checkpoint(checkpoint) == 7
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        read_checkpoint(checkpoint)
+    assert not flag.exists()
+
+
+def test_a_checkpoint_cut_off_while_it_is_written_over_another_leaves_that_or_an_error(checkpoint, monkeypatch):
+    """The process dies between any two of its steps: what is read afterwards is the old state, the new one, or an error."""
+    old, replace = read_checkpoint(checkpoint), os.replace
+    for survives in range(2):
+        calls = []
+
+        def dying(source, target, calls=calls, survives=survives):
+            if len(calls) == survives:
+                raise KeyboardInterrupt
+            calls.append(target)
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint({**old, "step": 8}, checkpoint)
+        monkeypatch.undo()
+        if survives == 0:
+            assert read_checkpoint(checkpoint)["step"] == 7
+        else:
+            with pytest.raises(CheckpointError):
+                read_checkpoint(checkpoint)
+    write_checkpoint({**old, "step": 8}, checkpoint)
+    assert read_checkpoint(checkpoint)["step"] == 8
