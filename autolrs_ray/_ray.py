@@ -15,11 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 def _expected(record: logging.LogRecord) -> bool:
-    """Tune looks for log files of every trial that starts from a checkpoint; new trials have none."""
-    return "Remote file not found" not in record.getMessage()
+    """Tune looks for log files of every trial that starts from a checkpoint, and in the end of every trial; new trials
+    have none, and neither has the one that a resumed run drops."""
+    message = record.getMessage()
+    return "Remote file not found" not in message and "Failed to fetch metrics" not in message
 
 
-logging.getLogger("ray.tune.logger.logger").addFilter(_expected)
+for _name in ("ray.tune.logger.logger", "ray.tune.analysis.experiment_analysis"):
+    logging.getLogger(_name).addFilter(_expected)
 
 
 def set_source(trial: Trial, path: str | None, metrics: dict[str, Any]) -> None:

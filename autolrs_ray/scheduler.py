@@ -134,7 +134,6 @@ class AutoLRSScheduler(TrialScheduler):
         """First trial of this process: open the run folder, count the slots, pin the actors."""
         self._resources = trial.placement_group_factory
         self._function_api = issubclass(trial.get_trainable_cls(), FunctionTrainable)
-        threading.Thread(target=surrogate.preload, daemon=True).start()  # a second, while the actors start
         search.slots = self._count_slots(search)
         search.policy.set_concurrency(search.slots)
         storage = trial.storage
@@ -147,6 +146,8 @@ class AutoLRSScheduler(TrialScheduler):
                 self._written = {path.as_posix() for path in Path(folder).glob("*/checkpoint_*")}
                 self._delete_unneeded(search)
         keep_actors_warm(controller, self._resources, search.slots, more=search.slots)
+        # a second, while the actors start; after the record, whose warnings it would silence
+        threading.Thread(target=surrogate.preload, daemon=True).start()
 
     def _recount_slots(self, controller: Any, search: AutoLRSSearch) -> None:
         """Follow the cluster as nodes are lost and join. The policy's proposals do not depend on it."""

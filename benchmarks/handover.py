@@ -66,7 +66,12 @@ def main() -> None:
     ray.init(address="local", num_cpus=arguments.slots, include_dashboard=False, object_store_memory=200_000_000,
              log_to_driver=False, logging_level="warning")  # fmt: skip
     measured: dict[str, dict[str, list[float]]] = {}
-    options: dict[str, Any] = {"policy": "paper", "stage_steps": 100, "max_stage_steps": 100, "lr_interval": (1e-3, 1.0)}
+    options: dict[str, Any] = {
+        "policy": "paper",
+        "stage_steps": 100,
+        "max_stage_steps": 100,
+        "lr_interval": (1e-3, 1.0),
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name, reuse in (("warm", True), ("new actors", False)):
             stages = arguments.stages if reuse else 3
@@ -85,7 +90,9 @@ def main() -> None:
         table.add_row(kind, f"{one:.0f} ({len(warm)})", f"{two:.0f} ({len(cold)})", f"{two / one:.0f}x")
     console = Console(width=100)
     console.print(table)
-    console.print(f"one proposal at n = 10: {proposal_ms('map'):.1f} ms; with BoTorch's own fit {proposal_ms('mll'):.1f} ms")
+    console.print(
+        f"one proposal at n = 10: {proposal_ms('map'):.1f} ms; with BoTorch's own fit {proposal_ms('mll'):.1f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -369,6 +369,33 @@ def test_a_trunk_that_had_run_ahead_when_it_was_dropped_is_not_preferred_for_it(
         assert [segment.arm for segment in policy.wanted()] == ["t01"]
 
 
+def test_a_trunk_that_starts_again_needs_none_of_its_old_checkpoints():
+    policy = anchored(100, num_lrs=2, concurrency=2, envelope="wsd")
+    for step in (s for s in policy._boundaries if s < 75):
+        for arm, loss in (("t00", 1.001), ("t01", 1.0)):
+            policy.report(arm, Point(step, loss))
+            policy.saved(arm, step, f"{arm}@{step}")
+    assert "t00@40" in policy.checkpoints()  # the end of the hold
+    for arm, loss in (("t00", 2.0), ("t01", 1.0)):
+        policy.report(arm, Point(75, loss))
+    policy.report("t01", Point(76, math.nan))
+    assert [(segment.arm, segment.start) for segment in policy.wanted()] == [("t00", 0)]
+    assert policy.checkpoints() == set()
+
+
+def test_a_rungs_score_is_the_same_for_a_trial_that_was_restored_before_it():
+    """Seven reports a rung: with the one at the boundary before them, two would count instead of one."""
+    whole, losses = anchored(1000, num_lrs=2, reports=7), [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
+    whole.report("t00", Point(20, 10.0))
+    whole.saved("t00", 20, "c")
+    restored = anchored(1000, num_lrs=2, reports=7)
+    restored.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for policy in (whole, restored):
+        for step, loss in zip((22, 25, 28, 31, 34, 37, 40), losses, strict=True):
+            policy.report("t00", Point(step, loss))
+    assert whole.trunks[0].scores == restored.trunks[0].scores == {20: 10.0, 40: 3.0}
+
+
 def test_failing_trunks_leave_the_race():
     simulation = Simulation(anchored())
     simulation.change = lambda arm, point: "fail" if arm in ("t03", "t05") else None

@@ -29,8 +29,9 @@ class Machine(RuleBasedStateMachine):
         flag=st.booleans(),
         warmup=st.sampled_from([0, 4]),
         interval=st.sampled_from([(1e-3, 1.0), (1e-2, 30.0)]),
+        envelope=st.sampled_from(["quadratic", "wsd"]),
     )
-    def begin(self, slots, seed, flag, warmup, interval):
+    def begin(self, slots, seed, flag, warmup, interval, envelope):
         options = dict(lr_interval=interval, seed=seed, concurrency=slots)
         if self.kind == "paper":
             self.new = lambda: make_policy(
@@ -38,7 +39,9 @@ class Machine(RuleBasedStateMachine):
                 warmup_steps=warmup, warmup_lr=0.01, kappa=2.0, **options,
             )  # fmt: skip
         else:
-            self.new = lambda: make_policy("anchored", 60, num_lrs=5, infill=2 * flag, reports=2, commits=6, **options)
+            self.new = lambda: make_policy(
+                "anchored", 60, num_lrs=5, infill=2 * flag, reports=2, commits=6, envelope=envelope, **options
+            )
         self.policy, self.slots = self.new(), slots
         self.ended = False
         self.running = {}  # arm -> (segment, toy)

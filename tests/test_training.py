@@ -129,8 +129,13 @@ def test_two_probes_from_one_checkpoint_see_the_same_batches_and_differ_by_their
     assert not torch.equal(states[0]["0.weight"], states[2]["0.weight"])
 
 
-def test_reset_goes_back_to_the_very_start():
-    trainer = Trainer(lambda: task(adamw), 1, True)
+def adagrad(model):
+    return torch.optim.Adagrad(model.parameters(), lr=0.1)  # it has state before its first step
+
+
+@pytest.mark.parametrize("optimizer", [adamw, adagrad])
+def test_reset_goes_back_to_the_very_start(optimizer):
+    trainer = Trainer(lambda: task(optimizer), 1, True)
     begin = copy.deepcopy(trainer.state_dict())
     trainer.train(25, falling)
     once = copy.deepcopy(trainer.state_dict())

@@ -43,7 +43,8 @@ class Trunk:
 
     def restart(self) -> None:
         """Open again, from scratch."""
-        self.status, self.step, self.checkpoint, self.previous = "open", 0, None, None
+        self.status, self.step = "open", 0
+        self.checkpoint = self.previous = self.held = None
 
 
 def leader_of(trunks: list[Trunk], rung: int) -> Trunk:
