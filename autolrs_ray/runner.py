@@ -55,23 +55,26 @@ def run(
     reports = [LiveProgress(searcher)] if progress else []
     with _settings(TUNE_GLOBAL_CHECKPOINT_S="60", RAY_AIR_NEW_OUTPUT="0"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
-        tune.run(
-            trainable,
-            name=name,
-            storage_path=storage,
-            config={**(config or {}), "seed": seed},
-            search_alg=searcher,
-            scheduler=AutoLRSScheduler(),
-            num_samples=-1,
-            metric=searcher.loss_key,
-            mode=searcher.mode or "min",
-            max_failures=max_failures,
-            reuse_actors=reuse_actors,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-            callbacks=[*reports, *(callbacks or [])],
-            verbose=0,
-        )
+        try:
+            tune.run(
+                trainable,
+                name=name,
+                storage_path=storage,
+                config={**(config or {}), "seed": seed},
+                search_alg=searcher,
+                scheduler=AutoLRSScheduler(),
+                num_samples=-1,
+                metric=searcher.loss_key,
+                mode=searcher.mode or "min",
+                max_failures=max_failures,
+                reuse_actors=reuse_actors,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+                callbacks=[*reports, *(callbacks or [])],
+                verbose=0,
+            )
+        finally:
+            searcher.close()  # or the folder stays locked while anyone holds on to an error's traceback
     return RunResult.load(Path(storage, name))
 
 

@@ -357,7 +357,7 @@ class AutoLRSScheduler(TrialScheduler):
             if save.verdict is Verdict.PAUSE:
                 search.policy.withdraw(arm)
             search.persist()
-            if complete:
+            if complete and search.fatal is None:
                 self._written.add(written.checkpoint.path)
                 self._delete_unneeded(search)
 

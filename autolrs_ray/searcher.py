@@ -234,13 +234,25 @@ class AutoLRSSearch(Searcher):
         return json.loads(json.dumps(described))  # type: ignore[no-any-return]
 
     def persist(self) -> None:
-        """Write pending events to the journal and replace the state, if anything has happened."""
+        """Write pending events to the journal and replace the state, if anything has happened.
+
+        Where the disk refuses, nothing more is written, so that the record stays as it is, and the run ends.
+        """
         if self._record is None:
             return
         events = self.policy.drain_events()
-        if events:
+        if not events:
+            return
+        try:
             self._record.append(events)
             self._record.write_state(self.describe(), self.policy.state_dict())
+        except OSError as error:
+            self.close()
+            folder, self._record = self._record.folder, None
+            self.fatal = self.fatal or AutoLRSError(
+                f"cannot write the record of the run in {folder}: {error.strerror or error}. What it holds is intact: make "
+                'room, or mend the disk, and run the same command again with resume="auto"'
+            )
 
     def close(self) -> None:
         if self._record is not None:
@@ -260,6 +272,7 @@ class AutoLRSSearch(Searcher):
         if self.reconcile is not None:  # with no trial left alive Tune calls nothing but suggest()
             self.reconcile()
         if self.fatal is not None:
+            self.close()
             raise self.fatal
         if self.arm_of and not self.bound:
             raise RuntimeError(f"AutoLRSSearch runs without its scheduler. {PAIR_HELP}")

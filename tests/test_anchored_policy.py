@@ -565,6 +565,39 @@ def test_progress_says_where_the_run_stands():
     assert progress["lr"] == simulation.of("done")[0]["lr"]
 
 
+# -- a longer run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_extended_run_is_one_run_of_the_longer_length(interrupted):
+    """Under "wsd" the first 0.4 T are at a constant LR whatever T is: they are kept, the rest is trained again."""
+    simulation = Simulation(anchored(200, envelope="wsd")).run()
+    before, trained = simulation.of("done")[0], simulation.trained
+    simulation.policy.extend(500)
+    simulation.run() if not interrupted else None
+    while interrupted and not simulation.policy.done:
+        simulation.act()
+        if len(simulation.verdicts) % 19 == 0:
+            simulation.interrupt(anchored(500, envelope="wsd"))
+    alone = simulation.toy.train(500, lambda t: before["lr"] * envelope_factor("wsd", t, 500))
+    done = simulation.of("done")[-1]
+    assert (done["lr"], done["loss"], done["step"]) == (before["lr"], alone.loss, 500)
+    assert interrupted or simulation.trained - trained == 500 - 80
+
+
+def test_a_run_that_cannot_be_extended_says_why():
+    with pytest.raises(ValueError, match=r"'quadratic' falls from the start: only wsd and constant"):
+        Simulation(anchored()).run().policy.extend(400)
+    with pytest.raises(ValueError, match="8 learning rates are still in the race"):
+        anchored(envelope="wsd").extend(400)
+    policy = Simulation(anchored(envelope="wsd")).run().policy
+    with pytest.raises(ValueError, match="larger than 200, got 200"):
+        policy.extend(200)
+    policy.lost(next(path for path in policy.checkpoints() if "@80#" in path))
+    with pytest.raises(ValueError, match="end of the hold is lost"):
+        policy.extend(400)
+
+
 # -- envelopes and rungs -----------------------------------------------------------------------------------------------
 
 

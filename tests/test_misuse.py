@@ -96,7 +96,7 @@ class TestOnRay:
     def _within_seconds(self) -> Any:
         began = time.monotonic()
         yield
-        assert time.monotonic() - began < 60.0
+        assert time.monotonic() - began < 90.0
 
     def test_too_few_samples(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"num_samples=3 is too small.*Pass num_samples=-1"):

@@ -23,12 +23,16 @@ from ray.tune import Callback
 import autolrs_ray
 from autolrs_ray import RunResult, journal
 from autolrs_ray.training import read_checkpoint
-from tests.faults.trainables import Fragile
+from tests.faults.trainables import Counter, Fragile
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": dict(
         total_steps=200, stage_steps=40, max_stage_steps=40, probe_steps=8, num_lrs=4, probe_reports=4, main_reports=4,
         lr_interval=(1e-2, 1.0),
+    ),
+    "growth": dict(
+        total_steps=2000, stage_steps=20, max_stage_steps=20, probe_steps=2, num_lrs=3, probe_reports=1, main_reports=1,
+        lr_interval=(1e-2, 1.0), policy="paper",
     ),
     "anchored": dict(
         total_steps=160, num_lrs=5, rungs=(0.1, 0.3, 0.6), tolerances=(0.3, 0.2, 0.1), infill=2, finalists=3, reports=2,
@@ -66,7 +70,9 @@ class KillsIdleActors(Callback):  # type: ignore[misc]
 
 
 def digest(checkpoint: str) -> str:
-    """SHA-256 of all weights and buffers of a checkpoint."""
+    """SHA-256 of all weights and buffers of a checkpoint, "" for one that holds none."""
+    if not Path(checkpoint, "state.pt").exists():
+        return ""
     state = hashlib.sha256()
     for name, value in sorted(read_checkpoint(checkpoint)["model"].items()):
         state.update(name.encode() + value.contiguous().numpy().tobytes())
@@ -103,14 +109,13 @@ def main() -> None:
     ray.init(address=given.address, log_to_driver=False, **own)
     try:
         result = autolrs_ray.run(
-            Fragile,
-            policy=given.policy,
+            Counter if given.policy == "growth" else Fragile,
             storage_path=given.storage,
             name="run",
             config=given.config,
             progress=False,
             callbacks=[KillsIdleActors(given.kill_idle)] if given.kill_idle else None,
-            **{**OPTIONS[given.policy], **given.options},
+            **{"policy": given.policy, **OPTIONS[given.policy], **given.options},
         )
     finally:
         ray.shutdown()

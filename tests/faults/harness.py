@@ -37,12 +37,15 @@ class Driver:
     storage: Path
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    outputs: Path | None = None
+    limit_s: float = LIMIT_S
 
     def __enter__(self) -> Driver:
         self.mark = f"AUTOLRS_FAULTS={uuid.uuid4().hex}"
         name, value = self.mark.split("=")
         self.storage.mkdir(parents=True, exist_ok=True)
-        self.output, self.errors = self.storage / f"{value[:6]}.out", self.storage / f"{value[:6]}.err"
+        outputs = self.outputs or self.storage
+        self.output, self.errors = outputs / f"{value[:6]}.out", outputs / f"{value[:6]}.err"
         with open(self.output, "w") as output, open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.driver", str(self.storage), *self.arguments],
@@ -65,17 +68,17 @@ class Driver:
         """True while it runs; raises TimeoutError, counted as a hang, when it has run for too long."""
         if self.process.poll() is not None:
             return False
-        if time.monotonic() - self.began > LIMIT_S:
+        if time.monotonic() - self.began > self.limit_s:
             COUNTS["hangs"] += 1
-            raise TimeoutError(f"the driver has run for {LIMIT_S:.0f} s:\n{self.errors.read_text()[-3000:]}")
+            raise TimeoutError(f"the driver has run for {self.limit_s:.0f} s:\n{self.errors.read_text()[-3000:]}")
         return True
 
-    def wait_until(self, ready: Callable[[], bool]) -> bool:
+    def wait_until(self, ready: Callable[[], bool], every_s: float = 0.002) -> bool:
         """Wait for `ready`; False if the driver ended before."""
         while self.alive():
             if ready():
                 return True
-            time.sleep(0.002)
+            time.sleep(every_s)
         return False
 
     def finish(self) -> int:

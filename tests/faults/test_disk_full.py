@@ -1,0 +1,66 @@
+"""The disk fills up under a run: a clear error within a minute, and the run goes on once there is space again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import Driver, compare, journal_text
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 4 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Take all that is free on `disk` but `leave` bytes (in pages of 4,096)."""
+    ballast = disk / "ballast"
+    status = os.statvfs(disk)
+    with open(ballast, "wb", buffering=0) as file:
+        for _ in range((status.f_bavail * status.f_bsize - leave) // 4096):
+            file.write(bytes(4096))
+    return ballast
+
+
+@pytest.mark.parametrize(("event", "leave", "message"), [
+    ('"event":"choice","stage":1', 0, "cannot write the record of the run"),
+    ('"arm":"s001p01","lr"', 12288, "cannot write the record of the run|failed for good"),  # some writes still succeed
+])  # fmt: skip
+def test_full_disk_is_a_clear_error_and_the_run_resumes(
+    small_disk: Path,
+    tmp_path: Path,
+    cluster: str,
+    undisturbed: Callable[[str], dict[str, Any]],
+    event: str,
+    leave: int,
+    message: str,
+) -> None:
+    command = ("--address", cluster, "--config", json.dumps({"pause_s": 0.1}))
+    with Driver(small_disk, command, outputs=tmp_path) as driver:
+        assert driver.wait_until(lambda: event in journal_text(small_disk))
+        ballast, began = fill(small_disk, leave), time.monotonic()
+        assert driver.finish() == 1
+        assert time.monotonic() - began < 60.0
+        last = driver.errors.read_text().splitlines()[-1]
+        assert re.search(f"AutoLRSError: .*({message}).*No space left on device", last), last
+        os.remove(ballast)
+    with Driver(small_disk, command, outputs=tmp_path) as driver:
+        compare(driver.outcome(), undisturbed("paper"))
