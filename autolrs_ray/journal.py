@@ -23,6 +23,7 @@ STATE_FILE = "autolrs_state.json"
 PREVIOUS_STATE_FILE = "autolrs_state.previous.json"
 LOCK_FILE = "autolrs.lock"
 DAMAGED_STATE_FILE = "autolrs_state.damaged.json"
+ORPHANED_JOURNAL_FILE = "autolrs.orphaned.jsonl"
 FORMAT = 1
 REPEATED = ("start", "commit")  # the events that the state repeats
 
@@ -112,7 +113,7 @@ class Record:
                 f"another process is driving the run in {self.folder}; wait for it, stop it, or choose another name"
             ) from None
         self._closed = False
-        self._repeated: list[dict[str, Any]] = []
+        self._repeated: list[str] = []
 
     @property
     def journal(self) -> Path:
@@ -122,23 +123,29 @@ class Record:
         """True if the folder holds the state of an earlier run."""
         return (self.folder / STATE_FILE).exists() or (self.folder / PREVIOUS_STATE_FILE).exists()
 
+    def begin(self, event: dict[str, Any]) -> None:
+        """Start a journal with `event`. One without a state, left by a run that was killed at once, is put aside."""
+        if self.journal.exists():
+            os.replace(self.journal, self.folder / ORPHANED_JOURNAL_FILE)
+        self.append([event])
+
     def append(self, events: list[dict[str, Any]]) -> None:
         """Append `events`, each with the wall-clock time, and flush them to disk."""
         if not events:
             return
         now = time.time()
-        events = [{"time": now, **event} for event in events]
-        lines = "".join(_sealed(event) + "\n" for event in events).encode()
+        lines = [_sealed({"time": now, **event}) for event in events]
+        content = "".join(line + "\n" for line in lines).encode()
         with open(self.journal, "ab", buffering=0) as file:
             before = file.tell()
             try:
-                if file.write(lines) != len(lines):
+                if file.write(content) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.journal))
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(before)  # half a line would spoil the next one too
                 raise
-        self._repeated += [_finite(event) for event in events if event["event"] in REPEATED]
+        self._repeated += [line for event, line in zip(events, lines, strict=True) if event["event"] in REPEATED]
 
     def write_state(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         """Replace the state: temporary name, fsync, rename, fsync of the folder. The one before stays beside it."""
@@ -189,15 +196,16 @@ class Record:
             if end and file.read(1) != b"\n":  # cut short within a line: the next one is not to be spoilt by it
                 file.write(b"\n")
 
-    def _mend(self, repeated: list[dict[str, Any]]) -> None:
-        """Put the events that the state repeats back into the journal, where it has lost them."""
+    def _mend(self, repeated: list[str]) -> None:
+        """Put the lines that the state repeats back into the journal, where it has lost them."""
         self._repeated = repeated
         events = read_journal(self.journal) if self.journal.exists() else []
-        lost = [event for event in repeated if event not in events]
+        found = {_sealed(event) for event in events}
+        lost = [line for line in repeated if line not in found]
         if lost:
-            message = f"{self.journal} had lost {len(lost)} of the entries that the state repeats; they are put back"
+            message = f"{self.journal} had lost {len(lost)} of the lines that the state repeats; they are put back"
             warnings.warn(message, RecordWarning, stacklevel=3)
-            events = sorted(lost + events, key=lambda event: event["time"])
+            events = sorted([*map(_opened, lost), *events], key=lambda event: float(event["time"]))
             temporary = self.folder / (JOURNAL_FILE + ".tmp")
             _write_durably(temporary, "".join(_sealed(event) + "\n" for event in events))
             os.replace(temporary, self.journal)

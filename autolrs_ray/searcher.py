@@ -184,7 +184,7 @@ class AutoLRSSearch(Searcher):
         if not record.exists():
             if self.resume is True:
                 raise FileNotFoundError(f'nothing to resume in {record.folder}; use resume="auto" to start there')
-            record.append([{"event": "start", "config": self.describe()}])
+            record.begin({"event": "start", "config": self.describe()})
             return False
         if self.resume is False and self._restored is None:
             raise FileExistsError(
@@ -225,7 +225,9 @@ class AutoLRSSearch(Searcher):
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the run's course, as JSON values."""
-        options = {k: v if not callable(v) else getattr(v, "__name__", "function") for k, v in self.options.items()}
+        options = {
+            k: v if not callable(v) else f"function {getattr(v, '__name__', '')}" for k, v in self.options.items()
+        }
         described = dict(
             total_steps=self.total_steps, policy=self.policy_name, lr_interval=self.lr_interval, metric=self.loss_key,
             mode=self.mode or "min", time_attr=self.time_attr, train_metric=self.train_metric,

@@ -41,7 +41,10 @@ def mean_se(values: list[float | None]) -> Number:
 
 
 def summarise(cached: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of compare.json: one per task, setting and method. minus_anchored: paired over the seeds both have."""
+    """Rows of compare.json: one per task, setting and method. minus_anchored: paired over the seeds both have.
+
+    A method that has run on at most half of anchored's seeds is left out: its mean would not compare with the others'.
+    """
     by_task: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in cached:
         by_task[row["task"], row["setting"]][row["method"]].append(row)

@@ -195,6 +195,9 @@ class PaperPolicy(Policy):
         steps = [point.step - self.stage.start for point in points]
         losses = [point.train_loss if training and point.train_loss is not None else point.loss for point in points]
         predicted = forecast(steps, losses, self.stage.steps, self.floor)
+        if predicted.failure:
+            message = f"forecaster failed ({predicted.failure}); the mean of the last losses instead"
+            self.emit("warning", stage=self.stage.index, message=message)
         probe.status = "diverged" if status == "done" and not math.isfinite(predicted.value) else status
         if probe.status == "done":
             probe.forecast, probe.stderr = predicted.value, predicted.stderr

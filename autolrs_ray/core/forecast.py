@@ -16,11 +16,15 @@ _DECAYS = np.geomspace(0.5, 30.0, 60)  # -b in units of 1 / (length of the serie
 
 @dataclass(frozen=True)
 class Forecast:
-    """Expected loss at the horizon, its standard error, and how it was had: "exponential", "mean" or "diverged"."""
+    """Expected loss at the horizon, its standard error, and how it was had: "exponential", "mean" or "diverged".
+
+    failure: why there is no fit, where there should be one.
+    """
 
     value: float
     stderr: float
     method: str
+    failure: str = ""
 
 
 def tail_mean(losses: Sequence[float] | np.ndarray) -> float:
@@ -43,7 +47,10 @@ def forecast(steps: Sequence[int], losses: Sequence[float], horizon: int, floor:
     if len(y) == 0 or not np.all(np.isfinite(y)):
         return Forecast(float("inf"), float("inf"), "diverged")
     size = float(np.abs(y).max()) or 1.0  # in units of it, squares stay within the range of floats
-    scaled = _forecast(t, y / size, horizon, None if floor is None else floor / size)
+    try:
+        scaled = _forecast(t, y / size, horizon, None if floor is None else floor / size)
+    except Exception as error:  # no probe is worth the run
+        return Forecast(tail_mean(y), float(y.std()), "mean", f"{type(error).__name__}: {error}")
     return Forecast(scaled.value * size, scaled.stderr * size, scaled.method)
 
 

@@ -13,6 +13,8 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ray.tune import Callback
 
 import autolrs_ray
 from autolrs_ray import RunResult, journal
+from autolrs_ray.core import forecast, surrogate
 from autolrs_ray.training import read_checkpoint
 from tests.faults.trainables import Counter, Fragile
 
@@ -69,6 +72,18 @@ class KillsIdleActors(Callback):  # type: ignore[misc]
             os.kill(int(trial.last_result["pid"]), signal.SIGKILL)
 
 
+def every_second(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which raises at every second call."""
+    calls = count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) % 2 == 0:
+            raise RuntimeError("injected")
+        return function(*args, **kwargs)
+
+    return call
+
+
 def digest(checkpoint: str) -> str:
     """SHA-256 of all weights and buffers of a checkpoint, "" for one that holds none."""
     if not Path(checkpoint, "state.pt").exists():
@@ -99,8 +114,12 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--die-at", type=int, default=0)
     parser.add_argument("--kill-idle", default="")
+    parser.add_argument("--sabotage", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.sabotage:
+        surrogate.FITS.update({name: every_second(fit) for name, fit in surrogate.FITS.items()})
+        forecast._forecast = every_second(forecast._forecast)
     if given.die_at:
         journal.os = DiesInTheRecord(given.die_at)  # type: ignore[assignment]
     folder = tempfile.mkdtemp(prefix="alr", dir="/tmp")  # socket paths end at 107 bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import SCALE, Driver, compare, journal_text
+from tests.faults.harness import COUNTS, SCALE, Driver, compare, journal_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600 + 120 * SCALE)]
 
@@ -32,7 +33,7 @@ def kill_somewhere(driver: Driver, kind: str, growth: float, pause_s: float, eve
         before = text.count(event)
         came = driver.wait_until(lambda: is_new(driver.storage, event, before))
     else:
-        came = driver.finish() == -9
+        came = driver.finish() == -signal.SIGKILL
     if came:
         driver.kill()
     return came
@@ -82,3 +83,22 @@ def test_killed_driver_resumes_to_the_undisturbed_run(
                 else:
                     ended = driver.outcome()
         compare(ended, expected)
+
+
+def test_killed_in_its_first_writes_or_told_to_end(
+    tmp_path: Path, cluster: str, undisturbed: Callable[[str], dict[str, Any]]
+) -> None:
+    command = ("--address", cluster)
+    for at in (1, 2, 3):  # the journal's first line, the first state, its rename
+        with Driver(tmp_path, (*command, "--die-at", str(at))) as driver:
+            assert driver.finish() == -signal.SIGKILL
+            COUNTS["driver_kills"] += 1
+    for number, event in ((signal.SIGTERM, '"arm":"s001p02","lr"'), (signal.SIGINT, '"event":"choice","stage":3')):
+        with Driver(tmp_path, command) as driver:
+            assert driver.wait_until(lambda event=event: event in journal_text(tmp_path))
+            driver.process.send_signal(number)
+            driver.finish()
+            COUNTS["driver_kills"] += 1
+    with Driver(tmp_path, command) as driver:
+        compare(driver.outcome(), undisturbed("paper"))
+    assert journal_text(tmp_path).count('"event":"start"') == 1

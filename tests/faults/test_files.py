@@ -92,10 +92,11 @@ def finish(run: Path, cluster: str, expected: dict[str, Any], rows: bool = True)
         return driver.errors.read_text()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES if SCALE >= 20 else [truncated, flipped, hostile])
 def test_everything_damaged_at_once(run: Path, cluster: str, undisturbed: Undisturbed, damage: Damage) -> None:
-    last, _ = main_checkpoints(run)
-    for file in (last / "state.pt", run / STATE_FILE, run / JOURNAL_FILE):
+    last, previous = main_checkpoints(run)
+    checkpoints = [folder / "state.pt" for folder in run.glob("*/checkpoint_*") if folder != previous]
+    for file in (*checkpoints, run / STATE_FILE, run / JOURNAL_FILE):
         damage(file)
         COUNTS["corrupt_files"] += 1
     said = finish(run, cluster, undisturbed("paper"), rows=False)
@@ -104,6 +105,22 @@ def test_everything_damaged_at_once(run: Path, cluster: str, undisturbed: Undist
     assert "unreadable; going back a stage" in journal_text(run.parent)
     commits = [json.loads(line) for line in journal_text(run.parent).splitlines() if '"event":"commit"' in line]
     assert [row["end"] for row in commits] == [40, 80, 120, 120, 160, 200]
+
+
+def test_damaged_trunks_go_back_a_checkpoint(tmp_path: Path, cluster: str, undisturbed: Undisturbed) -> None:
+    command = ("--policy", "anchored", "--address", cluster)
+    with Driver(tmp_path, command) as driver:
+        assert driver.wait_until(lambda: '"event":"decision","step":96' in journal_text(tmp_path))
+        driver.kill()
+    state = json.loads((tmp_path / "run" / STATE_FILE).read_text())["state"]
+    last = [Path(trunk["checkpoint"]) for trunk in state["trunks"] if trunk["status"] == "open" and trunk["checkpoint"]]
+    for folder in last:
+        flipped(folder / "state.pt")
+        COUNTS["corrupt_files"] += 1
+    assert last
+    with Driver(tmp_path, command) as driver:
+        compare(driver.outcome(), undisturbed("anchored"), rows=False)
+    assert journal_text(tmp_path).count("is unreadable; back to step") == len(last)
 
 
 @one_by_one

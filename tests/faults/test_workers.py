@@ -18,9 +18,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 Undisturbed = Callable[[str], dict[str, Any]]
 
 
-def command(folder: Path, policy: str = "paper", options: dict[str, Any] | None = None, **plan: Any) -> tuple[str, ...]:
+def command(folder: Path, cluster: str, policy: str = "paper", max_failures: int = 0, **plan: Any) -> tuple[str, ...]:
     config = json.dumps({"flag": str(folder / "flag"), **plan})
-    return ("--policy", policy, "--config", config, "--options", json.dumps(options or {}))
+    options = json.dumps({"max_failures": max_failures})
+    return ("--policy", policy, "--address", cluster, "--config", config, "--options", options)
 
 
 def count_kills(folder: Path) -> list[str]:
@@ -34,9 +35,9 @@ def count_kills(folder: Path) -> list[str]:
     ("anchored", {"kill": {"trunk": 0.1}, "kill_at": ["trunk save 16 t01", "trunk save 48 t02"]}),
 ])  # fmt: skip
 def test_killed_workers_change_nothing(
-    tmp_path: Path, undisturbed: Undisturbed, policy: str, plan: dict[str, Any]
+    tmp_path: Path, cluster: str, undisturbed: Undisturbed, policy: str, plan: dict[str, Any]
 ) -> None:
-    with Driver(tmp_path, command(tmp_path, policy, {"max_failures": 10}, **plan)) as driver:
+    with Driver(tmp_path, command(tmp_path, cluster, policy, 10, **plan)) as driver:
         compare(driver.outcome(), undisturbed(policy))
     kills = count_kills(tmp_path)
     assert len(kills) >= 4
@@ -45,24 +46,28 @@ def test_killed_workers_change_nothing(
 
 
 @pytest.mark.parametrize("policy", ["paper", "anchored"])
-def test_actors_killed_between_two_trials_change_nothing(tmp_path: Path, undisturbed: Undisturbed, policy: str) -> None:
-    arguments = ("--policy", policy, "--kill-idle", str(tmp_path / "flag"))
+def test_actors_killed_between_two_trials_change_nothing(
+    tmp_path: Path, cluster: str, undisturbed: Undisturbed, policy: str
+) -> None:
+    arguments = ("--policy", policy, "--address", cluster, "--kill-idle", str(tmp_path / "flag"))
     with Driver(tmp_path, arguments) as driver:
         compare(driver.outcome(), undisturbed(policy))
     assert count_kills(tmp_path)
 
 
-def test_probe_killed_for_good_is_booked_and_the_run_ends(tmp_path: Path) -> None:
+def test_probe_killed_for_good_is_booked_and_the_run_ends(tmp_path: Path, cluster: str) -> None:
     plan = {"kill_at": ["probe report 84 s002p01", "probe report 84 s002p02"]}
-    with Driver(tmp_path, command(tmp_path, options={"max_failures": 0}, **plan)) as driver:
+    with Driver(tmp_path, command(tmp_path, cluster, **plan)) as driver:
         assert driver.outcome()["done"]
     assert len(count_kills(tmp_path)) == 2
     failed = [e["arm"] for e in read_journal(tmp_path / "run") if e["event"] == "probe" and e["status"] == "failed"]
     assert sorted(failed) == ["s002p01", "s002p02"]
 
 
-def test_main_killed_for_good_names_its_checkpoint_and_resumes(tmp_path: Path, undisturbed: Undisturbed) -> None:
-    again = command(tmp_path, options={"max_failures": 0}, kill_at=["main report 104", "main save 160"])
+def test_main_killed_for_good_names_its_checkpoint_and_resumes(
+    tmp_path: Path, cluster: str, undisturbed: Undisturbed
+) -> None:
+    again = command(tmp_path, cluster, kill_at=["main report 104", "main save 160"])
     for last_good in (80, 120):
         with Driver(tmp_path, again) as driver:
             assert driver.finish() == 1
