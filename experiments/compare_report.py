@@ -52,8 +52,8 @@ def summarise(cached: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[
     for (task, _), found in by_task.items():
         reference = {row["seed"]: row["outcome"]["test_loss"] for row in found.get("anchored", [])}
         for method, rows in found.items():
-            if len(rows) < min(2, len(reference)):
-                continue  # one seed of a run that was cut short says nothing beside the others
+            if 2 * len(rows) <= len(reference):
+                continue  # the few seeds of a run that was cut short say nothing beside the others
             known = methods.get(method)
             outcomes = [row["outcome"] for row in sorted(rows, key=lambda row: row["seed"])]
             differences = [
