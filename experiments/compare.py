@@ -71,9 +71,9 @@ def cached_row(task: Task, method: str, seed: int, outcome: Any, seconds: float)
 
 
 def scaled(task: Task, quick: bool, seeds: int | None) -> Task:
-    """The task at its usual size, or cut to a third of the steps and 2 seeds."""
+    """The task at its usual size, or cut to 200 steps and 2 seeds."""
     if quick:
-        task = replace(task, steps=300, seeds=2)
+        task = replace(task, steps=200, seeds=2)
     return replace(task, seeds=seeds) if seeds else task
 
 
@@ -130,7 +130,7 @@ def chosen_methods(names: list[str] | None, quick: bool) -> list[str]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="experiments.compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="300 steps, 2 seeds, the main methods")
+    parser.add_argument("--quick", action="store_true", help="200 steps, 2 seeds, the main methods")
     parser.add_argument("--tasks", nargs="+", help="digits, digits_noise, char_lm, cifar16, cifar32")
     parser.add_argument("--methods", nargs="+", help="names or groups: main, ablation, setting, ray")
     parser.add_argument("--seeds", type=int, help="seeds a task (default: 5 for digits, 3 for the others)")
