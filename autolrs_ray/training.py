@@ -178,7 +178,7 @@ class Trainer:
             lr = lr_at(self.step)
             for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
                 group["lr"] = lr * ratio
-            torch.manual_seed(_generator(self.seed, _STEP, self.step).initial_seed())  # dropout and the like
+            self._seed_step(_generator(self.seed, _STEP, self.step).initial_seed())
             inputs, targets = self.batch(self.step)
             with self._autocast():
                 loss = self.task.loss(self._forward(inputs), targets)
@@ -193,6 +193,12 @@ class Trainer:
                 self._weight = min(1.0, 4.0 / self.step)
                 self.averaged.update_parameters(self.model)
         return float(total) / count
+
+    def _seed_step(self, seed: int) -> None:
+        """Seed the generators that dropout and the like draw from; torch.manual_seed formats stack traces at every call."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.manual_seed(seed)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
