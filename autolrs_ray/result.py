@@ -63,7 +63,7 @@ class RunResult:
 
         Raises ValueError if the run has no checkpoint yet, CheckpointError if it cannot be read.
         """
-        from autolrs_ray.training import read_checkpoint
+        from autolrs_ray.checkpoints import read_checkpoint
 
         if self.checkpoint is None:
             raise ValueError(f"the run in {self.folder} has committed no checkpoint yet")

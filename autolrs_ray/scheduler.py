@@ -15,13 +15,14 @@ import ray
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable.function_trainable import FunctionTrainable
-from ray.tune.utils import flatten_dict
 
 from autolrs_ray._ray import keep_actors_warm, set_source
 from autolrs_ray.core import surrogate
 from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.keeper import CheckpointKeeper
 from autolrs_ray.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSearch
+from autolrs_ray.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -30,17 +31,6 @@ logger = logging.getLogger(__name__)
 
 HOLD_S = 20.0  # longest a finished trial keeps its actor while another waits for one of its own
 RECOUNT_S = 2.0  # how often the cluster is asked for its size
-IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
-SAVE_TIMEOUT_S = 900.0
-
-
-@dataclass
-class _Save:
-    """A checkpoint that has been asked for: of which step, and what its trial does when it is written."""
-
-    step: int
-    verdict: Verdict
-    since: float
 
 
 @dataclass
@@ -60,14 +50,6 @@ def _error_of(trial: Trial) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "it raised an error")
 
 
-def _delete_folder(filesystem: Any, path: str) -> None:
-    """Delete a checkpoint folder on any storage; one that cannot be deleted costs space, not the run."""
-    try:
-        filesystem.delete_dir(path)
-    except OSError as error:
-        logger.warning("cannot delete the checkpoint %s, which is no longer needed: %s", path, error)
-
-
 class AutoLRSScheduler(TrialScheduler):
     """Scheduler half of the pair; give it to Tune together with :class:`AutoLRSSearch`. It takes no arguments.
 
@@ -81,20 +63,16 @@ class AutoLRSScheduler(TrialScheduler):
         self._properties: tuple[str | None, str | None] = (None, None)
         self._live: dict[str, Trial] = {}
         self._held: dict[str, Trial] = {}
-        self._saving: dict[str, _Save] = {}
-        self._seen: dict[str, float] = {}
+        self._keeper: CheckpointKeeper  # these two from the first trial on
+        self._watchdog: Watchdog
         self._reported: set[str] = set()
         self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
         self._clocks: dict[str, _Clock] = {}
         self._actors: dict[tuple[str, int], str] = {}  # node and process -> the trial last seen there
-        self._written: set[str] = set()
-        self._filesystem: Any = None
         self._resources: Any = None
         self._function_api = False
         self._counts: tuple[int, int, float] = (0, 0, 0.0)
         self._recounted = 0.0
-        self._idle_since: float | None = None
-        self._infeasible_since: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -139,12 +117,11 @@ class AutoLRSScheduler(TrialScheduler):
         storage = trial.storage
         local = storage.storage_filesystem.type_name == "local"
         folder = storage.experiment_fs_path if local else storage.experiment_driver_staging_path
-        self._filesystem = storage.storage_filesystem
+        self._keeper = CheckpointKeeper(search, self._live, storage, trial.get_trainable_cls())
+        self._watchdog = Watchdog(search, self._live, self._resources)
         if search.open_record(folder):
             search.active = 0
-            if local:
-                self._written = {path.as_posix() for path in Path(folder).glob("*/checkpoint_*")}
-                self._delete_unneeded(search)
+            self._keeper.adopt(folder)
         keep_actors_warm(controller, self._resources, search.slots, more=search.slots)
         # a second, while the actors start; after the record, whose warnings it would silence
         threading.Thread(target=surrogate.preload, daemon=True).start()
@@ -194,11 +171,12 @@ class AutoLRSScheduler(TrialScheduler):
         set_source(trial, segment.source, {search.time_attr: segment.start})
 
     def _drop_traces(self, trial_id: str) -> None:
-        for table in (self._held, self._saving, self._seen, self._clocks):
-            table.pop(trial_id, None)  # type: ignore[attr-defined]
+        self._held.pop(trial_id, None)
+        self._clocks.pop(trial_id, None)
         self._reported.discard(trial_id)
         if self._search is not None:
-            self._search.promoting = self._promoting()
+            self._keeper.drop(trial_id)
+            self._watchdog.drop(trial_id)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         if self._search is not None:
@@ -233,11 +211,12 @@ class AutoLRSScheduler(TrialScheduler):
             return self.STOP
         if trial_id in self._held:
             return self.NOOP
-        self._seen[trial_id] = time.monotonic()
+        self._watchdog.heard(trial_id)
         self._actors[str(result.get("node_ip")), int(result.get("pid") or 0)] = trial_id
         try:
             point = search.point(result, arm, trial_id not in self._reported)
             self._reported.add(trial_id)
+            self._keeper.heard(trial, result)
             verdict = search.policy.report(arm, point, can_save=self._can_save(result))
             self._keep_time(search, trial_id, verdict, result)
             search.persist()
@@ -275,8 +254,9 @@ class AutoLRSScheduler(TrialScheduler):
         if verdict is Verdict.FINISH:
             self._held[trial_id] = trial
             return self.NOOP
-        self._saving[trial_id] = _Save(step, verdict, time.monotonic())
-        search.promoting = self._promoting()
+        if verdict is Verdict.SAVE and self._keeper.commit(trial, step):
+            return self.CONTINUE
+        self._keeper.expect(trial_id, step, verdict)
         if verdict is Verdict.PAUSE:
             if self._actors_suffice(search):
                 return self.PAUSE
@@ -315,10 +295,10 @@ class AutoLRSScheduler(TrialScheduler):
         if search.fatal is not None:
             return
         try:
-            self._collect_saves(search)
+            self._keeper.collect()
             self._reconcile(controller, search)
             self._recount_slots(controller, search)
-            self._watch(search)
+            self._watchdog.look(self._held, len(self._keeper))
         except AutoLRSError as error:
             search.fail(error)
         self._count_active(search)
@@ -328,46 +308,6 @@ class AutoLRSScheduler(TrialScheduler):
             trial_id not in self._held and trial.status in (Trial.RUNNING, Trial.PENDING)
             for trial_id, trial in self._live.items()
         )
-
-    def _promoting(self) -> bool:
-        """True while the end state of a probe is being written: the main trial may be about to start from it."""
-        return any(save.verdict is Verdict.FINISH_AND_SAVE for save in self._saving.values())
-
-    def _collect_saves(self, search: AutoLRSSearch) -> None:
-        """Tell the policy of checkpoints that have been written since the last loop."""
-        for trial_id, save in list(self._saving.items()):
-            trial = self._live[trial_id]
-            if trial.is_saving or (save.verdict is Verdict.PAUSE and trial.status == Trial.RUNNING):
-                if time.monotonic() - save.since > SAVE_TIMEOUT_S:
-                    raise AutoLRSError(
-                        f"{trial} has been writing a checkpoint for {SAVE_TIMEOUT_S:.0f} s; is the disk full?"
-                    )
-                continue
-            del self._saving[trial_id]
-            search.promoting = self._promoting()
-            arm, written = search.arm_of[trial_id], trial.latest_checkpoint_result
-            complete = written is not None and flatten_dict(written.metrics).get(search.time_attr) == save.step
-            if complete:
-                search.policy.saved(arm, save.step, written.checkpoint.path)
-            elif arm == "main" and save.verdict is not Verdict.SAVE:
-                raise AutoLRSError(
-                    f"the main trial ended its segment at step {save.step}, but its checkpoint could not be written; see "
-                    f"the log above, and the disk space. {search.policy.progress()}"
-                )
-            if save.verdict is Verdict.PAUSE:
-                search.policy.withdraw(arm)
-            search.persist()
-            if complete and search.fatal is None:
-                self._written.add(written.checkpoint.path)
-                self._delete_unneeded(search)
-
-    def _delete_unneeded(self, search: AutoLRSSearch) -> None:
-        """Delete the checkpoints written so far that neither the policy nor a live trial needs."""
-        needed = search.policy.checkpoints()
-        needed |= {trial.checkpoint.path for trial in self._live.values() if trial.checkpoint is not None}
-        for path in self._written - needed:
-            self._written.discard(path)
-            _delete_folder(self._filesystem, path)
 
     def _reconcile(self, controller: Any, search: AutoLRSSearch) -> None:
         """Some of Tune's failure paths notify nobody: look at the trials themselves."""
@@ -410,12 +350,12 @@ class AutoLRSScheduler(TrialScheduler):
         if not self._held or not self._actors_suffice(search):
             return
         for trial_id, trial in list(self._held.items()):
-            save = self._saving.get(trial_id)
+            verdict = self._keeper.verdict_of(trial_id)
             if trial.is_saving:
                 continue
-            if save is None:
+            if verdict is None:
                 self._stop(controller, search, trial)
-            elif save.verdict is Verdict.PAUSE:
+            elif verdict is Verdict.PAUSE:
                 del self._held[trial_id]
                 controller.pause_trial(trial)
 
@@ -442,53 +382,6 @@ class AutoLRSScheduler(TrialScheduler):
                 return trial
         return None
 
-    # -- watching ------------------------------------------------------------------------------------------------------
-
-    def _watch(self, search: AutoLRSSearch) -> None:
-        """Raise AutoLRSError when nothing can make progress; give up trials that have fallen silent."""
-        now = time.monotonic()
-        running = 0
-        for trial_id, trial in self._live.items():
-            if trial.status != Trial.RUNNING:
-                self._seen.pop(trial_id, None)
-                continue
-            running += 1
-            silent = now - self._seen.setdefault(trial_id, now)
-            if trial_id not in self._held and silent > search.report_timeout_s:
-                self._give_up(search, trial, silent)
-        self._watch_resources(search, running, now)
-        stuck = not running and not self._saving and not any(t.status == Trial.PENDING for t in self._live.values())
-        if not stuck or search.policy.done or search.policy.wanted():
-            self._idle_since = None
-        elif self._idle_since is None:
-            self._idle_since = now
-        elif now - self._idle_since > IDLE_S:
-            raise AutoLRSError(f"nothing can make progress: {self.debug_string()}; please report this with the journal")
-
-    def _give_up(self, search: AutoLRSSearch, trial: Trial, silent: float) -> None:
-        arm = search.arm_of[trial.trial_id]
-        message = f"{arm} has reported nothing for {silent:.0f} s (report_timeout_s={search.report_timeout_s:g})"
-        if arm == "main":
-            raise AutoLRSError(f"the main trial {message}. {search.policy.progress()}")
-        search.note("warning", message=message)
-        self._seen[trial.trial_id] = time.monotonic()
-        if trial.temporary_state.ray_actor is not None:
-            ray.kill(trial.temporary_state.ray_actor)  # Tune retries or ends the trial; its actor is not reused
-
-    def _watch_resources(self, search: AutoLRSSearch, running: int, now: float) -> None:
-        waiting = not running and any(trial.status == Trial.PENDING for trial in self._live.values())
-        cluster, needed = (ray.cluster_resources(), self._resources.required_resources) if waiting else ({}, {})
-        missing = {name: amount for name, amount in needed.items() if cluster.get(name, 0.0) < amount - 1e-6}
-        if not missing:
-            self._infeasible_since = None
-        elif self._infeasible_since is None:
-            self._infeasible_since = now
-        elif now - self._infeasible_since > search.resource_timeout_s:
-            raise AutoLRSError(
-                f"each trial asks for {needed}, but the cluster has { ({name: cluster.get(name, 0.0) for name in needed}) }. "
-                "Ask for less per trial, add nodes, or raise resource_timeout_s if the cluster is still growing."
-            )
-
     def debug_string(self) -> str:
         if self._search is None:
             return "AutoLRS: not started"
@@ -496,5 +389,5 @@ class AutoLRSScheduler(TrialScheduler):
         return (
             f"AutoLRS {self._search.policy_name}: {progress['phase']}, stage {progress['stage'] + 1}/{progress['stages']}, "
             f"step {progress['step']}/{progress['total_steps']}, {progress['resolved']}/{progress['trials']} trials resolved, "
-            f"{self._search.active} of {self._search.slots} slots busy, {len(self._saving)} checkpoints being written"
+            f"{self._search.active} of {self._search.slots} slots busy, {len(self._keeper)} checkpoints being written"
         )

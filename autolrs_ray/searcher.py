@@ -14,6 +14,7 @@ import numpy as np
 from ray.tune.search import Searcher
 from ray.tune.search.sample import Domain, Float, LogUniform
 
+from autolrs_ray.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from autolrs_ray.core.algorithm import PaperPolicy
 from autolrs_ray.core.plan import require_float, require_int, validate_interval
 from autolrs_ray.core.policies import make_policy
@@ -21,7 +22,6 @@ from autolrs_ray.core.policy import AutoLRSError, Point, Policy
 from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.journal import Record
-from autolrs_ray.training import MANIFEST_FILE, CheckpointError, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 

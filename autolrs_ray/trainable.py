@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 
+from autolrs_ray.checkpoints import BackgroundWriter
 from autolrs_ray.core.segments import Segment, next_report
 from autolrs_ray.training import Trainer, TrainingTask
 
@@ -21,8 +22,8 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     random numbers (`config["seed"]`), averaged weights where the policy scores them. Without the pair (plain Tune, PBT)
     it trains `config["report_every"]` steps (default 100) per report at `config["lr"]`.
 
-    It reports step, epoch, lr, stage, role, train_loss, val_loss, val_METRIC for every metric of the task and, with averaging,
-    averaged_loss and averaged_METRIC.
+    It reports step, epoch, lr, stage, role, train_loss, val_loss, val_METRIC for every metric of the task, with averaging
+    averaged_loss and averaged_METRIC, and where the pair has it write checkpoints while it trains on, durable_step.
     """
 
     def build(self, config: dict[str, Any]) -> TrainingTask:
@@ -31,6 +32,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any]) -> None:
         for name in ("ray.train._internal.storage", "ray.tune.trainable.trainable"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they print a line for every checkpoint and restore
+        self._writer = BackgroundWriter()
         self.trainer = Trainer(lambda: self.build(config), config.get("seed", 0), self._averaging(config))
         self._begin(config)
 
@@ -46,6 +48,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         if new_config.get("seed", 0) != self.trainer.seed or self._averaging(new_config) != self.trainer.averaging:
             return False
+        self._writer.forget()
         self._begin(new_config)
         self.trainer.reset()
         return True
@@ -54,7 +57,15 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         self.trainer.load(checkpoint)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        self._writer.wait()
         self.trainer.save(checkpoint_dir)
+
+    def commit(self, folder: str) -> None:
+        """Begin to write the state to `folder`; "durable_step" of a later report tells that it is whole on disk."""
+        self._writer.submit(self.trainer.state_dict(), folder)
+
+    def cleanup(self) -> None:
+        self._writer.wait()
 
     def _next_report(self) -> int:
         """Step of the next report: `reports` of them, evenly spaced, up to every boundary of the segment."""
@@ -72,6 +83,11 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         if segment:
             result.update(stage=segment.stage, role=segment.role)
         result.update({f"val_{name}": value for name, value in trainer.evaluate().items()})
+        self._writer.poll()
+        if self._writer.durable_step:
+            result["durable_step"] = self._writer.durable_step
+        if self._writer.failure:
+            result["checkpoint_error"] = self._writer.failure
         if trainer.averaging:
             result.update({f"averaged_{name}": value for name, value in trainer.evaluate(averaged=True).items()})
         return result

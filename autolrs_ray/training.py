@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +19,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, default_collate
 
-from autolrs_ray.journal import fsync_folder
+from autolrs_ray.checkpoints import read_checkpoint, write_checkpoint
 
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
 """(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
 
-STATE_FILE = "state.pt"
-MANIFEST_FILE = "manifest.json"
 _EPOCH, _STEP, _AUGMENT = 0, 1, 2  # streams of the counter-based random numbers
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, cut short or altered."""
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -47,7 +39,8 @@ class TrainingTask:
 
     loss: (model output, target) -> scalar mean over the batch. metrics: further (output, target) -> scalar mean,
     reported on the validation data as "val_NAME". augment: (inputs, generator) -> inputs, on the device.
-    autocast: run forward passes in bfloat16. val_data must not be the test set: learning rates are chosen on it.
+    autocast: run forward passes in bfloat16. compile: True, or a mode of torch.compile ("reduce-overhead": CUDA graphs).
+    val_data must not be the test set: learning rates are chosen on it.
     """
 
     model: nn.Module
@@ -62,7 +55,7 @@ class TrainingTask:
     clip_norm: float | None = None
     autocast: bool = False
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | str = False
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
@@ -82,11 +75,10 @@ def _generator(seed: int, stream: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _average(averaged: list[Tensor], current: list[Tensor], weight: float) -> None:
-    if averaged[0].is_floating_point():
-        torch._foreach_lerp_(averaged, current, weight)
-    else:
-        torch._foreach_copy_(averaged, current)
+def _state_tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers of `model`: those that can be averaged, and the counters."""
+    tensors = [*(parameter.detach() for parameter in model.parameters()), *model.buffers()]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
 
 class Trainer:
@@ -108,22 +100,31 @@ class Trainer:
         self._memory_format = torch.channels_last if task.channels_last else torch.contiguous_format
         if task.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._forward = torch.compile(self.model) if task.compile else self.model
+        mode = task.compile if isinstance(task.compile, str) else None
+        self._forward = torch.compile(self.model, mode=mode) if task.compile else self.model
         self.train_data, self.val_data = self._place(task.train_data), self._place(task.val_data)
         base = task.optimizer.param_groups[0]["lr"]
         if not base > 0:
             raise ValueError(f"build the optimizer with lr > 0 in its first group, got {base}: ratios are kept to it")
         self._ratios = [group["lr"] / base for group in task.optimizer.param_groups]
         self._initial = copy.deepcopy((self.model.state_dict(), task.optimizer.state_dict()))
-        self._weight = 1.0
         self.averaged = self._new_average() if averaging else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def _new_average(self) -> AveragedModel:
-        def multi_avg_fn(averaged: Any, current: Any, count: Any) -> None:
-            _average(list(averaged), list(current), self._weight)
+        averaged = AveragedModel(self.model, use_buffers=True)
+        self._tensors = _state_tensors(averaged.module), _state_tensors(self.model)
+        return averaged
 
-        return AveragedModel(self.model, multi_avg_fn=multi_avg_fn, use_buffers=True)
+    @torch.no_grad()
+    def _update_average(self, averaged: AveragedModel) -> None:
+        """AveragedModel.update_parameters copies its count to the device at every step, and so waits for the device."""
+        (values, counters), (new_values, new_counters) = self._tensors
+        first = int(averaged.n_averaged) == 0
+        torch._foreach_lerp_(values, new_values, 1.0 if first else min(1.0, 4.0 / self.step))
+        if counters:
+            torch._foreach_copy_(counters, new_counters)
+        averaged.n_averaged += 1
 
     def _place(self, data: Data) -> Data:
         if isinstance(data, tuple):
@@ -190,8 +191,7 @@ class Trainer:
             total += loss.detach()
             self.step += 1
             if self.averaged is not None:
-                self._weight = min(1.0, 4.0 / self.step)
-                self.averaged.update_parameters(self.model)
+                self._update_average(self.averaged)
         return float(total) / count
 
     def _seed_step(self, seed: int) -> None:
@@ -263,51 +263,3 @@ class Trainer:
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from `folder`. Raises CheckpointError if it is missing, cut short or altered."""
         self.load_state_dict(read_checkpoint(folder, self.device))
-
-
-def write_checkpoint(state: dict[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Write `state` to `folder`/state.pt and its manifest: temporary name, fsync, rename, the manifest last."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = path / (STATE_FILE + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path / STATE_FILE)
-    manifest = {"size": (path / STATE_FILE).stat().st_size, "sha256": _sha256(path / STATE_FILE), "step": state["step"]}
-    temporary = path / (MANIFEST_FILE + ".tmp")
-    with open(temporary, "w") as text:
-        json.dump(manifest, text)
-        text.flush()
-        os.fsync(text.fileno())
-    os.replace(temporary, path / MANIFEST_FILE)
-    fsync_folder(path)
-
-
-def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
-    """Return the step of the checkpoint in `folder`; raise CheckpointError if it does not match its manifest."""
-    path = Path(folder)
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text())
-        size, digest, step = manifest["size"], manifest["sha256"], int(manifest["step"])
-        if (path / STATE_FILE).stat().st_size != size or _sha256(path / STATE_FILE) != digest:
-            raise CheckpointError(f"checkpoint {path} is cut short or altered: it does not match its manifest")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    return step
-
-
-def read_checkpoint(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load a verified checkpoint. Only tensors and plain values are accepted (`weights_only=True`)."""
-    verify_checkpoint(folder)
-    try:
-        state: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many types for a hostile or foreign file
-        raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
-    return state
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,10 @@ from ray import tune
 
 import autolrs_ray
 from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, RunResult
+from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.local import run_local
-from autolrs_ray.training import Trainer, read_checkpoint
+from autolrs_ray.training import Trainer
 from tests.tasks import build_tiny
 from tests.trainables import ClassTrainable, function_trainable
 

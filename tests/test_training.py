@@ -15,17 +15,15 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from autolrs_ray.training import (
+from autolrs_ray.checkpoints import (
     MANIFEST_FILE,
     STATE_FILE,
     CheckpointError,
-    Trainer,
-    TrainingTask,
-    accuracy,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
 )
+from autolrs_ray.training import Trainer, TrainingTask, accuracy
 
 GENERATOR = torch.Generator().manual_seed(5)
 X = torch.randn(80, 6, generator=GENERATOR)
@@ -448,7 +446,7 @@ def test_a_malicious_pickle_with_a_matching_manifest_is_not_executed(checkpoint,
         torch.save({"step": 7, "model": Malice(flag)}, target)
     else:
         target.write_bytes(pickle.dumps(Malice(flag)))
-    from autolrs_ray.training import _sha256
+    from autolrs_ray.checkpoints import _sha256
 
     manifest = {"size": target.stat().st_size, "sha256": _sha256(target), "step": 7}
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))

@@ -51,7 +51,7 @@ class AnchoredPolicy(Policy):
 
     # volatile
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
-    _crossing: dict[str, Point] = field(default_factory=dict, init=False, repr=False)
+    _crossings: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
     _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
 
@@ -170,7 +170,8 @@ class AnchoredPolicy(Policy):
             for rung in crossed:
                 if rung in self.plan.rungs and rung not in trunk.scores:
                     self._score_rung(index, rung, self._points[arm])
-            self._points[arm], self._crossing[arm] = [], point
+            self._points[arm] = []
+            self._crossings[arm].append(point)
             self._settle()
             if trunk.status != "open":
                 return Verdict.FINISH
@@ -178,14 +179,11 @@ class AnchoredPolicy(Policy):
 
     def _record(self, arm: str, trunk: Trunk, point: Point) -> list[int]:
         """Take the point in; return the boundaries crossed since the one before it."""
-        points, crossing = self._points.setdefault(arm, []), self._crossing.get(arm)
-        while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
-            points.pop()
-        before = trunk.step
-        if points:
-            before = points[-1].step
-        elif crossing is not None and crossing.step < point.step:
-            before = crossing.step
+        points, crossings = self._points.setdefault(arm, []), self._crossings.setdefault(arm, [])
+        for earlier in (points, crossings):
+            while earlier and earlier[-1].step >= point.step:  # the trial was restarted and goes over old ground
+                earlier.pop()
+        before = max(trunk.step, *(earlier[-1].step for earlier in (points, crossings) if earlier), 0)
         points.append(point)
         return [boundary for boundary in self._boundaries if before < boundary <= point.step]
 
@@ -286,7 +284,7 @@ class AnchoredPolicy(Policy):
 
     def _forget(self, arm: str) -> None:
         self._points.pop(arm, None)
-        self._crossing.pop(arm, None)
+        self._crossings.pop(arm, None)
         self._unsaved.discard(arm)
 
     def _revive(self) -> bool:
@@ -320,8 +318,8 @@ class AnchoredPolicy(Policy):
         trunk.step, trunk.checkpoint = step, path
         if step == self._hold_end():
             trunk.held = (step, path)
-        seen = [self._crossing[arm]] if arm in self._crossing else []
-        point = next((p for p in [*seen, *self._points.get(arm, [])] if p.step == step), None)
+        seen = [*self._crossings.get(arm, []), *self._points.get(arm, [])]
+        point = next((point for point in seen if point.step == step), None)
         trunk.saved_loss = self._score(point) if point else None
         self.emit(
             "commit", stage=0, arm=arm, end=step, lr=trunk.lr, checkpoint=path, loss=point.loss if point else None,
@@ -416,4 +414,4 @@ class AnchoredPolicy(Policy):
             for trunk in state["trunks"]
         ]  # fmt: skip
         self._issued, self._events = set(), []
-        self._points, self._crossing, self._unsaved = {}, {}, set()
+        self._points, self._crossings, self._unsaved = {}, {}, set()

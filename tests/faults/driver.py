@@ -24,8 +24,8 @@ from ray.tune import Callback
 
 import autolrs_ray
 from autolrs_ray import RunResult, journal
+from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core import forecast, surrogate
-from autolrs_ray.training import read_checkpoint
 from tests.faults.trainables import Counter, Fragile
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,77 @@
+"""Every wait has an end and a message: trials fallen silent, resources nobody has, and standstill."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.tune.experiment import Trial
+
+from autolrs_ray.core.policy import AutoLRSError
+from autolrs_ray.searcher import AutoLRSSearch
+
+IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
+
+
+class Watchdog:
+    """Looks at the live trials once per loop of Tune's; raises AutoLRSError when nothing can make progress."""
+
+    def __init__(self, search: AutoLRSSearch, live: dict[str, Trial], resources: Any) -> None:
+        self._search, self._live, self._resources = search, live, resources
+        self._seen: dict[str, float] = {}
+        self._idle_since: float | None = None
+        self._infeasible_since: float | None = None
+
+    def heard(self, trial_id: str) -> None:
+        self._seen[trial_id] = time.monotonic()
+
+    def drop(self, trial_id: str) -> None:
+        self._seen.pop(trial_id, None)
+
+    def look(self, held: dict[str, Trial], saving: int) -> None:
+        """`held`: finished trials, whose silence is right. `saving`: checkpoints that are being written."""
+        now, running = time.monotonic(), 0
+        for trial_id, trial in self._live.items():
+            if trial.status != Trial.RUNNING:
+                self._seen.pop(trial_id, None)
+                continue
+            running += 1
+            silent = now - self._seen.setdefault(trial_id, now)
+            if trial_id not in held and silent > self._search.report_timeout_s:
+                self._give_up(trial, silent)
+        pending = any(trial.status == Trial.PENDING for trial in self._live.values())
+        self._check_resources(pending and not running, now)
+        self._check_standstill(not running and not saving and not pending, now)
+
+    def _give_up(self, trial: Trial, silent: float) -> None:
+        search, arm = self._search, self._search.arm_of[trial.trial_id]
+        message = f"{arm} has reported nothing for {silent:.0f} s (report_timeout_s={search.report_timeout_s:g})"
+        if arm == "main":
+            raise AutoLRSError(f"the main trial {message}. {search.policy.progress()}")
+        search.note("warning", message=message)
+        self.heard(trial.trial_id)
+        if trial.temporary_state.ray_actor is not None:
+            ray.kill(trial.temporary_state.ray_actor)  # Tune retries or ends the trial; its actor is not reused
+
+    def _check_resources(self, waiting: bool, now: float) -> None:
+        cluster, needed = (ray.cluster_resources(), self._resources.required_resources) if waiting else ({}, {})
+        missing = {name: amount for name, amount in needed.items() if cluster.get(name, 0.0) < amount - 1e-6}
+        if not missing:
+            self._infeasible_since = None
+        elif self._infeasible_since is None:
+            self._infeasible_since = now
+        elif now - self._infeasible_since > self._search.resource_timeout_s:
+            raise AutoLRSError(
+                f"each trial asks for {needed}, but the cluster has { ({name: cluster.get(name, 0.0) for name in needed}) }. "
+                "Ask for less per trial, add nodes, or raise resource_timeout_s if the cluster is still growing."
+            )
+
+    def _check_standstill(self, stuck: bool, now: float) -> None:
+        if not stuck or self._search.policy.done or self._search.policy.wanted():
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        elif now - self._idle_since > IDLE_S:
+            progress = self._search.policy.progress()
+            raise AutoLRSError(f"nothing can make progress: {progress}; please report this with the journal")
