@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from autolrs_ray.core.gp import ClosedFormGP, fit_hyperparameters_mll, lower_confidence_bound, single_task_gp
 from autolrs_ray.core.surrogate import (
     GRID_SIZE,
     Hyperparameters,
     bin_centred_grid,
-    build_model,
     closed_form_posterior,
     fit_hyperparameters,
-    fit_hyperparameters_mll,
     propose,
     space_filling,
     standardise,
@@ -47,18 +46,30 @@ def test_botorchs_posterior_is_the_closed_form_to_six_digits(n, hyper):
     x, y = data(n, seed=n)
     hyper = hyper or fit_hyperparameters(x, y)
     with torch.no_grad():
-        posterior = build_model(x, y, hyper).posterior(GRID[:, None])
+        posterior = single_task_gp(x, y, hyper).posterior(GRID[:, None])
+        ours = ClosedFormGP(x, y, hyper).posterior(GRID[:, None, None])
     mean, sigma = closed_form_posterior(x, y, GRID, hyper)
     assert torch.allclose(posterior.mean[:, 0], mean, atol=1e-6, rtol=0.0)
     assert torch.allclose(posterior.variance[:, 0].sqrt(), sigma, atol=1e-6, rtol=0.0)
+    assert torch.equal(ours.mean[:, 0, 0], mean)
+    assert torch.allclose(ours.variance[:, 0, 0].sqrt(), sigma, atol=1e-12, rtol=0.0)
     assert posterior.mean.dtype == mean.dtype == sigma.dtype == torch.float64
+
+
+def test_the_bound_is_botorchs_own_to_six_digits():
+    x, y = data(10)
+    hyper = fit_hyperparameters(x, y)
+    ours = lower_confidence_bound(ClosedFormGP(x, y, hyper), 2.0, GRID)
+    theirs = lower_confidence_bound(single_task_gp(x, y, hyper), 2.0, GRID)
+    assert torch.allclose(ours, theirs, atol=1e-6, rtol=0.0)
+    assert int(ours.argmax()) == int(theirs.argmax())
 
 
 def test_any_botorch_acquisition_function_takes_the_model():
     from botorch.acquisition import LogExpectedImprovement
 
     x, y = data(6)
-    model = build_model(x, y, fit_hyperparameters(x, y))
+    model = ClosedFormGP(x, y, fit_hyperparameters(x, y))
     with torch.no_grad():
         value = LogExpectedImprovement(model, best_f=float(y.min()), maximize=False)(GRID[:, None, None])
     assert value.shape == (201,)

@@ -2,23 +2,20 @@
 
 x is log LR scaled to [0, 1] over the interval, y a loss. The kernel is Matern-5/2 (paper, appendix A); its hyperparameters
 are maximum a posteriori on a small grid, which needs no gradient descent and costs about a millisecond at n <= 16.
-The posterior and the acquisition are BoTorch's (`SingleTaskGP`, `UpperConfidenceBound`).
+The model is a BoTorch model in closed form (:class:`autolrs_ray.core.gp.ClosedFormGP`), the acquisition BoTorch's
+`UpperConfidenceBound`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from botorch.models import SingleTaskGP
 
 GRID_SIZE = 1001
 """Candidates of a proposal: equally spaced in log LR, both ends included."""
@@ -27,9 +24,9 @@ _LENGTHSCALES = torch.logspace(math.log10(0.05), math.log10(2.0), 20, dtype=torc
 _NOISES = torch.logspace(-4, -0.5, 8, dtype=torch.float64)  # noise variance over signal variance
 
 
-def preload() -> None:
-    """Import BoTorch now, for whoever has time to spare."""
-    _botorch()
+def preload() -> ModuleType:
+    """Import BoTorch, which takes about a second, now: for whoever has time to spare."""
+    return import_module("autolrs_ray.core.gp")
 
 
 @dataclass(frozen=True)
@@ -71,19 +68,13 @@ def fit_hyperparameters(x: Tensor, y: Tensor) -> Hyperparameters:
     return Hyperparameters(float(_LENGTHSCALES[i]), scale, float(_NOISES[j]) * scale)
 
 
-@cache
-def _botorch() -> Any:
-    """Import BoTorch on first use: it costs about a second, which `import autolrs_ray` should not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what they deprecate among themselves; an error here would cost us the surrogate
-        import botorch.acquisition
-        import botorch.fit
-        import botorch.models
-        import gpytorch
+def _fit_by_botorch(x: Tensor, y: Tensor) -> Hyperparameters:
+    hyper: Hyperparameters = preload().fit_hyperparameters_mll(x, y)
+    return hyper
 
-    return botorch, gpytorch
+
+FITS = {"map": fit_hyperparameters, "mll": _fit_by_botorch}
+"""How hyperparameters are found: (x, y) -> Hyperparameters."""
 
 
 def standardise(losses: Sequence[float]) -> Tensor:
@@ -97,45 +88,6 @@ def standardise(losses: Sequence[float]) -> Tensor:
     y = y - y.mean()
     std = float(y.square().mean().sqrt())
     return y / std if std > 1e-12 else torch.zeros_like(y)
-
-
-def fit_hyperparameters_mll(x: Tensor, y: Tensor) -> Hyperparameters:
-    """The same by BoTorch's own `fit_gpytorch_mll` (L-BFGS on the marginal likelihood, 50 to 300 ms): the reference."""
-    if not y.any():  # the likelihood of a constant has no maximum
-        return fit_hyperparameters(x, y)
-    botorch, gpytorch = _botorch()
-    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=2.5))
-    model = botorch.models.SingleTaskGP(
-        x[:, None], y[:, None], covar_module=kernel, mean_module=gpytorch.means.ZeroMean(), outcome_transform=None
-    )
-    mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # retries of the optimiser; a fit that fails for good raises
-        botorch.fit.fit_gpytorch_mll(mll)
-    return Hyperparameters(
-        kernel.base_kernel.lengthscale.item(), kernel.outputscale.item(), model.likelihood.noise.item()
-    )
-
-
-FITS = {"map": fit_hyperparameters, "mll": fit_hyperparameters_mll}
-
-
-def build_model(x: Tensor, y: Tensor, hyper: Hyperparameters) -> SingleTaskGP:
-    """A BoTorch model of (x, y), shapes (n,), float64, y standardised; any BoTorch acquisition function takes it."""
-    botorch, gpytorch = _botorch()
-    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=2.5)).to(torch.float64)
-    kernel.outputscale = hyper.outputscale
-    kernel.base_kernel.lengthscale = hyper.lengthscale
-    model = botorch.models.SingleTaskGP(
-        x[:, None],
-        y[:, None],
-        train_Yvar=torch.full((x.numel(), 1), hyper.noise, dtype=torch.float64),
-        covar_module=kernel,
-        mean_module=gpytorch.means.ZeroMean(),
-        outcome_transform=None,
-    )
-    model.eval()
-    return model
 
 
 def closed_form_posterior(x: Tensor, y: Tensor, at: Tensor, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
@@ -182,16 +134,13 @@ def propose(
     z = torch.tensor(list(pending), dtype=torch.float64)
     x = torch.tensor([point for point, _ in observed], dtype=torch.float64)
     y = standardise([loss for _, loss in observed])
+    gp = preload()
     hyper = FITS[fit](x, y)
-    botorch, _ = _botorch()
-    with torch.no_grad():
-        model = build_model(x, y, hyper)
-        if len(pending):
-            y = torch.cat([y, model.posterior(z[:, None]).mean[:, 0]])
-            model = build_model(torch.cat([x, z]), y, hyper)
-        acquisition = botorch.acquisition.UpperConfidenceBound(model, beta=kappa**2, maximize=False)
-        value = acquisition(grid[:, None, None])
-    near = (grid[:, None] - torch.cat([x, z])).abs().min(1).values < apart
+    if len(pending):
+        fantasies, _ = closed_form_posterior(x, y, z, hyper)
+        x, y = torch.cat([x, z]), torch.cat([y, fantasies])
+    value = gp.lower_confidence_bound(gp.ClosedFormGP(x, y, hyper), kappa, grid)
+    near = (grid[:, None] - x).abs().min(1).values < apart
     if not near.all():
         value[near] = -math.inf
     return float(grid[int(value.argmax())])

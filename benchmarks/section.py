@@ -1,0 +1,58 @@
+"""What a benchmark hands in: a table for people, and the figures that machines read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import ray
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table. `figures`: the numbers of it that go into results.json."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def show(self, console: Console) -> None:
+        table = Table(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+    def markdown(self) -> str:
+        lines = [
+            f"## {self.title}",
+            "",
+            "| " + " | ".join(self.columns) + " |",
+            "|---" + "|---:" * (len(self.columns) - 1) + "|",
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and in brackets the smallest and the largest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+@contextmanager
+def cluster(slots: int, object_store_mb: int = 200) -> Iterator[None]:
+    """A local cluster of `slots` CPUs that is gone afterwards."""
+    ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=object_store_mb * 2**20,
+             log_to_driver=False, logging_level="warning")  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
