@@ -239,7 +239,7 @@ def test_the_run_ends_when_the_last_rival_of_a_finished_trunk_is_dropped():
 
 
 @pytest.mark.parametrize("slots", [2, 3, 8, 12])
-@pytest.mark.parametrize("options", [{}, {"infill": 4}, {"finalists": 1}])
+@pytest.mark.parametrize("options", [{}, {"infill": 4}, {"finalists": 1}, {"branches": 3}])
 def test_decisions_do_not_depend_on_the_order_of_arrival(slots, options):
     runs = [Simulation(anchored(concurrency=1, **options)).run()]
     runs += [
@@ -266,6 +266,84 @@ def test_a_trunk_that_passed_a_rung_and_then_diverged_counts_at_that_rung_in_wha
     decisions = [run(order) for order in (("t00", "t01", "t02"), ("t02", "t01", "t00"), ("t01", "t02", "t00"))]
     assert decisions[0][0]["leader"] == decisions[1][0]["leader"] == decisions[2][0]["leader"]
     assert decisions[0][0]["dropped"] == decisions[1][0]["dropped"] == decisions[2][0]["dropped"] == 1
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+
+def late_bloomer(factor, fork=64):
+    """Losses of a race that LR 1 leads until the fork; after it the one nearest `factor` times the leader's is best."""
+
+    def losses(lr, step):
+        best = 1.0 if step <= fork else factor
+        return 1.0 + 0.2 * abs(math.log(lr / best))
+
+    return losses
+
+
+def test_branches_start_from_the_leaders_state_at_the_fork_with_up_to_four_times_its_lr():
+    policy = anchored(num_lrs=5, branches=3, lr_interval=(0.1, 10.0))
+    drive(policy, late_bloomer(2.0))
+    (leader,) = [number for number, trunk in enumerate(policy.trunks) if abs(trunk.lr - 1.0) < 1e-9]
+    branches = policy.trunks[5:]
+    assert [trunk.lr for trunk in branches] == pytest.approx([4.0 ** (1 / 6), 2.0, 4.0 ** (5 / 6)])
+    assert all((trunk.parent, trunk.origin) == (leader, (64, f"t{leader:02d}@64")) for trunk in branches)
+    assert [trunk.status for trunk in branches] == ["dropped", "won", "dropped"]
+    assert policy.trunks[leader].status == "dropped"
+
+
+def test_the_leader_goes_on_where_no_branch_is_better():
+    policy = anchored(num_lrs=5, branches=3, lr_interval=(0.1, 10.0))
+    drive(policy, late_bloomer(1.0))
+    assert [trunk.lr for trunk in policy.trunks if trunk.status == "won"] == pytest.approx([1.0])
+
+
+def test_no_rung_past_the_fork_is_decided_before_the_branches_have_begun():
+    policy = anchored(num_lrs=1, branches=2, concurrency=4)
+    (segment,) = policy.wanted()
+    policy.issue("t00")
+    for step in [step for step in segment.boundaries if step <= 150]:
+        policy.report("t00", Point(step, 1.0))
+        if step < 64:
+            policy.saved("t00", step, f"t00@{step}")
+    assert policy.decided == policy.plan.rungs.index(64) + 1
+    assert policy.breadth == 3
+    policy.saved("t00", 64, "t00@64")
+    assert [(segment.arm, segment.start, segment.source) for segment in policy.wanted()] == [
+        ("t01", 64, "t00@64"), ("t02", 64, "t00@64"),
+    ]  # fmt: skip
+
+
+def test_a_fork_whose_checkpoint_could_not_be_written_costs_the_branches_and_not_the_run():
+    policy = anchored(num_lrs=1, branches=2)
+    (segment,) = policy.wanted()
+    policy.issue("t00")
+    for step in segment.boundaries:
+        policy.report("t00", Point(step, 1.0))
+        if step != 64:
+            policy.saved("t00", step, f"t00@{step}")
+    assert policy.done
+    assert len(policy.trunks) == 1
+
+
+def test_a_branch_that_loses_its_checkpoints_goes_back_to_the_fork_and_without_that_leaves_the_race():
+    policy = anchored(num_lrs=5, branches=1, lr_interval=(0.1, 10.0))
+    simulation = Simulation(policy)
+    while not any(trunk.parent is not None and trunk.step > trunk.origin[0] for trunk in policy.trunks):
+        simulation.act()
+    branch = policy.trunks[5]
+    assert branch.origin[1] in policy.checkpoints()
+    own = branch.checkpoint
+    simulation.leave("t05")
+    policy.lost(own)
+    assert (branch.step, branch.checkpoint) == (branch.previous or branch.origin)
+    policy.lost(branch.checkpoint)
+    if branch.status == "open":
+        policy.lost(branch.origin[1])
+    assert branch.status == "failed"
+    simulation.tidy()
+    simulation.run()
+    assert simulation.policy.done
 
 
 # -- in-fill -----------------------------------------------------------------------------------------------------------
@@ -482,7 +560,8 @@ def test_a_lost_end_state_of_the_run_is_trained_again():
     assert (simulation.of("done")[-1]["lr"], simulation.of("done")[-1]["loss"]) == (won.lr, loss)
 
 
-@pytest.mark.parametrize(("slots", "options"), [(1, {}), (3, {}), (1, {"infill": 3}), (8, {"infill": 2, "reports": 7})])
+@pytest.mark.parametrize(("slots", "options"), [(1, {}), (3, {}), (1, {"infill": 3}), (8, {"infill": 2, "reports": 7}),
+                                                (1, {"branches": 2}), (4, {"branches": 2})])  # fmt: skip
 def test_a_race_interrupted_anywhere_and_restored_makes_the_same_decisions(slots, options):
     def new():
         return anchored(concurrency=slots, **options)

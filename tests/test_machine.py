@@ -40,7 +40,15 @@ class Machine(RuleBasedStateMachine):
             )  # fmt: skip
         else:
             self.new = lambda: make_policy(
-                "anchored", 60, num_lrs=5, infill=2 * flag, reports=2, commits=6, envelope=envelope, **options
+                "anchored",
+                60,
+                num_lrs=5,
+                infill=2 * flag,
+                branches=0 if warmup else 2,
+                reports=2,
+                commits=6,
+                envelope=envelope,
+                **options,
             )
         self.policy, self.slots = self.new(), slots
         self.ended = False
@@ -267,9 +275,10 @@ class RaceMachine(Machine):
 
     def rules_of_the_policy(self):
         policy = self.policy
-        assert len(policy.trunks) <= policy.num_lrs + policy.infill
+        assert len(policy.trunks) <= policy.num_lrs + policy.infill + policy.branches
         low, high = policy.lr_interval
-        assert all(low * 0.999 <= trunk.lr <= high * 1.001 for trunk in policy.trunks)
+        for trunk in policy.trunks:
+            assert low * 0.999 <= trunk.lr <= high * (1.001 if trunk.parent is None else 4.0)
         if policy.done:
             (won,) = [trunk for trunk in policy.trunks if trunk.status == "won"]
             assert math.isfinite(won.saved_loss)

@@ -15,7 +15,8 @@ DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
                   "envelope")  # fmt: skip
-_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "lag", "averaging", "reports", "commits")
+_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "lag", "averaging", "reports", "commits",
+                 "branches")  # fmt: skip
 
 
 def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:

@@ -8,7 +8,7 @@ the run itself: no step is trained twice.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from autolrs_ray.core.plan import EnvelopeSpec, RacePlan, envelope_factor, require_bool, require_float, require_int
@@ -29,7 +29,8 @@ class AnchoredPolicy(Policy):
     LRs lag on the averaged score and overtake as the envelope falls. lag: before 0.08 T an LR stays that has come as far
     as the leader had at this fraction of its steps (1: off). finalists: trunks that may go past 0.32 T.
     averaging: score trunks on averaged weights where they are reported. reports: validation points per rung.
-    commits: checkpoints of a trunk over the whole run, beside those at rungs.
+    commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
+    times that, tried from the leader's own state after the first rung at or past 0.32 T; the rungs after it decide.
     """
 
     lr_interval: tuple[float, float] = (1e-5, 10.0)
@@ -43,11 +44,13 @@ class AnchoredPolicy(Policy):
     averaging: bool = True
     reports: int = 8
     commits: int = 20
+    branches: int = 0
 
     # durable state
     trunks: list[Trunk] = field(default_factory=list)
     decided: int = 0
     phase: str = "race"
+    forks: dict[int, tuple[int, str]] = field(default_factory=dict)  # trunk -> its checkpoint where branches begin
 
     # volatile
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
@@ -59,6 +62,7 @@ class AnchoredPolicy(Policy):
         for name in ("num_lrs", "finalists", "reports", "commits", "concurrency"):
             require_int(name, getattr(self, name), 1)
         require_int("infill", self.infill, 0)
+        require_int("branches", self.branches, 0)
         require_bool("averaging", self.averaging)
         require_float("below", self.below, 0.0, 1.0)
         require_float("lag", self.lag, 0.0, 1.0)
@@ -76,6 +80,12 @@ class AnchoredPolicy(Policy):
         rungs = self.plan.rungs
         late = {step for step in (*spaced, self._hold_end()) if not rungs or step > rungs[0]}
         return tuple(sorted(set(rungs) | late | {self.total_steps}))
+
+    @property
+    def _fork_step(self) -> int | None:
+        """Where branches begin; None if there are to be none, or the last rung comes before."""
+        late = [rung for rung in self.plan.rungs if rung >= round(FINALISTS_FROM * self.total_steps)]
+        return late[0] if late and self.branches else None
 
     def _hold_end(self) -> int:
         """Last step up to which the envelope is 1 whatever the total is; 0 where it falls from the start."""
@@ -132,13 +142,16 @@ class AnchoredPolicy(Policy):
 
     @property
     def breadth(self) -> int:
-        return len(self._open()) + (self.infill if self.decided == 0 else 0)
+        joining = self.infill if self.decided == 0 else 0
+        return len(self._open()) + (joining or (self.branches if self._parent() else 0))
 
     def cost(self, slots: int) -> tuple[float, float]:
         trunks, late = self.num_lrs + self.infill, min(self.finalists, self.num_lrs + self.infill)
         waves, last = -(-trunks // max(1, slots)), -(-late // max(1, slots))
         early = FINALISTS_FROM
-        return trunks * early + late * (1.0 - early), waves * early + last * (1.0 - early)
+        more = 0.0 if self._fork_step is None else self.branches * (1.0 - self._fork_step / self.total_steps)
+        wall = waves * early + last * (1.0 - early) + (more if slots <= late else more / slots)
+        return trunks * early + late * (1.0 - early) + more, wall
 
     def wanted(self) -> list[Segment]:
         if self.done:
@@ -225,6 +238,7 @@ class AnchoredPolicy(Policy):
     def _settle(self) -> None:
         """Draw every conclusion that what is known allows: rungs, the end, or that there is none."""
         self._decide()
+        self._branch()
         if not self._open() and not self.done and not self._revive():
             self._fail()
         self._finish_if_last()
@@ -234,7 +248,7 @@ class AnchoredPolicy(Policy):
 
         A trunk that passed the rung and diverged after it takes part: it would have if the others had been faster.
         """
-        while self.decided < len(self.plan.rungs):
+        while self.decided < len(self.plan.rungs) and self._parent() is None:
             rung = self.plan.rungs[self.decided]
             if any(rung not in trunk.scores for _, trunk in self._open()):
                 return
@@ -271,6 +285,40 @@ class AnchoredPolicy(Policy):
             self.emit("proposal", stage=0, probe=len(self.trunks) - 1, arm=self._arm(len(self.trunks) - 1), lr=trunk.lr,
                       infill=True)  # fmt: skip
 
+    def _forked(self) -> bool:
+        return any(trunk.parent is not None for trunk in self.trunks)
+
+    def _parent(self) -> tuple[int, Trunk] | None:
+        """The leader, from the decision at the fork until its branches have begun; None where there is nothing to wait for.
+
+        A leader that has a later checkpoint, but none at the fork, gets no branches: that one could not be written.
+        """
+        fork = self._fork_step
+        if fork is None or self.plan.rungs.index(fork) >= self.decided or self._forked():
+            return None
+        passed = [(number, trunk) for number, trunk in self._open() if fork in trunk.scores]
+        if not passed:  # all that led have diverged, and another has started again
+            return None
+        number, leader = min(passed, key=lambda item: item[1].scores[fork])
+        return None if leader.step > fork and number not in self.forks else (number, leader)
+
+    def _branch(self) -> None:
+        """Start the branches, once the fork's rung has been decided and the leader's checkpoint there is durable."""
+        parent = self._parent()
+        if parent is None or parent[0] not in self.forks:
+            return
+        number, leader = parent
+        for x in bin_centred_grid(self.branches):
+            lr = leader.lr * 4.0**x
+            self.trunks.append(leader.branch(number, lr, self._x_of(lr), self.forks[number]))
+            self.emit("proposal", stage=0, probe=len(self.trunks) - 1, arm=self._arm(len(self.trunks) - 1), lr=lr,
+                      parent=self._arm(number), start=self.forks[number][0])  # fmt: skip
+        self.forks = {}
+
+    def _x_of(self, lr: float) -> float:
+        low, high = self.lr_interval
+        return (math.log(lr) - math.log(low)) / (math.log(high) - math.log(low))
+
     def _new_trunk(self, x: float, infill: bool = False) -> Trunk:
         low, high = self.lr_interval
         self.trunks.append(Trunk(math.exp(math.log(low) + x * (math.log(high) - math.log(low))), x, infill=infill))
@@ -290,7 +338,7 @@ class AnchoredPolicy(Policy):
     def _revive(self) -> bool:
         """All that were left have diverged: start the best of those dropped below them again, if there is one."""
         bound = min((trunk.lr for trunk in self.trunks if trunk.status == "diverged"), default=0.0)
-        fallen = [trunk for trunk in self.trunks if trunk.status == "dropped" and trunk.lr < bound]
+        fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < bound and t.parent is None]
         if not fallen:
             return False
         trunk = min(fallen, key=lambda trunk: (-max(trunk.scores), trunk.scores[max(trunk.scores)]))
@@ -318,6 +366,8 @@ class AnchoredPolicy(Policy):
         trunk.step, trunk.checkpoint = step, path
         if step == self._hold_end():
             trunk.held = (step, path)
+        if step == self._fork_step and not self._forked():
+            self.forks[index] = (step, path)
         seen = [*self._crossings.get(arm, []), *self._points.get(arm, [])]
         point = next((point for point in seen if point.step == step), None)
         trunk.saved_loss = self._score(point) if point else None
@@ -325,7 +375,7 @@ class AnchoredPolicy(Policy):
             "commit", stage=0, arm=arm, end=step, lr=trunk.lr, checkpoint=path, loss=point.loss if point else None,
             averaged_loss=point.averaged_loss if point else None,
         )  # fmt: skip
-        self._finish_if_last()
+        self._settle()
 
     def _finish_if_last(self) -> None:
         alive = self._open()
@@ -366,8 +416,12 @@ class AnchoredPolicy(Policy):
                 trunk.previous = None
             if trunk.held and trunk.held[1] == path:
                 trunk.held = None
-            if trunk.checkpoint == path:
-                trunk.step, trunk.checkpoint = trunk.previous or (0, None)
+            if self.forks.get(index, (0, ""))[1] == path:
+                del self.forks[index]
+            if trunk.origin and trunk.origin[1] == path and trunk.status == "open" and trunk.previous is None:
+                self._end(index, "failed")
+            elif trunk.checkpoint == path:
+                trunk.step, trunk.checkpoint = trunk.previous or trunk.origin or (0, None)
                 trunk.previous = None
                 if trunk.status == "won":
                     trunk.status, self.phase = "open", "race"
@@ -378,6 +432,8 @@ class AnchoredPolicy(Policy):
         alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
         paths = {trunk.checkpoint for trunk in alive} | {trunk.previous[1] for trunk in alive if trunk.previous}
         paths |= {trunk.held[1] for trunk in alive if trunk.held}
+        paths |= {trunk.origin[1] for trunk in alive if trunk.origin}
+        paths |= {path for number, (_, path) in self.forks.items() if self.trunks[number] in alive}
         return {path for path in paths if path is not None}
 
     def progress(self) -> dict[str, Any]:
@@ -393,8 +449,8 @@ class AnchoredPolicy(Policy):
     def state_dict(self) -> dict[str, Any]:
         return dict(
             policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps,
-            extended=not self.plan.rungs,
-            trunks=[{**asdict(t), "scores": {str(k): v for k, v in t.scores.items()}} for t in self.trunks],
+            extended=not self.plan.rungs, forks=list(self.forks.items()),
+            trunks=[trunk.state_dict() for trunk in self.trunks],
         )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -403,15 +459,7 @@ class AnchoredPolicy(Policy):
         self.phase, self.decided = state["phase"], state["decided"]
         if state["extended"]:
             self._close_race()
-        self.trunks = [
-            Trunk(**{
-                **trunk,
-                "previous": tuple(trunk["previous"]) if trunk["previous"] else None,
-                "held": tuple(trunk["held"]) if trunk["held"] else None,
-                "curve": [(step, score) for step, score in trunk["curve"]],
-                "scores": {int(step): score for step, score in trunk["scores"].items()},
-            })
-            for trunk in state["trunks"]
-        ]  # fmt: skip
+        self.trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]
+        self.forks = {number: (step, path) for number, (step, path) in state["forks"]}
         self._issued, self._events = set(), []
         self._points, self._crossings, self._unsaved = {}, {}, set()

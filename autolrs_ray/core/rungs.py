@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from autolrs_ray.core import surrogate
 
@@ -20,7 +21,8 @@ class Trunk:
 
     scores: rung step -> averaged score. curve: (step, score) of every report up to the last early rung. step, checkpoint:
     the last commit; previous: the one before it; held: the one at the end of the envelope's hold. saved_loss: the score
-    at the last commit, train_loss: the training loss at the last rung.
+    at the last commit, train_loss: the training loss at the last rung. A branch has begun at `origin`, a checkpoint of the
+    trunk number `parent`.
     """
 
     lr: float
@@ -35,6 +37,22 @@ class Trunk:
     scores: dict[int, float] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)
     held: tuple[int, str] | None = None
+    parent: int | None = None
+    origin: tuple[int, str] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "scores": {str(rung): score for rung, score in self.scores.items()}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Trunk:
+        pairs = {name: tuple(state[name]) if state[name] else None for name in ("previous", "held", "origin")}
+        scores = {int(rung): score for rung, score in state["scores"].items()}
+        return cls(**{**state, **pairs, "scores": scores, "curve": [tuple(point) for point in state["curve"]]})
+
+    def branch(self, number: int, lr: float, x: float, origin: tuple[int, str]) -> Trunk:
+        """A trunk at another LR from `origin`, a checkpoint of this one, which is trunk `number`."""
+        scores = {rung: score for rung, score in self.scores.items() if rung <= origin[0]}
+        return Trunk(lr, x, step=origin[0], checkpoint=origin[1], scores=scores, parent=number, origin=origin)
 
     def reached(self, step: float) -> float:
         """Score of the last report up to `step`; of the first one where there is none so early; -inf without any."""
@@ -42,7 +60,7 @@ class Trunk:
         return before[-1] if before else self.curve[0][1] if self.curve else -math.inf
 
     def restart(self) -> None:
-        """Open again, from scratch."""
+        """Open again, from scratch. (A branch has no beginning of its own.)"""
         self.status, self.step = "open", 0
         self.checkpoint = self.previous = self.held = None
 
