@@ -36,14 +36,15 @@ def lrs(trunks):
     return [trunk.lr for trunk in trunks]
 
 
-def drive(policy, losses, can_save=True):
-    """Run every segment wanted to its end, with loss losses(lr, step); returns what was started."""
+def drive(policy, losses, can_save=True, every=None):
+    """Run every segment wanted to its end, with loss losses(lr, step); returns what was started. Reports come at the
+    boundaries, or `every` so many steps, of which the boundaries must be multiples."""
     started = []
     while not policy.done and (wanted := policy.wanted()):
         segment = wanted[0]
         started.append((segment.start, min(trunk.step for trunk in policy.trunks if trunk.status == "open")))
         policy.issue(segment.arm)
-        for step in segment.boundaries:
+        for step in segment.boundaries if every is None else range(segment.start + every, segment.end + 1, every):
             verdict = policy.report(segment.arm, Point(step, losses(segment.lr, step)), can_save)
             if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
                 policy.saved(segment.arm, step, f"{segment.arm}@{step}")
@@ -714,3 +715,23 @@ def test_rungs_that_fall_on_one_step_are_merged_and_none_lies_at_the_end():
 @pytest.mark.parametrize("total", [2, 3, 7, 20])
 def test_short_runs_end_too(total):
     assert Simulation(anchored(total)).run().policy.done
+
+
+def test_a_thorough_race_gives_slow_lrs_time_and_options_go_before_it():
+    thrifty, thorough = anchored(finalists=2), make_policy("anchored", 200, effort="thorough", finalists=5)
+    assert (thrifty.below, thrifty.early) == (0.25, 0.08)
+    assert (thorough.below, thorough.early, thorough.finalists) == (4.0, 0.32, 5)
+
+
+@pytest.mark.parametrize(("early", "status"), [(0.08, "dropped"), (0.32, "won")])
+def test_a_slow_lr_that_comes_out_ahead_is_kept_where_it_is_given_time(early, status):
+    """Loss as a function of LR * steps: a third of the leader's LR is where the leader was at a third of its steps."""
+    policy = anchored(1000, num_lrs=2, lr_interval=(0.5, 4.5), below=0.25, early=early)
+    slow = policy.trunks[0]
+
+    def losses(lr, step):
+        floor = 0.9 if lr == slow.lr else 1.0
+        return floor + math.exp(-lr * step / 60.0)
+
+    drive(policy, losses, every=2)
+    assert slow.status == status

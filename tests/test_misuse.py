@@ -79,7 +79,7 @@ def test_constructor_names_the_value_and_the_mend(options: dict[str, Any], messa
         ({"tolerances": (-0.1,), "rungs": (0.5,)}, "each tolerance must be a finite number"),
         ({"finalists": 0}, "finalists must be at least 1"),
         ({"infill": -1}, "infill must be at least 0"),
-        ({"below": 2.0}, "below must be a finite number"),
+        ({"below": -2.0}, "below must be a finite number"),
         ({"envelope": lambda step: -1.0}, "the envelope must be finite and >= 0"),
         ({"stage_steps": 100}, "has no option stage_steps"),
     ],

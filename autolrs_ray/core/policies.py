@@ -12,10 +12,13 @@ from autolrs_ray.core.race import AnchoredPolicy
 
 DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
+EFFORTS: dict[str, dict[str, Any]] = {"thrifty": {}, "thorough": {"below": 4.0, "early": 0.32, "finalists": 3}}
+"""Settings of the race by name. Thorough: LRs that lag get time until 0.32 T, and three train to the end."""
+
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
                   "envelope")  # fmt: skip
-_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "lag", "averaging", "reports", "commits",
+_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "lag", "early", "averaging", "reports", "commits",
                  "branches")  # fmt: skip
 
 
@@ -37,6 +40,10 @@ def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **com
 
 
 def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
+    effort = options.pop("effort", "thrifty")
+    if effort not in EFFORTS:
+        raise ValueError(f"effort must be one of {sorted(EFFORTS)}, got {effort!r}")
+    options = {**EFFORTS[effort], **options}
     rungs, tolerances = options.pop("rungs", None), options.pop("tolerances", None)
     rungs = RUNGS if rungs is None else require_tuple("rungs", rungs)
     tolerances = TOLERANCES if tolerances is None else require_tuple("tolerances", tolerances)
@@ -46,7 +53,7 @@ def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **
 
 _POLICIES: dict[str, tuple[Callable[..., Policy], tuple[str, ...]]] = {
     "paper": (_paper, _PLAN_OPTIONS + _PAPER_OPTIONS),
-    "anchored": (_anchored, ("rungs", "tolerances", *_RACE_OPTIONS)),
+    "anchored": (_anchored, ("effort", "rungs", "tolerances", *_RACE_OPTIONS)),
 }
 
 

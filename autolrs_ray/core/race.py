@@ -13,7 +13,7 @@ from typing import Any
 
 from autolrs_ray.core.plan import EnvelopeSpec, RacePlan, envelope_factor, require_bool, require_float, require_int
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
-from autolrs_ray.core.rungs import EARLY, FINALISTS_FROM, Trunk, infill, leader_of, losers
+from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, infill, leader_of, losers
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.core.surrogate import bin_centred_grid
 
@@ -25,9 +25,9 @@ HOLDS = {"wsd": 0.4, "constant": 1.0}
 class AnchoredPolicy(Policy):
     """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
 
-    below: an LR below the leader is dropped at this fraction of the tolerance that one above it enjoys, because large
-    LRs lag on the averaged score and overtake as the envelope falls. lag: before 0.08 T an LR stays that has come as far
-    as the leader had at this fraction of its steps (1: off). finalists: trunks that may go past 0.32 T.
+    below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
+    stays that has come as far as the leader had at this fraction of its steps (1: off): small LRs are slow, not bad.
+    finalists: trunks that may go past 0.32 T.
     averaging: score trunks on averaged weights where they are reported. reports: validation points per rung.
     commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
     times that, tried from the leader's own state after the first rung at or past 0.32 T; the rungs after it decide.
@@ -41,6 +41,7 @@ class AnchoredPolicy(Policy):
     finalists: int = 2
     below: float = 0.25
     lag: float = 0.3
+    early: float = 0.08
     averaging: bool = True
     reports: int = 8
     commits: int = 20
@@ -64,8 +65,9 @@ class AnchoredPolicy(Policy):
         require_int("infill", self.infill, 0)
         require_int("branches", self.branches, 0)
         require_bool("averaging", self.averaging)
-        require_float("below", self.below, 0.0, 1.0)
+        require_float("below", self.below, 0.0, math.inf)
         require_float("lag", self.lag, 0.0, 1.0)
+        require_float("early", self.early, 0.0, 1.0)
         for step in (0, self.total_steps // 2, self.total_steps):
             envelope_factor(self.envelope, step, self.total_steps)
         self._boundaries = self._lay_boundaries()
@@ -231,7 +233,7 @@ class AnchoredPolicy(Policy):
                   loss=last.loss, averaged_loss=last.averaged_loss)  # fmt: skip
 
     def _is_early(self, rung: int) -> bool:
-        return rung < round(EARLY * self.total_steps)
+        return rung < round(self.early * self.total_steps)
 
     # -- the rule ------------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,6 @@ from typing import Any
 
 from autolrs_ray.core import surrogate
 
-EARLY = 0.08
-"""Fraction of the run before which a rung is early: a trunk that lags behind is given time."""
-
 FINALISTS_FROM = 0.32
 """Fraction of the run after which at most `finalists` trunks go on."""
 
