@@ -216,7 +216,7 @@ def test_the_least_trained_trunk_comes_first_and_others_make_way_for_it_on_a_ful
 
 
 def test_every_segment_starts_at_the_trunks_last_checkpoint_under_the_envelope():
-    policy = anchored(1000, num_lrs=2, concurrency=2)
+    policy = anchored(1000, num_lrs=2, concurrency=2, commits=20)
     policy.report("t00", Point(20, 1.0))
     policy.saved("t00", 20, "here")
     segment = next(segment for segment in policy.wanted() if segment.arm == "t00")

@@ -43,8 +43,8 @@ class AnchoredPolicy(Policy):
     lag: float = 0.3
     early: float = 0.08
     averaging: bool = True
-    reports: int = 8
-    commits: int = 20
+    reports: int = 4
+    commits: int = 10
     branches: int = 0
 
     # durable state
