@@ -216,7 +216,7 @@ def test_the_lower_interval_can_save_the_stage_and_the_next_one_starts_from_the_
     ("cause", "message"),
     [
         (lambda arm, point: "fail", r"\(failed\)"),
-        (lambda arm, point: Point(point.step, 1.5), "same loss"),
+        (lambda arm, point: Point(point.step, 1.5, 2.5), "same loss"),
         (lambda arm, point: Point(point.step, math.nan), r"\(diverged\)"),
     ],
 )
@@ -481,6 +481,16 @@ def test_equal_scores_alone_do_not_accuse_a_trainable_whose_training_losses_diff
     """An accuracy may tie in earnest."""
     simulation = Simulation(paper(floor=None), change=lambda arm, point: replace(point, loss=-1.0))
     assert simulation.run().policy.done
+
+
+@pytest.mark.parametrize("policy", ["paper", "anchored"])
+def test_a_score_that_never_moves_accuses_nobody_and_one_that_does_is_evidence_enough(policy):
+    """An accuracy at chance level, without training losses, against one that moves alike at every LR."""
+    new = paper if policy == "paper" else lambda: make_policy("anchored", 200, num_lrs=5)
+    chance = Simulation(new(), change=lambda arm, point: Point(point.step, 0.9))
+    assert chance.run().policy.done
+    with pytest.raises(AutoLRSError, match="does not use config"):
+        Simulation(new(), change=lambda arm, point: Point(point.step, 0.9 - 1e-4 * point.step)).run()
 
 
 def test_two_learning_rates_with_equal_losses_may_be_chance():

@@ -202,6 +202,7 @@ class PaperPolicy(Policy):
         if probe.status == "done":
             probe.forecast, probe.stderr = predicted.value, predicted.stderr
             probe.loss, probe.train_loss = points[-1].loss, points[-1].train_loss
+            probe.moved = len({self.loss, *(point.loss for point in points)} - {None}) > 1
             self._keep_leading()
         self.emit(
             "probe",
@@ -239,7 +240,7 @@ class PaperPolicy(Policy):
             raise
 
     def _choose(self) -> None:
-        refuse_ignored_lr([(p.lr, p.loss, p.train_loss) for p in self.probes if p.loss is not None])
+        refuse_ignored_lr([(p.lr, p.loss, p.train_loss, p.moved) for p in self.probes if p.loss is not None])
         best = self._best()
         if best is not None:
             self.phase, self.chosen = "train", best

@@ -19,12 +19,15 @@ class AutoLRSError(RuntimeError):
     """The run cannot go on; the message says why, and what to do."""
 
 
-def refuse_ignored_lr(results: list[tuple[float, float, float | None]]) -> None:
+def refuse_ignored_lr(results: list[tuple[float, float, float | None, bool]]) -> None:
     """Raise AutoLRSError if three or more learning rates gave the very same losses.
 
-    results: (lr, score, training loss or None). The score alone would not do: an accuracy may tie in earnest.
+    results: (lr, score, training loss or None, whether the scores before it were others). A score that never moves is no
+    evidence by itself: an accuracy may lie at chance level for every LR.
     """
-    if len({lr for lr, *_ in results}) >= 3 and len({tuple(losses) for _, *losses in results}) == 1:
+    lrs, losses = {lr for lr, *_ in results}, {(score, train_loss) for _, score, train_loss, _ in results}
+    telling = all(train_loss is not None or moved for _, _, train_loss, moved in results)
+    if len(lrs) >= 3 and len(losses) == 1 and telling:
         raise AutoLRSError(
             f"{len(results)} trials with learning rates from {min(results)[0]:.3g} to {max(results)[0]:.3g} all reported "
             f'the same loss {results[0][1]:.6g}: the trainable does not use config["lr"]. Write it into the optimizer\'s '

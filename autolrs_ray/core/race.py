@@ -229,6 +229,7 @@ class AnchoredPolicy(Policy):
         if self._is_early(rung):
             trunk.curve += [(point.step, self._score(point)) for point in points]
         trunk.scores[rung], trunk.train_loss = sum(tail) / len(tail), last.train_loss
+        trunk.moved = len(set(since)) > 1
         self.emit("rung", arm=self._arm(index), probe=index, lr=trunk.lr, step=rung, score=trunk.scores[rung],
                   loss=last.loss, averaged_loss=last.averaged_loss)  # fmt: skip
 
@@ -256,7 +257,7 @@ class AnchoredPolicy(Policy):
                 return
             field = [t for t in self.trunks if t.status in ("open", "diverged") and rung in t.scores]
             if self.decided == 0:
-                refuse_ignored_lr([(trunk.lr, trunk.scores[rung], trunk.train_loss) for trunk in field])
+                refuse_ignored_lr([(trunk.lr, trunk.scores[rung], trunk.train_loss, trunk.moved) for trunk in field])
             self._drop(rung, self.plan.tolerances[self.decided], field)
             self.decided += 1
             if self.decided == 1 and self.infill:

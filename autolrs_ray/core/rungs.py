@@ -18,7 +18,8 @@ class Trunk:
 
     scores: rung step -> averaged score. curve: (step, score) of every report up to the last early rung. step, checkpoint:
     the last commit; previous: the one before it; held: the one at the end of the envelope's hold. saved_loss: the score
-    at the last commit, train_loss: the training loss at the last rung. A branch has begun at `origin`, a checkpoint of the
+    at the last commit, train_loss: the training loss at the last rung; moved: its reports up to there were not all
+    the same. A branch has begun at `origin`, a checkpoint of the
     trunk number `parent`.
     """
 
@@ -31,6 +32,7 @@ class Trunk:
     previous: tuple[int, str] | None = None
     saved_loss: float | None = None
     train_loss: float | None = None
+    moved: bool = False
     scores: dict[int, float] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)
     held: tuple[int, str] | None = None
