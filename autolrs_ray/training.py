@@ -89,6 +89,8 @@ class Trainer:
     of the steps so far.
     """
 
+    rank, world = 0, 1  # of DistributedTrainer's processes
+
     def __init__(self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False) -> None:
         torch.manual_seed(seed)
         task = build()
@@ -102,6 +104,7 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         mode = task.compile if isinstance(task.compile, str) else None
         self._forward = torch.compile(self.model, mode=mode) if task.compile else self.model
+        self._train_forward: Any = self._forward
         self.train_data, self.val_data = self._place(task.train_data), self._place(task.val_data)
         base = task.optimizer.param_groups[0]["lr"]
         if not base > 0:
@@ -151,7 +154,7 @@ class Trainer:
         """The training batch at `step`, augmented, on the device."""
         inputs, targets = self._take(self.train_data, self._indices(step))
         if self.task.augment is not None:
-            inputs = self.task.augment(inputs, _generator(self.seed, _AUGMENT, step))
+            inputs = self.task.augment(inputs, _generator(self.seed, _AUGMENT, step * self.world + self.rank))
         return inputs, targets
 
     def _take(self, data: Data, rows: Tensor) -> Batch:
@@ -179,10 +182,10 @@ class Trainer:
             lr = lr_at(self.step)
             for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
                 group["lr"] = lr * ratio
-            self._seed_step(_generator(self.seed, _STEP, self.step).initial_seed())
+            self._seed_step(_generator(self.seed, _STEP, self.step * self.world + self.rank).initial_seed())
             inputs, targets = self.batch(self.step)
             with self._autocast():
-                loss = self.task.loss(self._forward(inputs), targets)
+                loss = self.task.loss(self._train_forward(inputs), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if self.task.clip_norm is not None:

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 
 from autolrs_ray.checkpoints import (
@@ -290,6 +291,26 @@ def test_averaged_weights_and_buffers_follow_the_plain_formula():
     assert not torch.allclose(ours["0.weight"], trainer.model.state_dict()["0.weight"], atol=1e-4)
 
 
+def test_the_average_is_torchs_own_to_the_last_bit_and_count():
+    trainer = Trainer(lambda: task(), 0, averaging=True)
+    weight = []
+    twin = AveragedModel(
+        trainer.model, multi_avg_fn=lambda old, new, _: _lerp(list(old), list(new), weight[-1]), use_buffers=True
+    )
+    for step in range(1, 30):
+        trainer.train(step, falling)
+        weight.append(min(1.0, 4.0 / step))
+        twin.update_parameters(trainer.model)
+    assert_same(trainer.averaged.state_dict(), twin.state_dict())
+
+
+def _lerp(old, new, weight):
+    if old[0].is_floating_point():
+        torch._foreach_lerp_(old, new, weight)
+    else:
+        torch._foreach_copy_(old, new)
+
+
 def test_averaged_weights_are_evaluated_on_demand():
     trainer = Trainer(lambda: task(), 0, averaging=True)
     trainer.train(40, lambda step: 0.5)
@@ -350,6 +371,15 @@ def test_a_diverging_training_reports_it_and_goes_on():
 
 
 # -- what is asked of a task -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(False, []), (True, [None]), ("reduce-overhead", ["reduce-overhead"])])
+def test_compile_is_off_on_or_a_mode(asked, expected, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: modes.append(mode) or model)
+    trainer = Trainer(lambda: task(compile=asked), 0)
+    trainer.train(2, falling)
+    assert modes == expected
 
 
 @pytest.mark.parametrize(
