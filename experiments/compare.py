@@ -30,9 +30,9 @@ from experiments.compare_tasks import DEFAULT_TASKS, Task, make_task
 
 RAY_METHODS = ("PBT", "PB2")
 GROUPS = ("main", "ablation", "setting")
-QUICK_METHODS = ("anchored", "paper", "constant", "constant + averaged weights", "linear", "linear, default LR",
-                 "Schedule-Free, default LR", "Prodigy + cosine", "anchored, 2 decades", "anchored, no averaging",
-                 "anchored, no envelope", "anchored, 5 LRs by the GP")  # fmt: skip
+QUICK_METHODS = ("anchored", "anchored, thrifty", "paper", "constant", "constant + averaged weights", "linear",
+                 "linear, default LR", "Schedule-Free, default LR", "Prodigy + cosine", "anchored, 2 decades",
+                 "anchored, thrifty, no averaging", "anchored, thrifty, no envelope")  # fmt: skip
 
 
 class Cache:

@@ -22,7 +22,12 @@ RULE = list(zip(RUNGS, TOLERANCES, strict=True))
 
 def anchored(total_steps=200, lr_interval=(1e-3, 10.0), concurrency=1, **options):
     return make_policy(
-        "anchored", total_steps, lr_interval, 0, concurrency, **{"num_lrs": 8, "finalists": 8, **options}
+        "anchored",
+        total_steps,
+        lr_interval,
+        0,
+        concurrency,
+        **{"effort": "thrifty", "num_lrs": 8, "finalists": 8, **options},
     )
 
 
@@ -718,8 +723,8 @@ def test_short_runs_end_too(total):
 
 
 def test_a_thorough_race_gives_slow_lrs_time_and_options_go_before_it():
-    thrifty, thorough = anchored(finalists=2), make_policy("anchored", 200, effort="thorough", finalists=5)
-    assert (thrifty.below, thrifty.early) == (0.25, 0.08)
+    thrifty, thorough = anchored(finalists=2), make_policy("anchored", 200, finalists=5)
+    assert (thrifty.below, thrifty.early, thrifty.finalists) == (0.25, 0.08, 2)
     assert (thorough.below, thorough.early, thorough.finalists) == (4.0, 0.32, 5)
 
 

@@ -13,7 +13,7 @@ from autolrs_ray.core.race import AnchoredPolicy
 DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
 EFFORTS: dict[str, dict[str, Any]] = {"thrifty": {}, "thorough": {"below": 4.0, "early": 0.32, "finalists": 3}}
-"""Settings of the race by name. Thorough: LRs that lag get time until 0.32 T, and three train to the end."""
+"""Settings of the race by name. Thorough, the default: LRs that lag get time until 0.32 T, and three train to the end."""
 
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
@@ -40,7 +40,7 @@ def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **com
 
 
 def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
-    effort = options.pop("effort", "thrifty")
+    effort = options.pop("effort", "thorough")
     if effort not in EFFORTS:
         raise ValueError(f"effort must be one of {sorted(EFFORTS)}, got {effort!r}")
     options = {**EFFORTS[effort], **options}
