@@ -8,7 +8,7 @@ export RAY_AUTH_MODE = disabled
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lint faults compare clean
+.PHONY: run test lint faults docs image-check clean
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard tools/torchvision-cpu-shim/*)
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ test: lint
 
 faults: $(STAMP)
 	tools/sandboxed $(BIN)/python -m pytest -q -m slow
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+# Needs root and buildah, and about 5 minutes. BASE_IMAGE and pip's settings are taken from the environment.
+image-check:
+	docker/image_check.sh
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

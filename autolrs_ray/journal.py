@@ -12,20 +12,23 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import time
 import warnings
 import zlib
 from pathlib import Path
 from typing import Any, TextIO
 
+from autolrs_ray.storage import LOCK_FILE, Mirror, is_uri, join, read_bytes
+
 JOURNAL_FILE = "autolrs.jsonl"
 STATE_FILE = "autolrs_state.json"
 PREVIOUS_STATE_FILE = "autolrs_state.previous.json"
-LOCK_FILE = "autolrs.lock"
 DAMAGED_STATE_FILE = "autolrs_state.damaged.json"
 ORPHANED_JOURNAL_FILE = "autolrs.orphaned.jsonl"
 FORMAT = 1
 REPEATED = ("start", "commit")  # the events that the state repeats
+MIRRORED = (JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE)  # the journal before the state that names its length
 
 
 class RecordWarning(UserWarning):
@@ -74,16 +77,14 @@ def _write_durably(path: Path, text: str) -> None:
 
 
 def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All intact events of the journal at `path` (a file or a run folder), in order. Damaged lines raise RecordWarning.
+    """All intact events of the journal at `path` (a file, a run folder or its URI), in order. Damaged lines raise
+    RecordWarning.
 
     Raises FileNotFoundError, naming the path, where there is no journal.
     """
-    file = Path(path)
-    file = file / JOURNAL_FILE if file.is_dir() else file
-    if not file.exists():
-        raise FileNotFoundError(f"no journal at {file}: give the folder of an AutoLRS run (it holds {JOURNAL_FILE})")
+    file, content = _journal_at(os.fspath(path))
     events, damaged = [], 0
-    for line in file.read_bytes().split(b"\n"):
+    for line in content.split(b"\n"):
         if not line:
             continue
         try:
@@ -95,14 +96,28 @@ def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return events
 
 
+def _journal_at(path: str) -> tuple[str, bytes]:
+    """Where the journal of `path` lies, and its content."""
+    folder = not path.endswith(".jsonl") if is_uri(path) else Path(path).is_dir()
+    file = join(path, JOURNAL_FILE) if folder else path
+    try:
+        return file, read_bytes(file)
+    except FileNotFoundError:
+        message = f"no journal at {file}: give the folder of an AutoLRS run (it holds {JOURNAL_FILE})"
+        raise FileNotFoundError(message) from None
+
+
 class Record:
     """Journal and state of one run folder. One process at a time: the second to open the folder is refused.
+
+    mirror: the run's folder on a store, where the record belongs; `folder` is then a working copy, fetched from there now,
+    copied there with every state, and deleted in the end.
 
     Raises RuntimeError if another process has the folder open.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], mirror: Mirror | None = None) -> None:
+        self.folder, self._mirror = Path(folder), mirror
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: TextIO = open(self.folder / LOCK_FILE, "a+")  # noqa: SIM115 - held as long as the run
         try:
@@ -112,8 +127,14 @@ class Record:
             raise RuntimeError(
                 f"another process is driving the run in {self.folder}; wait for it, stop it, or choose another name"
             ) from None
+        if mirror is not None:
+            mirror.acquire()
+            mirror.fetch(self.folder, MIRRORED)
         self._closed = False
         self._repeated: list[str] = []
+
+    def __str__(self) -> str:
+        return str(self._mirror or self.folder)
 
     @property
     def journal(self) -> Path:
@@ -157,6 +178,8 @@ class Record:
             os.replace(current, self.folder / PREVIOUS_STATE_FILE)
         os.replace(temporary, current)
         fsync_folder(self.folder)
+        if self._mirror is not None:
+            self._mirror.push(self.folder, MIRRORED)
 
     def load_state(self) -> dict[str, Any]:
         """The last intact state: a dict with "config" and "state". The journal is cut back to where it belongs, and mended.
@@ -215,4 +238,7 @@ class Record:
         """Give the folder free for another process."""
         if not self._closed:
             self._closed = True
+            if self._mirror is not None:
+                self._mirror.release()
+                shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()

@@ -12,9 +12,11 @@ from typing import Any
 
 from autolrs_ray.core.policies import DEFAULT_INTERVALS
 from autolrs_ray.result import RunResult, winner
+from autolrs_ray.storage import local_copy
 
 Row = dict[str, Any]
 AVERAGED = "averaged_loss"
+REPORTS_FILE = "result.json"  # Tune's, one in every trial's folder
 
 
 def run_config(events: Iterable[Row]) -> Row:
@@ -37,10 +39,12 @@ def read_reports(folder: Path, clock: str) -> dict[str, list[Row]]:
     """Reported rows of every arm, in order of `clock` (steps), from the result.json files of the trials in `folder`.
 
     A trial that was restarted or rolled back goes over old ground; what it reported there before is left out, and so are
-    lines cut short by a kill. Empty where the trials' files are not here (remote storage, or no Ray).
+    lines cut short by a kill. Empty where the trials' files are not here (no Ray).
     """
     reports: dict[str, list[Row]] = {}
-    files = [(rows[0].get("timestamp") or 0, rows) for file in folder.glob("*/result.json") if (rows := _rows(file))]
+    files = [
+        (rows[0].get("timestamp") or 0, rows) for file in folder.glob(f"*/{REPORTS_FILE}") if (rows := _rows(file))
+    ]
     for _, rows in sorted(files, key=lambda item: item[0]):  # an arm may have had several trials, one after another
         for row in rows:
             arm = _segment(row).get("arm")
@@ -84,7 +88,8 @@ class RunData:
         """Raises what RunResult.load raises."""
         result = RunResult.load(folder)
         config = run_config(result.events)
-        return cls(result, config, read_reports(Path(folder), config["time_attr"]))
+        with local_copy(os.fspath(folder), REPORTS_FILE) as copy:
+            return cls(result, config, read_reports(Path(copy), config["time_attr"]))
 
     @property
     def clock(self) -> str:

@@ -11,6 +11,7 @@ race           anchored: the averaged score of every trunk
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,24 +21,34 @@ from autolrs_ray.plot_data import RunData
 from autolrs_ray.plot_main import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.plot_search import forecast_figure, race_figure, surrogate_figure
 from autolrs_ray.plot_style import style
+from autolrs_ray.storage import is_uri, join, upload
 
 
 def save_plots(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     steps_per_epoch: float | None = None,
-) -> list[Path]:
-    """Draw every plot that the run in `folder` has data for; returns the files written, a PNG and an SVG of each.
+) -> list[Path] | list[str]:
+    """Draw every plot that the run in `folder` (or at its URI) has data for; returns the files written, a PNG and an SVG of
+    each.
 
-    output: folder to write to, made if need be (default: `folder`/plots). steps_per_epoch: optimizer steps per epoch,
-    for the accuracy's axis, where the trials do not report "epoch".
+    output: folder to write to, or its URI, made if need be (default: `folder`/plots). steps_per_epoch: optimizer
+    steps per epoch, for the accuracy's axis, where the trials do not report "epoch".
 
     Raises FileNotFoundError where there is no journal, ValueError if the run never started or steps_per_epoch <= 0.
     """
     if steps_per_epoch is not None and not steps_per_epoch > 0:
         raise ValueError(f"steps_per_epoch must be positive, got {steps_per_epoch}")
     data = RunData.load(folder)
-    target = Path(folder) / "plots" if output is None else Path(output)
+    target = join(os.fspath(folder), "plots") if output is None else os.fspath(output)
+    if is_uri(target):
+        with tempfile.TemporaryDirectory(prefix="autolrs-") as local:
+            _draw(data, Path(local), steps_per_epoch)
+            return upload(Path(local), target)
+    return _draw(data, Path(target), steps_per_epoch)
+
+
+def _draw(data: RunData, target: Path, steps_per_epoch: float | None) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Callable[[RunData], Any | None]] = {
         "loss": loss_figure,

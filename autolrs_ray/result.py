@@ -10,6 +10,7 @@ from typing import Any
 
 from autolrs_ray.journal import read_journal
 from autolrs_ray.schedule import LearnedSchedule, committed_rows
+from autolrs_ray.storage import below, is_uri, local_copy
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ class Timing:
 class RunResult:
     """Outcome of a run.
 
-    schedule: the learning rate at every step. checkpoint: folder of the final state. loss: final validation metric, as
-    a loss (negated for mode "max"). main_steps, search_steps: optimizer steps committed, and trained beside them.
+    schedule: the learning rate at every step. checkpoint: folder of the final state, or its URI, where the run's is one.
+    loss: final validation metric, as a loss (negated for mode "max"). main_steps, search_steps: optimizer steps committed,
+    and trained beside them.
     rows: one dict per committed stage (paper) or checkpoint of the winner (anchored). events: the whole journal.
     """
 
-    folder: Path
+    folder: Path | str
     done: bool
     policy: str
     loss: float | None
@@ -67,7 +69,8 @@ class RunResult:
 
         if self.checkpoint is None:
             raise ValueError(f"the run in {self.folder} has committed no checkpoint yet")
-        state = read_checkpoint(self.checkpoint)
+        with local_copy(self.checkpoint) as folder:
+            state = read_checkpoint(folder)
         if self.weights == "raw":
             return dict(state["model"])
         prefix = "module."  # torch's AveragedModel wraps the model under this name
@@ -75,25 +78,35 @@ class RunResult:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunResult:
-        """Read the run in `folder`. Raises FileNotFoundError if it holds no journal, ValueError if it never started."""
+        """Read the run in `folder` or at its URI.
+
+        Raises FileNotFoundError if it holds no journal, ValueError if it never started.
+        """
         events = read_journal(folder)
         config = next((event["config"] for event in events if event["event"] == "start"), None)
         if config is None:
             raise ValueError(f"the journal in {folder} has no start: its first line is damaged")
         last_end = next((event for event in reversed(events) if event["event"] in ("done", "extend")), None)
         done = last_end if last_end is not None and last_end["event"] == "done" else None
+        where = str(folder) if is_uri(folder) else Path(folder)
         arm = winner(events, config)
         rows = committed_rows(events, arm)
         last = done or (rows[-1] if rows else {})
+        checkpoint = _located(where, last.get("checkpoint"))
         segments = [event for event in events if event["event"] == "segment"]
         trained = sum(event["end"] - event["start"] for event in segments)
         main_steps = max((row["end"] for row in rows), default=0)
         return cls(
-            folder=Path(folder), done=done is not None, policy=config["policy"], loss=last.get("loss"),
-            checkpoint=last.get("checkpoint"), schedule=LearnedSchedule.from_events(events, config, arm), rows=rows,
+            folder=where, done=done is not None, policy=config["policy"], loss=last.get("loss"),
+            checkpoint=checkpoint, schedule=LearnedSchedule.from_events(events, config, arm), rows=rows,
             main_steps=main_steps, search_steps=max(0, trained - main_steps), timing=_timing(events, segments, arm),
             events=events,
         )  # fmt: skip
+
+
+def _located(folder: Path | str, checkpoint: str | None) -> str | None:
+    """The journal's paths on a store have no scheme: the URI of such a checkpoint of the run in `folder`."""
+    return below(folder, checkpoint) if isinstance(folder, str) and checkpoint is not None else checkpoint
 
 
 def winner(events: list[dict[str, Any]], config: dict[str, Any]) -> str:

@@ -7,16 +7,17 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
 
+from autolrs_ray.distributed import worker_resources
 from autolrs_ray.live import LiveProgress
 from autolrs_ray.result import RunResult
 from autolrs_ray.scheduler import AutoLRSScheduler
 from autolrs_ray.searcher import CONFIG_KEY, AutoLRSSearch
+from autolrs_ray.storage import Mirror, is_uri, join, normal
 from autolrs_ray.trainable import trainable_for
 from autolrs_ray.training import TrainingTask
 
@@ -29,6 +30,7 @@ def run(
     name: str = "autolrs",
     storage_path: str | os.PathLike[str] = "runs",
     resources: dict[str, float] | tune.PlacementGroupFactory | None = None,
+    workers: int = 1,
     resume: bool | str = "auto",
     max_failures: int = 3,
     reuse_actors: bool = True,
@@ -41,15 +43,23 @@ def run(
 
     trainable: a function `build(config) -> TrainingTask`, an AutoLRSTrainable, or any Tune trainable (class, or function
     that calls tune.report). config: passed on to it, with "seed". resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
-    name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`).
+    workers: processes that train each trial together (torch's DistributedDataParallel); `resources` are then of each.
+    name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`). storage_path is a
+    folder that all nodes share, or a URI such as s3://bucket/runs.
     max_failures: how often a crashed trial is started again. search: every option of :class:`AutoLRSSearch`.
 
     Raises what AutoLRSSearch raises for bad options, and AutoLRSError if the run cannot go on.
     """
-    storage = Path(storage_path).resolve().as_posix() if "://" not in str(storage_path) else str(storage_path)
+    storage = normal(storage_path)
     if _builds_task(trainable):
-        trainable = trainable_for(trainable)
+        trainable = trainable_for(trainable, workers=workers)
+    elif workers != 1:
+        raise ValueError(f"workers={workers} needs a function build(config) -> TrainingTask, got {trainable!r}")
+    if workers > 1 and not isinstance(resources, tune.PlacementGroupFactory):
+        resources = worker_resources(workers, resources)
     searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
+    if is_uri(storage):
+        searcher.mirror = Mirror.at(join(storage, name))
     if resources is not None:
         trainable = tune.with_resources(trainable, resources)
     reports = [LiveProgress(searcher)] if progress else []
@@ -75,7 +85,7 @@ def run(
             )
         finally:
             searcher.close()  # or the folder stays locked while anyone holds on to an error's traceback
-    return RunResult.load(Path(storage, name))
+    return RunResult.load(join(storage, name))
 
 
 def _builds_task(trainable: Any) -> bool:

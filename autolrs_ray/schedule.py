@@ -13,7 +13,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,21 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autolrs_ray.core.plan import ENVELOPES, require_float, require_int
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.storage import is_uri
 
 FORMAT = 1
 
 
 def committed_rows(events: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    """The commits of `arm` in a journal, in order of steps. Where a run lost a checkpoint and went back, the later count."""
-    kept: list[dict[str, Any]] = []
+    """The commits of `arm` in a journal, in order of steps. Where a run lost a checkpoint and went back, the later count.
+
+    A branch begins with the commits of its parent.
+    """
+    events, kept = list(events), list[dict[str, Any]]()
     for event in events:
+        if event["event"] == "proposal" and event.get("arm") == arm and "parent" in event:
+            parents = committed_rows(events, event["parent"])
+            kept = [row for row in parents if row["end"] <= event["start"]]
         if event["event"] == "commit" and event.get("arm", "main") == arm:
             start = event.get("start", event["end"] - 1)
             kept = [*(earlier for earlier in kept if earlier["end"] <= start), event]
@@ -101,7 +108,10 @@ class LearnedSchedule:
         envelope = config["options"].get("envelope", default)
         rows = committed_rows(events, arm)
         if config["policy"] == "anchored":
-            pieces: tuple[Piece, ...] = (Piece(0, total, rows[-1]["lr"], envelope),) if rows else ()
+            changes = [row["end"] for row, after in pairwise(rows) if after["lr"] != row["lr"]]
+            lrs = [lr for lr, _ in groupby(rows, key=lambda row: row["lr"])]
+            edges = pairwise([0, *changes, total] if rows else [])
+            pieces = tuple(Piece(*edge, lr, envelope) for edge, lr in zip(edges, lrs, strict=True))
         else:
             ramp = config["options"].get("warmup_steps", 0)
             pieces = tuple(
@@ -139,12 +149,12 @@ class LearnedSchedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LearnedSchedule:
-        """From a JSON file, a CSV file with rows step,lr (held until the next row), or a run folder."""
+        """From a JSON file, a CSV file with rows step,lr (held until the next row), or a run folder or its URI."""
         file = Path(path)
-        if file.is_dir():
+        if is_uri(path) or file.is_dir():
             from autolrs_ray.result import RunResult
 
-            return RunResult.load(file).schedule
+            return RunResult.load(path).schedule
         if file.suffix != ".csv":
             return cls.from_json(file.read_text())
         try:

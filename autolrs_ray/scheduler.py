@@ -22,6 +22,7 @@ from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.keeper import CheckpointKeeper
 from autolrs_ray.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSearch
+from autolrs_ray.storage import Mirror
 from autolrs_ray.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class AutoLRSScheduler(TrialScheduler):
         storage = trial.storage
         local = storage.storage_filesystem.type_name == "local"
         folder = storage.experiment_fs_path if local else storage.experiment_driver_staging_path
+        if not local and search.mirror is None:
+            search.mirror = Mirror(storage.storage_filesystem, storage.experiment_fs_path)
         self._keeper = CheckpointKeeper(search, self._live, storage, trial.get_trainable_cls())
         self._watchdog = Watchdog(search, self._live, self._resources)
         if search.open_record(folder):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from autolrs_ray.core.policy import AutoLRSError, Point, Policy
 from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.journal import Record
+from autolrs_ray.nodes import require_shared
+from autolrs_ray.storage import Mirror, RunTakenError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,8 @@ class AutoLRSSearch(Searcher):
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
     num_lrs (k), kappa, initial, fit, series, probe_reports, main_reports, promote, envelope.
-    Options of policy="anchored": num_lrs, envelope, rungs, tolerances, infill, finalists, below, averaging, reports,
+    Options of policy="anchored": effort ("thorough": 2 to 3.5 times the compute of a plain run, or "thrifty": about 1.5
+    times), num_lrs, envelope, rungs, tolerances, infill, finalists, below, lag, early, branches, averaging, reports,
     commits. See :class:`~autolrs_ray.core.algorithm.PaperPolicy`, :class:`~autolrs_ray.core.race.AnchoredPolicy`.
 
     Raises TypeError or ValueError, naming the value, for anything out of range.
@@ -103,6 +107,7 @@ class AutoLRSSearch(Searcher):
         self.reasons: dict[str, str] = {}  # trial -> the last line of its error
         self.promoting = False  # a probe's end state is being written; the scheduler keeps it
         self._restored: dict[str, Any] | None = None
+        self.mirror: Mirror | None = None  # the run's folder, where that is not a local one
         self._record: Record | None = None
         self._policy: Policy | None = None
         self._build()  # bad options are to raise here, not minutes later
@@ -167,11 +172,17 @@ class AutoLRSSearch(Searcher):
         return True
 
     def open_record(self, folder: str | os.PathLike[str]) -> bool:
-        """Open the run folder, write the first entry or continue what it holds. True if an earlier run goes on."""
+        """Open the run folder, write the first entry or continue what it holds. True if an earlier run goes on.
+
+        With a `mirror`, that is the run folder, and `folder` is not used. Raises RuntimeError if another process drives the
+        run, or if the cluster's nodes do not share the folder.
+        """
         if self._record is not None:
             return False
-        record = Record(folder)
+        record = Record(folder if self.mirror is None else tempfile.mkdtemp(prefix="autolrs-"), self.mirror)
         try:
+            if self.mirror is None:
+                require_shared(record.folder)
             resumed = self._open(record)
         except BaseException:
             record.close()
@@ -183,12 +194,12 @@ class AutoLRSSearch(Searcher):
     def _open(self, record: Record) -> bool:
         if not record.exists():
             if self.resume is True:
-                raise FileNotFoundError(f'nothing to resume in {record.folder}; use resume="auto" to start there')
+                raise FileNotFoundError(f'nothing to resume in {record}; use resume="auto" to start there')
             record.begin({"event": "start", "config": self.describe()})
             return False
         if self.resume is False and self._restored is None:
             raise FileExistsError(
-                f'{record.folder} holds a run already: pass resume="auto" to continue it, or choose another name'
+                f'{record} holds a run already: pass resume="auto" to continue it, or choose another name'
             )
         saved = record.load_state()
         ours, theirs = self.describe(), saved["config"]
@@ -198,7 +209,7 @@ class AutoLRSSearch(Searcher):
             self._policy, different = self._build(theirs["total_steps"]), []
         if different:
             changes = ", ".join(f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in different)
-            raise ValueError(f"cannot resume the run in {record.folder} with other settings ({changes})")
+            raise ValueError(f"cannot resume the run in {record} with other settings ({changes})")
         self.policy.load_state_dict(saved["state"])
         if ours["slots"] != theirs.get("slots"):
             self.policy.set_concurrency(self.slots)
@@ -216,12 +227,14 @@ class AutoLRSSearch(Searcher):
     def _verify_checkpoints(self) -> None:
         """Let go of checkpoints that were cut short or altered since they were written."""
         for path in sorted(self.policy.checkpoints()):
-            if Path(path, MANIFEST_FILE).exists() or not Path(path).is_dir():
-                try:
+            try:
+                if self.mirror is not None:
+                    self.mirror.verify(path)
+                elif Path(path, MANIFEST_FILE).exists() or not Path(path).is_dir():
                     verify_checkpoint(path)
-                except CheckpointError as error:
-                    logger.warning("%s", error)
-                    self.policy.lost(path)
+            except CheckpointError as error:
+                logger.warning("%s", error)
+                self.policy.lost(path)
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the run's course, as JSON values."""
@@ -248,11 +261,15 @@ class AutoLRSSearch(Searcher):
         try:
             self._record.append(events)
             self._record.write_state(self.describe(), self.policy.state_dict())
+        except RunTakenError as error:
+            self.close()
+            self._record = None
+            self.fatal = self.fatal or AutoLRSError(str(error))
         except OSError as error:
             self.close()
-            folder, self._record = self._record.folder, None
+            record, self._record = self._record, None
             self.fatal = self.fatal or AutoLRSError(
-                f"cannot write the record of the run in {folder}: {error.strerror or error}. What it holds is intact: make "
+                f"cannot write the record of the run in {record}: {error.strerror or error}. What it holds is intact: make "
                 'room, or mend the disk, and run the same command again with resume="auto"'
             )
 
@@ -401,4 +418,4 @@ class AutoLRSSearch(Searcher):
         self.policy.load_state_dict(saved["state"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_record": None, "reconcile": None}
+        return {**self.__dict__, "_record": None, "reconcile": None, "mirror": None}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from autolrs_ray.checkpoints import BackgroundWriter
+from autolrs_ray.core.plan import require_int
 from autolrs_ray.core.segments import Segment, next_report
 from autolrs_ray.training import Trainer, TrainingTask
+
+if TYPE_CHECKING:
+    from autolrs_ray.distributed import WorkerGroup
 
 Build = Callable[[dict[str, Any]], TrainingTask]
 
@@ -24,7 +28,11 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
 
     It reports step, epoch, lr, stage, role, train_loss, val_loss, val_METRIC for every metric of the task, with averaging
     averaged_loss and averaged_METRIC, and where the pair has it write checkpoints while it trains on, durable_step.
+
+    workers: processes that train one trial together, each on its share of every batch (torch's DistributedDataParallel).
     """
+
+    workers = 1
 
     def build(self, config: dict[str, Any]) -> TrainingTask:
         raise NotImplementedError("implement build(config) -> TrainingTask, or use trainable_for(build)")
@@ -33,8 +41,16 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         for name in ("ray.train._internal.storage", "ray.tune.trainable.trainable"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they print a line for every checkpoint and restore
         self._writer = BackgroundWriter()
-        self.trainer = Trainer(lambda: self.build(config), config.get("seed", 0), self._averaging(config))
+        self.trainer = self._new_trainer(config.get("seed", 0), self._averaging(config), config)
         self._begin(config)
+
+    def _new_trainer(self, seed: int, averaging: bool, config: dict[str, Any]) -> Trainer | WorkerGroup:
+        if self.workers == 1:
+            return Trainer(lambda: self.build(config), seed, averaging)
+        from autolrs_ray.distributed import WorkerGroup
+
+        blank = object.__new__(type(self))  # what the workers are sent: build, and nothing of this process
+        return WorkerGroup(lambda: blank.build(config), seed, averaging, self.workers)
 
     def _averaging(self, config: dict[str, Any]) -> bool:
         segment = config.get("autolrs")
@@ -66,6 +82,8 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._writer.wait()
+        if not isinstance(self.trainer, Trainer):
+            self.trainer.close()
 
     def _next_report(self) -> int:
         """Step of the next report: `reports` of them, evenly spaced, up to every boundary of the segment."""
@@ -102,10 +120,16 @@ def lr_at(config: dict[str, Any], step: int) -> float:
     return Segment.from_config(segment).lr_at(step) if isinstance(segment, dict) else float(config["lr"])
 
 
-def trainable_for(build: Build, name: str | None = None) -> type[AutoLRSTrainable]:
-    """An AutoLRSTrainable class whose task comes from the function `build(config) -> TrainingTask`."""
+def trainable_for(build: Build, name: str | None = None, workers: int = 1) -> type[AutoLRSTrainable]:
+    """An AutoLRSTrainable class whose task comes from the function `build(config) -> TrainingTask`.
+
+    workers: processes per trial. Raises ValueError for fewer than one.
+    """
+    require_int("workers", workers, 1)
 
     def call(self: AutoLRSTrainable, config: dict[str, Any]) -> TrainingTask:
         return build(config)
 
-    return type(name or str(getattr(build, "__name__", "task")), (AutoLRSTrainable,), {"build": call})
+    return type(
+        name or str(getattr(build, "__name__", "task")), (AutoLRSTrainable,), {"build": call, "workers": workers}
+    )

@@ -26,6 +26,7 @@ import autolrs_ray
 from autolrs_ray import RunResult, journal
 from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core import forecast, surrogate
+from autolrs_ray.storage import local_copy
 from tests.faults.trainables import Counter, Fragile
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -86,10 +87,12 @@ def every_second(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def digest(checkpoint: str) -> str:
     """SHA-256 of all weights and buffers of a checkpoint, "" for one that holds none."""
-    if not Path(checkpoint, "state.pt").exists():
-        return ""
     state = hashlib.sha256()
-    for name, value in sorted(read_checkpoint(checkpoint)["model"].items()):
+    with local_copy(checkpoint) as folder:
+        if not Path(folder, "state.pt").exists():
+            return ""
+        weights = read_checkpoint(folder)["model"]
+    for name, value in sorted(weights.items()):
         state.update(name.encode() + value.contiguous().numpy().tobytes())
     return state.hexdigest()
 
@@ -108,6 +111,7 @@ def outcome(result: RunResult) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("storage")
+    parser.add_argument("--uri", default="", help="where the run goes, if not to a folder")
     parser.add_argument("--policy", default="paper")
     parser.add_argument("--address", default="local")
     parser.add_argument("--config", type=json.loads, default={})
@@ -129,7 +133,7 @@ def main() -> None:
     try:
         result = autolrs_ray.run(
             Counter if given.policy == "growth" else Fragile,
-            storage_path=given.storage,
+            storage_path=given.uri or given.storage,
             name="run",
             config=given.config,
             progress=False,

@@ -1,0 +1,196 @@
+"""Several processes train one trial: gloo on the CPU, two workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import nn
+
+import autolrs_ray
+from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask, trainable_for
+from autolrs_ray.distributed import WorkerGroup, worker_resources
+from autolrs_ray.training import Trainer
+from tests.tasks import build_tiny
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def plain_task() -> TrainingTask:
+    """Without batch norm and dropout, whose outcome depends on how a batch is shared."""
+    x = torch.randn(130, 6, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > x[:, 1]).long()
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return TrainingTask(
+        model,
+        optimizer,
+        nn.functional.cross_entropy,
+        (x[:99], y[:99]),
+        (x[99:], y[99:]),
+        batch_size=16,
+        eval_batch_size=10,
+    )
+
+
+class Drifting(torch.optim.SGD):
+    """Every process has random numbers of its own."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        with torch.no_grad():
+            noise = torch.Generator()
+            noise.seed()
+            for group in self.param_groups:
+                group["params"][0].add_(torch.randn(group["params"][0].shape, generator=noise))
+
+
+def drifting_task() -> TrainingTask:
+    task = plain_task()
+    task.optimizer = Drifting(task.model.parameters(), lr=0.1)
+    return task
+
+
+def odd_task() -> TrainingTask:
+    task = plain_task()
+    task.batch_size = 15
+    return task
+
+
+@ray.remote(num_cpus=0)
+class Trial:
+    """Stands for the actor of a Tune trial."""
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+@pytest.fixture
+def in_a_trial() -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    group = placement_group([{"CPU": 1}] * 2)
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    trial = Trial.options(scheduling_strategy=strategy).remote()
+    yield lambda function: ray.get(trial.call.remote(function))
+    ray.kill(trial)
+    remove_placement_group(group)
+
+
+def test_two_workers_take_the_steps_of_one(in_a_trial: Callable[[Callable[[], Any]], Any]) -> None:
+    def lr_at(step: int) -> float:
+        return 0.1 / (1 + step)
+
+    def together() -> Any:
+        group = WorkerGroup(plain_task, seed=3, averaging=True, workers=2)
+        loss = group.train(9, lr_at)
+        found = loss, group.evaluate(), group.evaluate(averaged=True), group.state_dict()
+        group.reset()
+        group.load_state_dict(found[-1])
+        group.train(12, lr_at)
+        return *found, group.step, group.steps_per_epoch, group.state_dict()
+
+    alone = Trainer(plain_task, seed=3, averaging=True)
+    loss, values, averaged, state, step, steps_per_epoch, later = in_a_trial(together)
+    assert loss == pytest.approx(alone.train(9, lr_at), rel=1e-5)
+    assert values == pytest.approx(alone.evaluate(), rel=1e-5)
+    assert averaged == pytest.approx(alone.evaluate(averaged=True), rel=1e-5)
+    assert (step, steps_per_epoch) == (12, alone.steps_per_epoch)
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(state["model"][name], value)
+    alone.train(12, lr_at)
+    for name, value in alone.state_dict()["averaged"].items():
+        torch.testing.assert_close(later["averaged"][name], value)
+
+
+@pytest.mark.slow
+def test_ranks_that_drift_apart_are_noticed(in_a_trial: Callable[[Callable[[], Any]], Any]) -> None:
+    def together() -> None:
+        group = WorkerGroup(drifting_task, seed=0, averaging=False, workers=2)
+        group.train(1, lambda step: 0.1)
+        group.state_dict()
+
+    with pytest.raises(RuntimeError, match="weights of the 2 workers differ at step 1"):
+        in_a_trial(together)
+
+
+@pytest.mark.slow
+def test_batches_and_bundles_that_do_not_fit_are_told(in_a_trial: Callable[[Callable[[], Any]], Any]) -> None:
+    with pytest.raises(ValueError, match="batch_size=15 is shared by 2 workers"):
+        in_a_trial(lambda: WorkerGroup(odd_task, seed=0, averaging=False, workers=2) and None)
+    with pytest.raises(RuntimeError, match="3 workers per trial need a bundle each, but the trial's resources have 2"):
+        in_a_trial(lambda: WorkerGroup(plain_task, seed=0, averaging=False, workers=3) and None)
+
+
+def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="workers=2 needs a function build"):
+        autolrs_ray.run(AutoLRSTrainable, 10, workers=2, storage_path=tmp_path)
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        trainable_for(build_tiny, workers=0)
+    assert worker_resources(2, {"cpu": 2, "gpu": 0.5}).required_resources == {"CPU": 4, "GPU": 1}
+
+
+class Noted(torch.optim.SGD):
+    """Writes down the learning rate of every step, one file per process. Rank 1 dies once at `dies_at` steps, if not 0."""
+
+    def __init__(self, parameters: Any, folder: str, dies_at: int) -> None:
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.left, self.flag = dies_at, Path(folder) / "died"
+        self.file = f"{folder}/{ray.get_runtime_context().get_placement_group_id()}.{torch.distributed.get_rank()}"
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.left -= 1
+        if self.left == 0 and torch.distributed.get_rank() == 1 and not self.flag.exists():
+            self.flag.touch()
+            os._exit(1)
+        with open(self.file, "a") as file:
+            file.write(f"{self.param_groups[0]['lr']!r}\n")
+
+
+def build_noted(config: dict[str, Any]) -> TrainingTask:
+    task = build_tiny(config)
+    task.optimizer = Noted(task.model.parameters(), config["trace"], config["dies_at"])
+    return task
+
+
+def run_noted(folder: Path, dies_at: int = 0) -> RunResult:
+    (folder / "trace").mkdir(parents=True)
+    options = dict(
+        policy="paper", stage_steps=40, max_stage_steps=40, probe_steps=8, num_lrs=3, lr_interval=(1e-2, 1.0)
+    )
+    return autolrs_ray.run(
+        trainable_for(build_noted, workers=2),
+        80,
+        resources=worker_resources(2),
+        config={"trace": str(folder / "trace"), "dies_at": dies_at},
+        storage_path=folder,
+        name="run",
+        progress=False,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_trials_with_two_workers_each(tmp_path: Path) -> None:
+    result = run_noted(tmp_path / "calm")
+    assert result.done
+    assert result.timing.max_concurrent == 2  # 4 CPUs, two for each trial
+    noted = {path.name: path.read_text() for path in (tmp_path / "calm" / "trace").iterdir()}
+    first = {name: text for name, text in noted.items() if name.endswith(".0")}
+    assert len(noted) == 2 * len(first) == 4
+    assert all(noted[f"{name[:-2]}.1"] == text for name, text in first.items())  # both ranks, the same LR at every step
+    assert sum(text.count("\n") for text in first.values()) == result.main_steps + result.search_steps
+    assert {f"{row['lr']!r}" for row in result.rows} <= set("".join(first.values()).split())
+
+    disturbed = run_noted(tmp_path / "disturbed", dies_at=20)  # a worker dies, its trial starts again
+    assert (tmp_path / "disturbed" / "trace" / "died").exists()
+    assert [(row["end"], row["lr"]) for row in disturbed.rows] == [(row["end"], row["lr"]) for row in result.rows]
+    weights = result.model_state()
+    assert set(weights) == set(build_tiny({}).model.state_dict())
+    assert all(torch.equal(value, weights[name]) for name, value in disturbed.model_state().items())
