@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autolrs_ray.core.policy import AutoLRSError
+    from autolrs_ray.lr_range import LRRange, lr_range_test
     from autolrs_ray.result import RunResult
     from autolrs_ray.runner import run
     from autolrs_ray.schedule import LearnedLRScheduler, LearnedSchedule
@@ -20,6 +21,7 @@ _HOMES = {
     "AutoLRSScheduler": "scheduler",
     "AutoLRSSearch": "searcher",
     "AutoLRSTrainable": "trainable",
+    "LRRange": "lr_range",
     "LearnedLRScheduler": "schedule",
     "LearnedSchedule": "schedule",
     "RunResult": "result",
@@ -27,9 +29,12 @@ _HOMES = {
     "TrainingTask": "training",
     "accuracy": "training",
     "lr_at": "trainable",
+    "lr_range_test": "lr_range",
     "run": "runner",
     "trainable_for": "trainable",
 }
+
+_TUNE = {"botorch", "gpytorch", "jinja2", "matplotlib", "ray", "rich", "tensorboardX", "typer"}  # what the extra "tune" brings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +42,7 @@ __all__ = [
     "AutoLRSScheduler",
     "AutoLRSSearch",
     "AutoLRSTrainable",
+    "LRRange",
     "LearnedLRScheduler",
     "LearnedSchedule",
     "RunResult",
@@ -44,6 +50,7 @@ __all__ = [
     "TrainingTask",
     "accuracy",
     "lr_at",
+    "lr_range_test",
     "run",
     "trainable_for",
 ]
@@ -51,5 +58,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:  # on first use: importing Ray and torch costs seconds
-        return getattr(import_module(f"autolrs_ray.{_HOMES[name]}"), name)
+        try:
+            return getattr(import_module(f"autolrs_ray.{_HOMES[name]}"), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _TUNE:
+                raise
+            mend = f"autolrs_ray.{name} needs {error.name}, which is not installed: pip install 'autolrs-ray[tune]'"
+            raise ImportError(mend, name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,7 +39,7 @@ app = typer.Typer(
     """,
 )
 
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run: it holds autolrs.jsonl.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a run, or its URI: it holds autolrs.jsonl.")]
 
 
 class Format(StrEnum):
@@ -55,9 +55,9 @@ def _fail(message: object) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _load(folder: Path) -> RunData:
+def _load(folder: str) -> RunData:
     """The run in `folder`; exits with one line where there is none. Damage to the journal is told on stderr."""
-    if not folder.is_dir():
+    if "://" not in folder and not Path(folder).is_dir():
         _fail(f"no such folder: {folder}")
     from autolrs_ray.plot_data import RunData
 
@@ -123,80 +123,6 @@ def run(
 
 
 # -- show ----------------------------------------------------------------------------------------------------------------
-
-
-def _stages(data: RunData) -> list[Row]:
-    """One row per committed stage of a paper run."""
-    probes: dict[int, dict[str, str]] = {}
-    for event in data.events("probe"):
-        probes.setdefault(event["stage"], {})[event["arm"]] = event["status"]
-    return [
-        dict(
-            stage="warm-up" if row["warmup"] else row["stage"], start=row["start"], end=row["end"], lr=row["lr"],
-            forecast=data.reported(row["forecast"]), realised=data.reported(row["loss"]),
-            tried=len(statuses), failed=sum(status != "done" for status in statuses),
-        )
-        for row in data.commits(warmup=True)
-        for statuses in [list(probes.get(row["stage"], {}).values())]
-    ]  # fmt: skip
-
-
-def _trunks(data: RunData) -> list[Row]:
-    """One row per trunk of an anchored run, the smallest LR first. step: how far it came."""
-    scores: dict[str, Row] = {}
-    steps: dict[str, int] = {}
-    for event in data.events("rung"):
-        scores[event["arm"]] = event
-        steps[event["arm"]] = max(event["step"], steps.get(event["arm"], 0))
-    for event in data.events("commit"):
-        steps[event["arm"]] = max(event["end"], steps.get(event["arm"], 0))
-    infill = {event["arm"] for event in data.events("proposal") if event.get("infill")}
-    fates = data.fates()
-    rows = [
-        dict(
-            arm=arm, lr=lr, infill=arm in infill, rung=scores.get(arm, {}).get("step"),
-            score=data.reported(scores.get(arm, {}).get("score")), fate=fates[arm], step=steps.get(arm, 0),
-        )
-        for arm, lr in data.lrs().items()
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: float(row["lr"]))
-
-
-def _totals(data: RunData) -> Row:
-    """What the run cost. Times in seconds; None where the journal holds no segments (a run without Ray)."""
-    result, timing = data.result, data.result.timing
-    measured = any(True for _ in data.events("segment"))
-    return dict(
-        total_steps=data.config["total_steps"], main_steps=result.main_steps,
-        search_steps=result.search_steps if measured else None, compute=result.compute if measured else None,
-        wall_s=timing.wall_s, training_s=timing.training_s if measured else None,
-        probing_s=timing.probing_s if measured else None, overhead_s=timing.overhead_s if measured else None,
-        max_concurrent=timing.max_concurrent if measured else None,
-    )  # fmt: skip
-
-
-def _warnings(data: RunData) -> list[str]:
-    """What went wrong and was mended, in order."""
-    told = []
-    for event in data.result.events:
-        if event["event"] == "warning":
-            told.append(event["message"])
-        elif event["event"] == "rollback":
-            told.append(f"stage {event['stage']}: the main trial diverged at step {event['step']} with LR "
-                        f"{event['lr']:.3g}; done again with {event['new_lr']:.3g}")  # fmt: skip
-        elif event["event"] == "resume":
-            told.append(f"the run was interrupted, and resumed from step {event['step']}")
-    return told
-
-
-def summary(data: RunData) -> Row:
-    """What `show` shows, as JSON values. Scores and losses are the metric as it was reported."""
-    rows = dict(trunks=_trunks(data)) if data.anchored else dict(stages=_stages(data))
-    return dict(
-        folder=str(data.result.folder), policy=data.config["policy"], done=data.result.done, metric=data.metric,
-        mode=data.config["mode"], value=data.reported(data.result.loss), checkpoint=data.result.checkpoint, **rows,
-        totals=_totals(data), warnings=_warnings(data),
-    )  # fmt: skip
 
 
 def _number(value: Any, digits: int = 4) -> str:
@@ -269,6 +195,8 @@ def show(
     reached, its score there, and its fate. Then the steps, the compute in T (the steps of one training), the wall-clock
     and the warnings.
     """
+    from autolrs_ray.summary import summary
+
     found = summary(_load(run_dir))
     if as_json:
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
@@ -283,7 +211,7 @@ def show(
 @app.command()
 def plot(
     run_dir: RunDir,
-    output: Annotated[Path | None, typer.Option(help="Folder to write to (default: RUN_DIR/plots).")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder to write to, or its URI (default: RUN_DIR/plots).")] = None,
     steps_per_epoch: Annotated[
         float | None, typer.Option(help="Optimizer steps per epoch, to draw accuracy over epochs.")
     ] = None,
@@ -304,6 +232,48 @@ def plot(
         typer.echo(str(file))
 
 
+@app.command()
+def report(
+    run_dir: RunDir,
+    output: Annotated[
+        str | None, typer.Option(help="HTML file to write, or its URI (default: RUN_DIR/report.html).")
+    ] = None,
+    steps_per_epoch: Annotated[
+        float | None, typer.Option(help="Optimizer steps per epoch, to draw accuracy over epochs.")
+    ] = None,
+) -> None:
+    """Write one HTML file with all there is to see of a run, to read in a browser or to send on; print its name.
+
+    What it found, its figures and tables, its cost, its settings, and how to replay the schedule. It fetches nothing.
+    """
+    _load(run_dir)
+    from autolrs_ray.report import save_report
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damage to the journal has been told by now
+        try:
+            typer.echo(save_report(run_dir, output, steps_per_epoch))
+        except (OSError, ValueError) as error:
+            _fail(error)
+
+
+@app.command()
+def tensorboard(
+    run_dir: RunDir,
+    output: Annotated[str | None, typer.Option(help="Local folder to write to (default: RUN_DIR/tensorboard).")] = None,
+) -> None:
+    """Write the run for TensorBoard: one curve of the main run, what was tried in groups under it; print the folder."""
+    _load(run_dir)
+    from autolrs_ray.tensorboard import save_tensorboard
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damage to the journal has been told by now
+        try:
+            typer.echo(str(save_tensorboard(run_dir, output)))
+        except (OSError, ValueError) as error:
+            _fail(error)
+
+
 def _as_csv(schedule: LearnedSchedule, every: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "schedule.csv"
@@ -318,7 +288,7 @@ def export(
         Format | None,
         typer.Option("--format", help="Pieces as JSON, or rows step,lr as CSV (default: by OUTPUT's ending, or json)."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write (default: standard output).")] = None,
+    output: Annotated[str | None, typer.Option(help="File to write, or its URI (default: standard output).")] = None,
     every: Annotated[int, typer.Option(min=1, help="CSV: a row for every N-th step.", metavar="N")] = 1,
 ) -> None:
     """Write the learned schedule, to train again without Ray.
@@ -326,14 +296,16 @@ def export(
     autolrs_ray.LearnedSchedule.load reads both formats (JSON is exact, and small), LearnedLRScheduler replays it in torch.
     """
     schedule = _load(run_dir).result.schedule
+    from autolrs_ray.storage import write_bytes
+
     if not schedule.pieces:
         _fail(f"no schedule yet in {run_dir}: no stage has been committed")
     if form is None:
-        form = Format.CSV if output is not None and output.suffix == ".csv" else Format.JSON
+        form = Format.CSV if output is not None and output.endswith(".csv") else Format.JSON
     try:
         text = _as_csv(schedule, every) if form is Format.CSV else schedule.to_json() + "\n"
         if output is not None:
-            output.write_text(text)
+            write_bytes(output, text.encode())
     except (
         OSError,
         ValueError,

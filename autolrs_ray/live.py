@@ -1,4 +1,4 @@
-"""One live line while a run goes on, instead of Tune's tables."""
+"""The state of a run while it goes on, instead of Tune's tables: one line, and the trunks still in the race below it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import time
 from typing import Any
 
 from ray.tune import Callback
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
+from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.searcher import AutoLRSSearch
 
 INTERVAL_S = 0.25
+MAX_TRUNKS = 8  # lines of the race; the rest are counted
 
 
 def _duration(seconds: float) -> str:
@@ -49,7 +53,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
             if self._live is None:
                 self._live = Live(console=self._console, transient=True, auto_refresh=False)
                 self._live.start()
-            self._live.update(Text(self.line(progress)), refresh=True)
+            self._live.update(self.view(progress), refresh=True)
         else:
             change = (progress["phase"], progress["stage"], progress["step"])
             if change != self._last:
@@ -60,6 +64,23 @@ class LiveProgress(Callback):  # type: ignore[misc]
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def view(self, progress: dict[str, Any]) -> Group:
+        """The line, and under the anchored policy the trunks in the race: LR, score at the last rung, steps trained."""
+        line, policy = Text(self.line(progress)), self._search.policy
+        if not isinstance(policy, AnchoredPolicy):
+            return Group(line)
+        racing = [trunk for trunk in policy.trunks if trunk.status in ("open", "won")]
+        racing.sort(
+            key=lambda trunk: (-len(trunk.scores), trunk.scores[max(trunk.scores)] if trunk.scores else trunk.lr)
+        )
+        table = Table.grid(padding=(0, 2))
+        for trunk in racing[:MAX_TRUNKS]:
+            loss = f"{trunk.scores[max(trunk.scores)]:.4g}" if trunk.scores else "-"
+            reached = max([trunk.step, *trunk.scores])
+            table.add_row(f"  lr {trunk.lr:.3g}", f"loss {loss}", ProgressBar(policy.total_steps, reached, width=30))
+        more = len(racing) - MAX_TRUNKS
+        return Group(line, table, Text(f"  and {more} more")) if more > 0 else Group(line, table)
 
     def line(self, progress: dict[str, Any]) -> str:
         """The line for one state of the policy."""

@@ -8,27 +8,23 @@ from typing import Any
 
 import pytest
 
+from tests.markdown import blocks, execute
+
 README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_python_blocks_run(tmp_path: Path) -> None:
     namespace: dict[str, Any] = {"STORAGE": str(tmp_path)}
-    assert len(blocks("python")) == 3
-    for block in blocks("python"):
-        exec(compile(block, str(README), "exec"), namespace)
+    assert execute(README, namespace) == 3
     assert namespace["result"].done
     assert namespace["scheduler"].get_last_lr() == [namespace["schedule"].lr_at(0)]
 
 
 def test_make_commands_exist() -> None:
     makefile = README.with_name("Makefile").read_text()
-    for block in re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL):
+    for block in blocks(README, ""):
         for target in re.findall(r"^make (\S+)", block, re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     images = re.findall(r"\]\((docs/[^)]+)\)", README.read_text())

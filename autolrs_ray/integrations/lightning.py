@@ -1,0 +1,100 @@
+"""A LightningModule as a trainable of the pair: `fit(trainer, module, config, ...)` inside a function of `config`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from ray import tune
+
+from autolrs_ray.integrations.follower import Follower
+
+FILE = "trainer.ckpt"
+NEVER = sys.maxsize
+
+
+class AutoLRSCallback(Callback):  # type: ignore[misc]
+    """Writes the LR right before every optimizer step, has Lightning validate where the pair wants a report, and reports.
+
+    A report holds every scalar the module has logged, train_loss (mean since the last report), step (optimizer steps:
+    `trainer.global_step`), lr, stage and role. Checkpoints are Lightning's own, attached where they are needed.
+
+    Raises ValueError where there is no validation data, or more than one optimizer.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.follower = Follower(config)
+        self._seed = int(config.get("seed", 0))
+        self._step, self._due = 0, False
+        self._loss, self._count = 0.0, 0
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Seed by the step too: Lightning restores no random numbers, and with the seed alone every restored segment would
+        begin with the first epoch's batches. Trials from one checkpoint still see the same ones."""
+        seed_everything((self._seed + checkpoint["global_step"]) % 2**32, verbose=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            raise ValueError(
+                "learning rates are chosen on validation data: give fit() val_dataloaders (or a datamodule that has them) "
+                "and the module a validation_step that logs the metric"
+            )
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"one optimizer is supported, got {len(trainer.optimizers)}: global_step counts the steps of all"
+            )
+        self._step = trainer.global_step
+        trainer.check_val_every_n_epoch, trainer.val_check_batch = None, NEVER
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.follower.write_lr(optimizer, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if loss is not None:
+            parts = trainer.accumulate_grad_batches  # Lightning has divided the loss by it
+            self._loss, self._count = self._loss + loss.detach() * parts, self._count + 1
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        self._due = stepped and self.follower.report_due(self._step)
+        trainer.val_check_batch = 1 if self._due else NEVER
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self._due:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if self._count:
+            metrics["train_loss"] = float(self._loss) / self._count
+        self._due, self._loss, self._count = False, 0.0, 0
+        report = self.follower.report(self._step, metrics)
+        if not self.follower.checkpoint_due(self._step):
+            tune.report(report)
+            return
+        with tempfile.TemporaryDirectory(prefix="autolrs-") as folder:
+            trainer.save_checkpoint(os.path.join(folder, FILE), weights_only=False)
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **data: Any) -> None:
+    """Train `module` as `config` says, from the trial's checkpoint where there is one, with the LRs of the pair.
+
+    data: what `trainer.fit` takes (train_dataloaders, val_dataloaders, datamodule). Under the pair the trial's segment
+    decides how far training goes, and the trainer's max_steps, max_epochs and validation interval are not used. Build the
+    trainer with `logger=False, enable_checkpointing=False`: Tune keeps reports and checkpoints.
+
+    Raises ValueError where there is no validation data, or more than one optimizer.
+    """
+    callback = AutoLRSCallback(config)
+    trainer.callbacks.append(callback)
+    if callback.follower.end is not None:
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, callback.follower.end
+    checkpoint = tune.get_checkpoint()
+    with ExitStack() as stack:
+        folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
+        trainer.fit(module, ckpt_path=os.path.join(folder, FILE) if folder else None, **data)

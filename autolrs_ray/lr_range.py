@@ -1,0 +1,162 @@
+"""The learning rate (LR) range test of Smith (2017, "Cyclical Learning Rates for Training Neural Networks")."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autolrs_ray.core.plan import require_float, require_int, validate_interval
+
+SMOOTHING = 0.9  # of the exponential moving average of the losses
+FALL = 0.05  # of the whole fall of the smoothed loss: where it counts as falling
+NOTHING = 1e-3  # of the first loss: a fall of less is none
+
+
+@dataclass(frozen=True)
+class LRRange:
+    """What a range test saw: `lrs[i]` was used for the update after which a batch's loss was `losses[i + 1]`.
+
+    lrs, losses: one of each per step, finite; `smoothed` is the bias-corrected moving average of the losses. suggestion: the
+    LR at which the smoothed loss falls fastest. interval: from the LR at which it begins to fall to the last one at which it
+    is below its start; for `lr_interval`. Both None if the loss never fell.
+    """
+
+    lrs: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    suggestion: float | None
+    interval: tuple[float, float] | None
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """A matplotlib Figure of loss over LR, written to `path` (its suffix names the format) if that is given."""
+        from autolrs_ray.plot_style import LR, legend_below, new_figure, plain_log, style
+
+        with style():
+            figure = new_figure()
+            axes = figure.add_subplot()
+            axes.plot(self.lrs, self.losses, color="0.7", linewidth=1, label="loss of a batch")
+            axes.plot(self.lrs, self.smoothed, label="smoothed")
+            if self.interval is not None and self.suggestion is not None:
+                axes.axvspan(*self.interval, color="C2", alpha=0.12, label="interval")
+                axes.axvline(self.suggestion, color="C1", linestyle="--", label=f"suggestion, {self.suggestion:.2g}")
+            axes.set_xscale("log")
+            plain_log(axes.xaxis)
+            low, high = min(self.smoothed), max(self.losses[0], self.smoothed[0])
+            axes.set_ylim(low - 0.1 * (high - low) - 1e-12, high + 0.5 * (high - low) + 1e-12)
+            axes.set(xlabel=LR, ylabel="training loss", title="LR range test")
+            legend_below(figure)
+            if path is not None:
+                figure.savefig(path)
+        return figure
+
+
+def lr_range_test(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    lr_interval: tuple[float, float] = (1e-7, 10.0),
+    steps: int = 100,
+    stop_factor: float = 4.0,
+) -> LRRange:
+    """Train `steps` optimizer steps while the LR rises from lr_interval[0] to lr_interval[1] in equal ratios.
+
+    loss: (model output, target) -> scalar. batches: (inputs, target) on the model's device; begun anew when they run out.
+    Parameter groups keep the ratios of their LRs. The test ends early where the loss is not finite, or its moving average is
+    above `stop_factor` times its least value so far (and above its start).
+
+    Afterwards, also after an exception, the model, its mode and gradients, the optimizer and torch's random numbers are as
+    they were. A range test sees a hundred steps: what it suggests is where losses fall at first, not what trains best.
+
+    Raises ValueError for options out of range or batches that are empty, and whatever model, loss and batches raise.
+    """
+    low, high = validate_interval(lr_interval)
+    require_int("steps", steps, 10)
+    require_float("stop_factor", stop_factor, 1.0, math.inf, low_open=True)
+    base = float(optimizer.param_groups[0]["lr"])
+    if not base > 0:
+        raise ValueError(f"build the optimizer with lr > 0 in its first group, got {base}: ratios are kept to it")
+    ratios = [float(group["lr"]) / base for group in optimizer.param_groups]
+    lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
+    losses: list[float] = []
+    with _put_back(model, optimizer):
+        model.train()
+        for lr, (inputs, target) in zip(lrs, _endless(batches), strict=False):
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = lr * ratio
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(model(inputs), target)
+            if not math.isfinite(value.item()):
+                break
+            losses.append(value.item())
+            if _diverged(_smooth(losses), stop_factor):
+                break
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return _summary(lrs[: len(losses)], losses)
+
+
+def _endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        count = 0
+        for count, batch in enumerate(batches, 1):  # noqa: B007
+            yield batch
+        if count == 0:
+            raise ValueError("batches ran out and cannot be begun anew: pass a list or a DataLoader, not a generator")
+
+
+@contextmanager
+def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            for module, mode in modes:
+                module.training = mode
+
+
+def _smooth(losses: list[float]) -> list[float]:
+    """Bias-corrected exponential moving average."""
+    average, smoothed = 0.0, []
+    for i, value in enumerate(losses, 1):
+        average = SMOOTHING * average + (1.0 - SMOOTHING) * value
+        smoothed.append(average / (1.0 - SMOOTHING**i))
+    return smoothed
+
+
+def _diverged(smoothed: list[float], stop_factor: float) -> bool:
+    least = min(smoothed)
+    return smoothed[-1] > max(smoothed[0], least + (stop_factor - 1.0) * abs(least))
+
+
+def _summary(lrs: list[float], losses: list[float]) -> LRRange:
+    """The suggestion and the interval that `losses` give."""
+    smoothed = _smooth(losses)
+    least = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
+    suggestion, interval = None, None
+    if least > 0 and smoothed[0] - smoothed[least] > NOTHING * abs(smoothed[0]):
+        slopes = [smoothed[i + 1] - smoothed[i] for i in range(least)]
+        steepest = min(range(least), key=slopes.__getitem__)
+        fall = smoothed[0] - smoothed[least]
+        onset = next(i for i in range(least + 1) if smoothed[i] <= smoothed[0] - FALL * fall)
+        top = max(i for i in range(least, len(smoothed)) if smoothed[i] < smoothed[0])
+        suggestion, interval = lrs[steepest], (lrs[min(onset, steepest)], lrs[top])
+    if interval is not None and not interval[0] < interval[1]:
+        interval = None
+    return LRRange(tuple(lrs), tuple(losses), tuple(smoothed), suggestion, interval)

@@ -1,0 +1,101 @@
+"""Runs the Python blocks of a section of docs/integrations.md, and watches the optimizers of the trials meanwhile."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import autolrs_ray
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "integrations.md"
+
+
+def blocks(section: str) -> list[str]:
+    (part,) = (part for part in PAGE.read_text().split("\n## ") if part.startswith(f"{section}\n"))
+    return re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+
+
+def watched(train: Callable[[dict[str, Any]], None], folder: Path) -> Callable[[dict[str, Any]], None]:
+    """`train`, whose optimizer writes the LR of every update to a file of its own in `folder`."""
+
+    def call(config: dict[str, Any]) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        with open(folder / f"{uuid.uuid4().hex}.jsonl", "w", buffering=1) as file:
+            print(json.dumps(config["autolrs"]), file=file)
+            hook = register_optimizer_step_post_hook(
+                lambda optimizer, *_: print(json.dumps(optimizer.param_groups[0]["lr"]), file=file)
+            )
+            try:
+                train(config)
+            finally:
+                hook.remove()
+
+    return call
+
+
+def updates(folder: Path) -> list[tuple[dict[str, Any], list[float]]]:
+    """(segment, LR of every update) of each time a trial was started."""
+    files = [[json.loads(line) for line in file.read_text().splitlines()] for file in folder.glob("*.jsonl")]
+    return [(lines[0], lines[1:]) for lines in files if lines]
+
+
+def check_every_update(folder: Path) -> None:
+    """Every update was made at the LR of its step, counted from the checkpoint, and trials were restored."""
+    seen = updates(folder)
+    assert any(segment["start"] > 0 and lrs for segment, lrs in seen)
+    for segment, lrs in seen:
+        config = {"lr": segment["lr"], "autolrs": segment}
+        expected = [autolrs_ray.lr_at(config, segment["start"] + i) for i in range(len(lrs))]
+        assert lrs == pytest.approx(expected, rel=1e-9), segment["arm"]
+        assert len(lrs) <= segment["boundaries"][-1] - segment["start"]
+
+
+def run_section(section: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
+    """Execute the blocks of `section` in one namespace, which is returned; their runs are watched, on one slot."""
+    run, log = autolrs_ray.run, folder / "updates"
+    log.mkdir()
+
+    def watched_run(train: Any, **given: Any) -> Any:
+        train = train if isinstance(train, type) else watched(train, log)
+        return run(train, **{**given, "slots": 1, **options})
+
+    monkeypatch.setattr(autolrs_ray, "run", watched_run, raising=False)
+    namespace: dict[str, Any] = {"STORAGE": str(folder)}
+    for block in blocks(section):
+        exec(compile(block, str(PAGE), "exec"), namespace)
+    return namespace
+
+
+class TrialStub:
+    """Stands in for Tune's session: keeps reports and copies of checkpoints, and gives out the one to restore."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ray import tune
+
+        self.reports: list[dict[str, Any]] = []
+        self.source: Path | None = None
+        self._folder = folder
+        monkeypatch.setattr(tune, "report", self._report)
+        monkeypatch.setattr(tune, "get_checkpoint", lambda: self.source and tune.Checkpoint(str(self.source)))
+
+    def _report(self, report: dict[str, Any], checkpoint: Any = None) -> None:
+        self.reports.append(report)
+        if checkpoint is not None:
+            shutil.copytree(checkpoint.path, self.checkpoint(report["step"]), dirs_exist_ok=True)
+
+    def checkpoint(self, step: int) -> Path:
+        return self._folder / f"step-{step}"
+
+
+def trunk(start: int, *boundaries: int) -> dict[str, Any]:
+    """The config of a trial that trains from `start` to the last of `boundaries` at LR 0.1."""
+    segment = dict(arm="t00", role="trunk", stage=0, lr=0.1, start=start, boundaries=boundaries, reports=1)
+    return {"lr": 0.1, "seed": 0, "autolrs": segment}

@@ -1,0 +1,99 @@
+"""A Hugging Face Trainer as a trainable of the pair: the documentation's example, on Ray and with transformers itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")  # hints of transformers about pinned memory and checkpoints
+
+SECTION = "Hugging Face Trainer"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_update_has_the_learning_rate_of_its_step_also_after_a_restore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = run_section(SECTION, tmp_path, monkeypatch, num_lrs=2)
+    result = namespace["result"]
+    assert result.done
+    check_every_update(tmp_path / "updates")
+    assert json.loads(Path(result.checkpoint, "trainer_state.json").read_text())["global_step"] == 100
+    assert namespace["scheduler"].last_epoch == 100
+    assert namespace["scheduler"].get_last_lr() == [result.schedule.lr_at(100)]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_papers_policy_restores_probes_and_promotes_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"policy": "paper", "stage_steps": 40, "max_stage_steps": 40, "slots": 2, "probe_steps": 8}
+    namespace = run_section(SECTION, tmp_path, monkeypatch, **options)
+    assert [row["end"] for row in namespace["result"].rows] == [40, 80, 100]
+    check_every_update(tmp_path / "updates")
+
+
+def test_what_is_added_is_under_fifteen_lines() -> None:
+    assert len([line for line in blocks(SECTION)[1].splitlines() if line.strip()]) < 15
+
+
+def trainer_with(folder: Path, **options: Any) -> Any:
+    """A Trainer on the documentation's model and data; two micro-batches to a step."""
+    namespace: dict[str, Any] = {}
+    exec(blocks(SECTION)[0], namespace)
+    examples = namespace["examples"](slice(0, 64))
+    arguments = namespace["TrainingArguments"](
+        output_dir=str(folder), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=4, use_cpu=True,
+        disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    options = {"eval_dataset": examples, **options}
+    return namespace["Trainer"](model_init=namespace["make_model"], args=arguments, train_dataset=examples, **options)
+
+
+def test_without_the_pair_it_reports_optimizer_steps_and_its_scheduler_has_no_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+
+    from autolrs_ray.integrations.huggingface import fit
+
+    used: list[float] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            used.append(optimizer.param_groups[0]["lr"])
+
+    trial = TrialStub(tmp_path / "trial", monkeypatch)
+    fit(trainer_with(tmp_path / "unused", callbacks=[Watch()]), {"lr": 0.25, "report_every": 2})
+    assert used == [0.25] * 4  # the Trainer's linear decay would have made it fall
+    assert [(report["step"], report["lr"]) for report in trial.reports] == [(2, 0.25), (4, 0.25)]
+    assert all(report["val_loss"] > 0 and report["train_loss"] > 0 for report in trial.reports)
+    assert sorted(path.name for path in (tmp_path / "trial").iterdir()) == ["step-2", "step-4"]
+    assert list((tmp_path / "unused").iterdir()) == []
+
+
+def test_a_restored_trial_goes_on_exactly_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autolrs_ray.integrations.huggingface import fit
+
+    trial = TrialStub(tmp_path, monkeypatch)
+    fit(trainer_with(tmp_path / "unused"), trunk(0, 3, 8))
+    trial.source = trial.checkpoint(3)  # in the middle of an epoch of 4 steps
+    fit(trainer_with(tmp_path / "unused"), trunk(3, 8))
+    assert [report["step"] for report in trial.reports] == [3, 8, 8]
+    assert trial.reports[1]["val_loss"] == trial.reports[2]["val_loss"] != trial.reports[0]["val_loss"]
+    assert trial.reports[1]["train_loss"] == pytest.approx(trial.reports[2]["train_loss"], rel=1e-5)
+
+
+def test_no_validation_data_is_refused(tmp_path: Path) -> None:
+    from autolrs_ray.integrations.huggingface import fit
+
+    trainer = trainer_with(tmp_path, eval_dataset=None)
+    with pytest.raises(ValueError, match="build the Trainer with an eval_dataset"):
+        fit(trainer, {"lr": 0.1})

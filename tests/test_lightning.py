@@ -1,0 +1,176 @@
+"""A LightningModule as a trainable of the pair: the documentation's example, on Ray and with Lightning itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk
+
+pytest.importorskip("lightning")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's hints about workers, loggers and intervals
+
+
+def state(result: Any) -> dict[str, Any]:
+    return torch.load(Path(result.checkpoint, "trainer.ckpt"), weights_only=False)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_update_has_the_learning_rate_of_its_step_also_after_a_restore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = run_section("Lightning", tmp_path, monkeypatch)
+    result, replay = namespace["result"], namespace["trainer"]
+    assert result.done
+    check_every_update(tmp_path / "updates")
+    assert state(result)["global_step"] == 100
+    assert replay.global_step == 100
+    assert replay.optimizers[0].param_groups[0]["lr"] == result.schedule.lr_at(100)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_papers_policy_restores_probes_and_promotes_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"policy": "paper", "stage_steps": 40, "max_stage_steps": 40, "slots": 2, "probe_steps": 8}
+    namespace = run_section("Lightning", tmp_path, monkeypatch, **options)
+    assert [row["end"] for row in namespace["result"].rows] == [40, 80, 100]
+    check_every_update(tmp_path / "updates")
+
+
+def test_what_is_added_is_under_fifteen_lines() -> None:
+    assert len([line for line in blocks("Lightning")[1].splitlines() if line.strip()]) < 15
+
+
+def lightning_parts() -> dict[str, Any]:
+    namespace: dict[str, Any] = {}
+    exec(blocks("Lightning")[0], namespace)
+    namespace["trainer"] = namespace["L"].Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=4,
+        enable_model_summary=False, accumulate_grad_batches=2,
+    )  # fmt: skip
+    return namespace
+
+
+def test_without_the_pair_it_reports_optimizer_steps_and_keeps_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autolrs_ray.integrations.lightning import fit
+
+    parts, trial = lightning_parts(), TrialStub(tmp_path, monkeypatch)
+
+    losses = []
+
+    class TwoGroups(parts["Classifier"]):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            losses.append(super().training_step(batch, batch_idx))
+            return losses[-1]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            first, second = self.network[0].parameters(), self.network[2].parameters()
+            return torch.optim.SGD([{"params": first, "lr": 0.1}, {"params": second, "lr": 0.02}])
+
+    loaders = {"train_dataloaders": parts["loader"](slice(0, 256), True)}
+    loaders["val_dataloaders"] = parts["loader"](slice(256, 320), False)
+    fit(parts["trainer"], TwoGroups(), {"lr": 0.5, "report_every": 2}, **loaders)
+    assert [(report["step"], report["lr"]) for report in trial.reports] == [(2, 0.5), (4, 0.5)]
+    assert all(report["val_loss"] > 0 for report in trial.reports)
+    means = [float(sum(losses[i : i + 4])) / 4 for i in (0, 4)]
+    assert [report["train_loss"] for report in trial.reports] == pytest.approx(means, rel=1e-5)
+    assert parts["trainer"].fit_loop.total_batch_idx + 1 == 8
+    assert [group["lr"] for group in parts["trainer"].optimizers[0].param_groups] == pytest.approx([0.5, 0.1])
+
+
+def test_restored_trials_see_new_batches_and_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ray import tune
+
+    from autolrs_ray.integrations.lightning import fit
+
+    TrialStub(tmp_path / "trial", monkeypatch)
+    seen: list[list[torch.Tensor]] = []
+    for start in (0, 1, 1, 2):
+        parts = lightning_parts()
+        parts["L"].seed_everything(0, verbose=False)
+        seen.append([])
+
+        class Recording(parts["Classifier"]):
+            def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+                seen[-1].append(batch[0])
+                return super().training_step(batch, batch_idx)
+
+        trainer, data = parts["trainer"], parts["loader"]
+        trainer.fit_loop.epoch_loop.max_steps = start + 1
+        fit(trainer, Recording(), {"lr": 0.5, "report_every": 1, "seed": 0},
+            train_dataloaders=data(slice(0, 256), True), val_dataloaders=data(slice(256, 320), False))  # fmt: skip
+        if len(seen) != 2:  # the third starts where the second did
+            trainer.save_checkpoint(tmp_path / "trainer.ckpt")
+            monkeypatch.setattr(tune, "get_checkpoint", lambda: tune.Checkpoint.from_directory(tmp_path))
+    first, second, twin, last = (torch.cat(batches) for batches in seen)
+    assert torch.equal(second, twin)
+    assert not any(torch.equal(*pair) for pair in ((first, second), (second, last), (first, last)))
+
+
+def test_no_validation_data_and_two_optimizers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autolrs_ray.integrations.lightning import fit
+
+    parts = lightning_parts()
+    TrialStub(tmp_path, monkeypatch)
+    train = parts["loader"](slice(0, 256), True)
+    with pytest.raises(ValueError, match="chosen on validation data: give fit"):
+        fit(parts["trainer"], parts["Classifier"](), {"lr": 0.1}, train_dataloaders=train)
+
+    class TwoOptimizers(parts["Classifier"]):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    trainer = parts["L"].Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(ValueError, match="one optimizer is supported, got 2"):
+        fit(trainer, TwoOptimizers(), {"lr": 0.1}, train_dataloaders=train, val_dataloaders=train)
+
+
+@pytest.mark.parametrize("averaging", [False, True])
+def test_a_restored_trial_goes_on_with_the_same_weights_and_averages(
+    averaging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autolrs_ray.integrations.lightning import fit
+
+    parts, trial = lightning_parts(), TrialStub(tmp_path, monkeypatch)
+    validation = parts["loader"](slice(256, 320), False)
+
+    def train(config: dict[str, Any]) -> Any:
+        exec(blocks("Lightning")[2], parts)
+        trainer = parts["L"].Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[parts["averaging"]] if averaging else [],
+        )  # fmt: skip
+        parts["L"].seed_everything(0, verbose=False)
+        rows = Subset(parts["loader"](slice(0, 256), False).dataset, list(range(32)) * 8)  # 8 times the same batch
+        loader = DataLoader(rows, batch_size=32)
+        fit(trainer, parts["Classifier"](), config, train_dataloaders=loader, val_dataloaders=validation)
+        return trainer
+
+    train(trunk(0, 6, 20))
+    trial.source = trial.checkpoint(6)
+    trainer = train(trunk(6, 20))
+    assert [report["step"] for report in trial.reports] == [6, 20, 20]
+    assert trainer.global_step == 20
+    assert trial.reports[1]["val_loss"] == pytest.approx(trial.reports[2]["val_loss"], rel=1e-6)
+    saved = torch.load(trial.checkpoint(20) / "trainer.ckpt", weights_only=False)
+    module = parts["Classifier"]()
+    module.load_state_dict(saved["state_dict"])
+    losses = [torch.nn.functional.cross_entropy(module.network(x), y).item() for x, y in validation]
+    assert sum(losses) / len(losses) == pytest.approx(trial.reports[2]["val_loss"], rel=1e-5)
+    assert ("current_model_state" in saved) == averaging

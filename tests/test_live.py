@@ -1,0 +1,45 @@
+"""The live view: what its line and its race say, with and without a terminal."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from autolrs_ray import AutoLRSSearch
+from autolrs_ray.core.race import AnchoredPolicy
+from autolrs_ray.live import LiveProgress
+
+
+def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
+    search = AutoLRSSearch(1000, num_lrs=10, slots=4)
+    search.bound, search.slots, search.active = True, 4, 3
+    policy = search.policy
+    assert isinstance(policy, AnchoredPolicy)
+    policy.trunks[0].status = "dropped"
+    policy.trunks[3].scores, policy.trunks[3].step, policy.trunks[3].saved_loss = {20: 0.5, 40: 0.25}, 40, 0.25
+    live = LiveProgress(search)
+    console = Console(width=160, record=True, file=StringIO(), force_terminal=True)
+    console.print(live.view(policy.progress()))
+    lines = console.export_text().splitlines()
+    assert lines[0].startswith(
+        "AutoLRS anchored | rung 0/7 | 9 of 10 LRs in the race | lr 0.00126 | loss 0.25 | step 40/1000"
+    )
+    assert "| 3/4 slots |" in lines[0]
+    assert lines[1].split()[:4] == ["lr", "0.00126", "loss", "0.25"]
+    assert [line.split()[1] for line in lines[2:5]] == ["7.94e-05", "0.000316", "0.00501"]  # not yet scored: by LR
+    assert lines[9] == "  and 1 more"
+
+
+def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = AutoLRSSearch(100, policy="paper", stage_steps=50)
+    search.bound = True
+    live, screen = LiveProgress(search), StringIO()
+    monkeypatch.setattr(live, "_console", Console(width=100, file=screen, force_terminal=True))
+    live.on_step_end(1, [])
+    live.on_experiment_end([])
+    shown = screen.getvalue()
+    assert "stage 1/2 search | probes 0/10 | lr -" in shown
+    assert shown.index("at most") < shown.index("stage 1/2")
+    assert shown.rstrip("\n").endswith("\x1b[2K")  # the line is erased

@@ -1,0 +1,199 @@
+"""What an installation holds: the wheel, with and without its extras, and what happens where they are missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BLOCK = """
+import sys
+
+class Hiding:
+    finders = list(sys.meta_path)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in specs if spec is not None), None)
+
+sys.meta_path[:] = [Hiding()]
+"""
+
+REPLAY = """
+import sys, torch, autolrs_ray
+from autolrs_ray import LearnedLRScheduler, LearnedSchedule, lr_range_test
+from autolrs_ray.integrations.follower import Follower
+from autolrs_ray.journal import Record
+from autolrs_ray.schedule import Piece
+
+folder = sys.argv[1]
+schedule = LearnedSchedule(10, (Piece(0, 10, 0.5, "linear"),))
+open(f"{folder}/s.json", "w").write(schedule.to_json())
+schedule.write_csv(f"{folder}/s.csv")
+record = Record(f"{folder}/run")
+options = {"total_steps": 10, "policy": "anchored", "options": {"envelope": "linear"}}
+commit = {"event": "commit", "arm": "t0", "stage": 0, "start": 0, "end": 10, "lr": 0.5, "loss": 1.0}
+record.append([{"event": "start", "config": options}, commit, {"event": "done", "arm": "t0", "lr": 0.5, "loss": 1.0}])
+record.close()
+for source in ("s.json", "s.csv", "run"):
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1.0)
+    scheduler = LearnedLRScheduler(optimizer, LearnedSchedule.load(f"{folder}/{source}"))
+    lrs = []
+    for _ in range(10):
+        lrs.append(round(scheduler.get_last_lr()[0], 9))
+        optimizer.step()
+        scheduler.step()
+    assert lrs == [0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05], (source, lrs)
+model = torch.nn.Linear(1, 1)
+batches = [(torch.ones(2, 1), torch.zeros(2, 1))]
+assert lr_range_test(model, torch.optim.SGD(model.parameters(), lr=1.0), torch.nn.functional.mse_loss, batches).suggestion
+assert Follower({"lr": 0.1}).lr_at(3) == 0.1
+for name in ("AutoLRSSearch", "AutoLRSScheduler", "AutoLRSTrainable", "run", "trainable_for", "lr_at"):
+    try:
+        getattr(autolrs_ray, name)
+    except ImportError as error:
+        assert str(error) == f"autolrs_ray.{name} needs ray, which is not installed: pip install 'autolrs-ray[tune]'", error
+    else:
+        raise AssertionError(f"{name} came without Ray")
+print("replayed")
+"""
+
+OPTIONAL = ["accelerate", "botorch", "gpytorch", "lightning", "matplotlib", "mlflow", "pyarrow", "ray", "rich", "scipy",
+            "sklearn", "tensorboardX", "transformers", "typer"]  # fmt: skip
+
+
+def python(*arguments: str | Path, executable: str | Path = sys.executable) -> str:
+    """Standard output of a Python with no path but its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(executable), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_a_schedule_replays_without_any_extra_and_ray_parts_name_the_mend(tmp_path: Path) -> None:
+    assert "replayed" in python("-c", BLOCK.format(names=OPTIONAL) + REPLAY, tmp_path)
+
+
+def test_only_what_the_extra_brings_is_said_to_be_missing() -> None:
+    code = BLOCK.format(names=["torch"]) + (
+        "import autolrs_ray\n"
+        "try:\n    autolrs_ray.LearnedSchedule\n"
+        "except ModuleNotFoundError as error:\n    print(error)\n"
+    )
+    assert python("-c", code).strip() == "No module named 'torch'"
+
+
+def test_every_third_party_import_is_declared() -> None:
+    extras = ("", "tune", "cluster", "lightning", "huggingface")
+    declared = {name.replace("-", "_") for extra in extras for name in direct_requirements(extra)} | {"autolrs_ray"}
+    declared |= {
+        "cycler",
+        "jinja2",
+        "linear_operator",
+        "pyarrow",
+        "tensorboardX",
+    }  # of matplotlib, torch, gpytorch, ray
+    imports = re.compile(r"^\s*(?:from|import) ([A-Za-z_]\w*)", re.MULTILINE)
+    for path in (ROOT / "autolrs_ray").rglob("*.py"):
+        code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL)
+        foreign = {name for name in imports.findall(code) if name not in sys.stdlib_module_names}
+        assert foreign <= declared, f"{path.name} imports {sorted(foreign - declared)}"
+
+
+def direct_requirements(extra: str) -> set[str]:
+    """Names that the installed package's metadata asks for with `extra` ("": without any)."""
+    requirements = map(Requirement, importlib.metadata.requires("autolrs-ray") or [])
+    return {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})}
+
+
+# -- the wheel ---------------------------------------------------------------------------------------------------------
+
+
+def closure(requirements: list[str], extra: str) -> set[str]:
+    """Names of all distributions that `requirements` bring along, as they are installed here."""
+    found: set[str] = set()
+    waiting = [(Requirement(text), {"", extra}) for text in requirements]
+    while waiting:
+        requirement, extras = waiting.pop()
+        if requirement.marker is not None and not any(requirement.marker.evaluate({"extra": e}) for e in extras):
+            continue
+        name = requirement.name.lower()
+        if name in found and not requirement.extras:
+            continue
+        found.add(name)
+        if name != "autolrs-ray":
+            more = importlib.metadata.requires(name) or []
+            waiting += [(Requirement(text), {"", *requirement.extras}) for text in more]
+    return found - {"autolrs-ray"}
+
+
+def environment(folder: Path, wheel: Path, extra: str) -> Path:
+    """The Python of a new virtual environment with `wheel` and what its metadata asks for, linked in from this one."""
+    python("-m", "venv", folder)
+    executable = folder / "bin" / "python"
+    python(
+        "-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check", wheel, executable=executable
+    )
+    (packages,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata).decode()
+    asked = re.findall(r"^Requires-Dist: (.+)$", text, re.MULTILINE)
+    for name in closure(asked, extra):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            link = packages / top
+            if not link.exists():
+                link.symlink_to(Path(str(distribution.locate_file(top))))
+    return executable
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    isolation = ["--no-isolation"] if find_spec("hatchling") else []  # with it, the backend is downloaded
+    python("-m", "build", "--wheel", *isolation, "--outdir", folder, ROOT)
+    (path,) = folder.glob("autolrs_ray-*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_says_that_it_is_typed(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("autolrs_ray/")}
+        tops = {name.split("/")[0].split("-")[0] for name in archive.namelist()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "autolrs_ray").rglob("*.py")}
+    assert names >= sources | {"autolrs_ray/py.typed"}
+    assert tops == {"autolrs_ray"}
+
+
+@pytest.mark.slow
+def test_the_wheel_replays_in_a_clean_environment_without_extras(wheel: Path, tmp_path: Path) -> None:
+    executable = environment(tmp_path / "venv", wheel, "")
+    present = python("-c", f"import importlib.util as u; print([n for n in {OPTIONAL!r} if u.find_spec(n)])",
+                     executable=executable)  # fmt: skip
+    assert present.strip() == "[]"
+    assert "replayed" in python("-c", REPLAY, tmp_path, executable=executable)
+
+
+@pytest.mark.slow
+def test_the_wheel_has_all_public_names_in_a_clean_environment_with_the_extra_tune(wheel: Path, tmp_path: Path) -> None:
+    executable = environment(tmp_path / "venv", wheel, "tune")
+    code = "import autolrs_ray as a; print([getattr(a, n).__name__ for n in a.__all__] == a.__all__, a.__file__)"
+    answer, file = python("-c", code, executable=executable).split()
+    assert answer == "True"
+    assert Path(file).is_relative_to(tmp_path)
+    assert "Automatic learning rates" in python("-m", "autolrs_ray.cli", "--help", executable=executable)

@@ -1,0 +1,197 @@
+"""The HTML report: what is in it, that it fetches nothing and escapes everything, and how a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from autolrs_ray.cli import app
+from autolrs_ray.journal import Record
+from autolrs_ray.plot_data import RunData
+from autolrs_ray.report import number, render, save_report, seconds
+from autolrs_ray.schedule import LearnedSchedule
+from tests.test_plots import PAPER, write_reports, write_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<script>alert('$x_{')</script>"
+
+
+class Page(HTMLParser):
+    """The tags, the attributes and the visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._style = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._style = tag == "style"
+
+    def handle_data(self, data: str) -> None:
+        if not self._style:
+            self.words += data.split()
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("paper"), "paper", 60, (1e-3, 1.0), **PAPER)
+
+
+@pytest.fixture(scope="module")
+def anchored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("anchored"), "anchored", 100, (1e-3, 1e3), num_lrs=6)
+    rows = [dict(step=step, val_loss=1.0, val_accuracy=step / 200, node_ip="10.0.0.1", pid=7) for step in (50, 100)]
+    write_reports(folder, RunData.load(folder).arm, rows)
+    return folder
+
+
+def test_a_paper_run_shows_stages_surrogate_and_forecasts(paper: Path) -> None:
+    page = Page(render(RunData.load(paper)))
+    commits = RunData.load(paper).commits()
+    for row in commits:
+        cells = [str(row["stage"]), f"{row['start']}–{row['end']}", number(row["lr"], 3), number(row["forecast"])]
+        assert " ".join([*cells, number(row["loss"])]) in page.text
+    assert [image["alt"] for image in page.all("img")] == [
+        "The learned schedule over the search interval.", "Training and validation loss of the main run.",
+        "The Gaussian process of each stage, the learning rates tried, the one chosen.",
+        "Forecast of each stage's chosen learning rate against what came true.",
+    ]  # fmt: skip
+    assert "policy paper, finished" in page.text
+    assert "began" in page.text
+    assert "num_lrs 4" in page.text
+
+
+def test_an_anchored_run_shows_the_race_and_who_won(anchored: Path) -> None:
+    data = RunData.load(anchored)
+    html = render(data)
+    page = Page(html)
+    assert [image["alt"] for image in page.all("img")][2:] == [
+        "Accuracy of the main run.", "The race: every learning rate's score, and where it was dropped."
+    ]  # fmt: skip
+    assert html.count('<tr class="won">') == 1
+    assert (
+        f"{number(data.result.schedule.lr_at(0), 3)} learning rate at step 0 times the envelope quadratic" in page.text
+    )
+    assert "1 machine(s), 1 worker process(es)" in page.text
+
+
+def test_the_schedule_in_the_report_is_the_learned_one(anchored: Path) -> None:
+    words = Page(render(RunData.load(anchored))).text
+    start = words.index('{"format"')
+    schedule, _ = json.JSONDecoder().raw_decode(words[start:])
+    assert LearnedSchedule.from_json(json.dumps(schedule)) == LearnedSchedule.load(anchored)
+
+
+def test_it_fetches_nothing_and_runs_nothing(paper: Path) -> None:
+    page = Page(render(RunData.load(paper)))
+    assert {name for name, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed"})
+    sources = [attributes[key] for _, attributes in page.tags for key in ("src", "srcset", "href") if key in attributes]
+    assert len(sources) == 8
+    assert all(str(source).startswith("data:image/svg+xml;base64,") for source in sources)
+    policy = next(tag for tag in page.all("meta") if tag.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy["content"]).startswith("default-src 'none'")
+
+
+def test_whatever_the_user_names_is_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / HOSTILE.replace("/", "")
+    config: dict[str, Any] = dict(total_steps=20, policy="paper", lr_interval=[1e-3, 1.0], metric=HOSTILE, mode="min",
+                                  time_attr="step", seed=0, options={"num_lrs": 2})  # fmt: skip
+    commit = dict(stage=0, start=0, end=20, lr=0.1, loss=1.0, forecast=1.1, warmup=False, checkpoint="c")
+    record = Record(folder)
+    record.append([{"event": "start", "config": config}, {"event": "warning", "stage": 0, "message": HOSTILE},
+                   {"event": "commit", **commit}])  # fmt: skip
+    record.close()
+    html = render(RunData.load(folder))
+    page = Page(html)
+    assert "<script" not in html
+    assert (
+        page.text.count(HOSTILE) >= 4
+    )  # the metric's name at its value, in the table and in the settings; the warning
+    assert "not finished: step 20 of 20" in page.text
+
+
+def test_a_run_that_has_only_started_has_a_report_too(tmp_path: Path) -> None:
+    for policy in ("paper", "anchored"):
+        config: dict[str, Any] = dict(total_steps=20, policy=policy, lr_interval=None, metric="val_loss", mode="min",
+                                      time_attr="step", seed=0, options={})  # fmt: skip
+        record = Record(tmp_path / policy)
+        record.append([{"event": "start", "config": config}])
+        record.close()
+        text = Page(render(RunData.load(tmp_path / policy))).text
+        assert "No loss has been reported yet" in text
+        assert "There is no schedule to replay" in text
+
+
+def test_the_command_writes_the_file_it_prints(paper: Path, tmp_path: Path) -> None:
+    chosen = tmp_path / "chosen.html"
+    for arguments, file in (([], paper / "report.html"), (["--output", str(chosen)], chosen)):
+        result = CliRunner().invoke(app, ["report", str(paper), *arguments])
+        assert result.stdout.strip() == str(file), result.output
+        assert file.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_mistakes_are_refused(paper: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no journal"):
+        save_report(tmp_path)
+    with pytest.raises(ValueError, match="steps_per_epoch must be positive, got -1"):
+        save_report(paper, steps_per_epoch=-1)
+    result = CliRunner().invoke(app, ["report", str(paper), "--output", str(tmp_path / "nowhere" / "report.html")])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_numbers_and_durations_are_short() -> None:
+    assert [number(value) for value in (None, 12345, 0.123456, "a")] == ["–", "12,345", "0.1235", "a"]
+    assert [seconds(value) for value in (None, 1.26, 125.0, 3725.0)] == ["–", "1.3 s", "2:05 min", "1:02:05 h"]
+
+
+# -- in a browser --------------------------------------------------------------------------------------------------------
+
+
+def browse(file: Path, *arguments: str) -> str:
+    """What headless Chromium prints."""
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+    profile = f"--user-data-dir={file.parent / 'profile'}"
+    command = [CHROMIUM, *flags, profile, *arguments, file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_on_a_phone_nothing_is_wider_than_the_screen_and_all_images_load(paper: Path, tmp_path: Path) -> None:
+    save_report(paper, tmp_path / "report.html")
+    probe = tmp_path / "probe.html"
+    probe.write_text("""<iframe id="phone" src="report.html" width="390" height="800"></iframe><pre id="told"></pre><script>
+        onload = () => { const page = document.getElementById("phone").contentDocument;
+          const images = [...page.images].map(image => image.naturalWidth > 0 && image.complete);
+          const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+          document.getElementById("told").textContent = JSON.stringify({width: page.documentElement.scrollWidth, images,
+            narrow: [...page.images].every(image => image.currentSrc !== image.src), dark,
+            page: getComputedStyle(page.body).backgroundColor}); };
+        </script>""")
+    flags = ("--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom")
+    told = [
+        json.loads(browse(probe, *flags, *scheme).split('<pre id="told">')[1].split("</pre>")[0])
+        for scheme in ((), ("--blink-settings=preferredColorScheme=0",))
+    ]
+    light, dark = ({"dark": False, "page": "rgb(255, 255, 255)"}, {"dark": True, "page": "rgb(20, 23, 26)"})
+    common = {"width": 390, "images": [True] * 4, "narrow": True}
+    assert told == [{**common, **light}, {**common, **dark}]
