@@ -34,7 +34,8 @@ _HOMES = {
     "trainable_for": "trainable",
 }
 
-_TUNE = {"botorch", "gpytorch", "jinja2", "matplotlib", "ray", "rich", "tensorboardX", "typer"}  # what the extra "tune" brings
+# what the extra "tune" brings
+_TUNE = {"botorch", "gpytorch", "jinja2", "matplotlib", "ray", "rich", "tensorboardX", "typer"}
 
 __version__ = "0.1.0"
 __all__ = [

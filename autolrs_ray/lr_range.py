@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from autolrs_ray.core.plan import require_float, require_int, validate_interval
 
 SMOOTHING = 0.9  # of the exponential moving average of the losses
 FALL = 0.05  # of the whole fall of the smoothed loss: where it counts as falling
-NOTHING = 1e-3  # of the first loss: a fall of less is none
+NOTHING = 1e-3  # of the level at the start: a fall of less is none
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LRRange:
 
     lrs, losses: one of each per step, finite; `smoothed` is the bias-corrected moving average of the losses. suggestion: the
     LR at which the smoothed loss falls fastest. interval: from the LR at which it begins to fall to the last one at which it
-    is below its start; for `lr_interval`. Both None if the loss never fell.
+    is below its level at the start; for `lr_interval`. Both None if the loss never fell by more than its noise.
     """
 
     lrs: tuple[float, ...]
@@ -149,14 +150,15 @@ def _summary(lrs: list[float], losses: list[float]) -> LRRange:
     """The suggestion and the interval that `losses` give."""
     smoothed = _smooth(losses)
     least = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
+    early = losses[: max(5, len(losses) // 10)]  # at LRs that hardly move the weights: the level and the noise to beat
+    level, noise = (fmean(early), pstdev(early)) if early else (0.0, 0.0)
     suggestion, interval = None, None
-    if least > 0 and smoothed[0] - smoothed[least] > NOTHING * abs(smoothed[0]):
-        slopes = [smoothed[i + 1] - smoothed[i] for i in range(least)]
-        steepest = min(range(least), key=slopes.__getitem__)
-        fall = smoothed[0] - smoothed[least]
-        onset = next(i for i in range(least + 1) if smoothed[i] <= smoothed[0] - FALL * fall)
-        top = max(i for i in range(least, len(smoothed)) if smoothed[i] < smoothed[0])
-        suggestion, interval = lrs[steepest], (lrs[min(onset, steepest)], lrs[top])
+    if least > 0 and level - smoothed[least] > max(NOTHING * abs(level), noise):
+        threshold = level - FALL * (level - smoothed[least])
+        onset = max((i for i in range(least) if smoothed[i] > threshold), default=0)
+        steepest = min(range(onset, least), key=lambda i: smoothed[i + 1] - smoothed[i])
+        top = max(i for i in range(least, len(smoothed)) if smoothed[i] < level)
+        suggestion, interval = lrs[steepest], (lrs[onset], lrs[top])
     if interval is not None and not interval[0] < interval[1]:
         interval = None
     return LRRange(tuple(lrs), tuple(losses), tuple(smoothed), suggestion, interval)

@@ -144,10 +144,14 @@ def test_bad_options_are_refused() -> None:
 
 
 def test_the_documented_example_runs(tmp_path: Path) -> None:
-    namespace: dict[str, Any] = {"STORAGE": str(tmp_path)}
     (block,) = blocks("A narrower interval: the LR range test")
-    exec(block, namespace)
-    assert namespace["seen"].interval[0] < namespace["seen"].suggestion < namespace["seen"].interval[1]
+    for seed in range(5):  # the first batches are noisy, and at those LRs nothing happens
+        torch.manual_seed(seed)
+        namespace: dict[str, Any] = {"STORAGE": str(tmp_path)}
+        exec(block, namespace)
+        low, high = namespace["seen"].interval
+        assert 1e-4 < low <= namespace["seen"].suggestion < high
+        assert 0.1 < high < 10.0
     assert (tmp_path / "range.png").exists()
 
 
