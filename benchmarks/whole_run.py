@@ -75,7 +75,7 @@ def _split(result: autolrs_ray.RunResult) -> str:
 
 def measure(quick: bool, slots: int = 2) -> Section:
     torch.set_num_threads(1)
-    steps, rounds = (100, 1) if quick else (1000, 3)
+    steps, rounds = (100, 1) if quick else (600, 3)
     race = dict(policy="anchored", reports=4, commits=COMMITS)
     runs: dict[str, Callable[[int, str], Any]] = {
         "plain loop, fixed LR": plain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,7 +35,10 @@ def fill(disk: Path, leave: int) -> Path:
     """Take all that is free on `disk` but `leave` bytes (in pages of 4,096)."""
     ballast = disk / "ballast"
     status = os.statvfs(disk)
-    with open(ballast, "wb", buffering=0) as file:
+    with (
+        open(ballast, "wb", buffering=0) as file,
+        contextlib.suppress(OSError),
+    ):  # the run may take the last pages first
         for _ in range((status.f_bavail * status.f_bsize - leave) // 4096):
             file.write(bytes(4096))
     return ballast
