@@ -52,7 +52,7 @@ def under_tune(steps: int, folder: str) -> None:
     """The same as one trial of Tune's, first in, first out."""
     tune.run(autolrs_ray.trainable_for(build), config={"lr": 0.1, "seed": 0, "report_every": steps // COMMITS},
              stop={"step": steps}, storage_path=folder, name="fifo", verbose=0,
-             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=2))  # fmt: skip
+             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1))  # fmt: skip
 
 
 def automatic(**options: Any) -> Callable[[int, str], autolrs_ray.RunResult]:
