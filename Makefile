@@ -8,7 +8,7 @@ export RAY_AUTH_MODE = disabled
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lint faults docs image-check clean
+.PHONY: run test lint faults hosts docs image-check clean
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard tools/torchvision-cpu-shim/*)
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +29,10 @@ test: lint
 	tools/sandboxed $(BIN)/python -m pytest -q -m "not slow"
 
 faults: $(STAMP)
-	tools/sandboxed $(BIN)/python -m pytest -q -m slow
+	tools/sandboxed $(BIN)/python -m pytest -q -m "slow and not hosts"
+
+hosts: $(STAMP)
+	tools/sandboxed $(BIN)/python -m pytest -q -m hosts
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --site-dir build/site

@@ -18,7 +18,7 @@ import pytest
 
 from autolrs_ray.journal import read_journal
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 LOSES_SOON = {
     "RAY_health_check_initial_delay_ms": "5000",
