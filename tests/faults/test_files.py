@@ -180,13 +180,14 @@ def test_both_states_damaged_is_a_clear_error(run: Path, cluster: str) -> None:
     assert not marker.exists()
 
 
-def test_hostile_checkpoint_with_a_matching_manifest_is_refused(run: Path, cluster: str) -> None:
-    last, _ = main_checkpoints(run)
-    hostile(last / "state.pt")
-    content = (last / "state.pt").read_bytes()
-    manifest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "step": 120}
-    (last / "manifest.json").write_text(json.dumps(manifest))
-    COUNTS["corrupt_files"] += 1
+def test_hostile_checkpoints_with_matching_manifests_are_refused(run: Path, cluster: str) -> None:
+    """All of them: where a probe had ended, the run goes on from that one's state and not from the main trial's."""
+    for file in run.glob("*/checkpoint_*/state.pt"):
+        hostile(file)
+        content = file.read_bytes()
+        manifest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "step": 120}
+        (file.parent / "manifest.json").write_text(json.dumps(manifest))
+        COUNTS["corrupt_files"] += 1
     marker = run.parent / "executed"
     more = ("--options", json.dumps({"max_failures": 0}))
     with Driver(run.parent, ("--address", cluster, *more), {"FAULTS_MARKER": str(marker)}) as driver:
