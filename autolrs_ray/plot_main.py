@@ -91,7 +91,7 @@ def learning_rate_figure(data: RunData) -> Any | None:
     for (ends, before), (starts, after) in pairwise(learned):
         axes.plot([ends[-1], starts[0]], [before[-1], after[0]], color="C1", linewidth=0.9, zorder=2)
     mark_steps(axes, data.boundaries(), boundary_label(data))
-    lowest = min([low, *(lrs[0] for _, lrs in tried)])
+    lowest = min([low, *(max(lrs) for _, lrs in tried)])
     axes.set(xlabel=STEPS, ylabel=LR, title="Learned schedule", yscale="log", xlim=(0, data.config["total_steps"]),
              ylim=(lowest / 3, high * 2))  # fmt: skip
     count_steps(axes.xaxis)

@@ -229,7 +229,7 @@ def race_figure(data: RunData) -> Any | None:
     axes.set(xlabel=f"{STEPS}, log scale", ylabel=score + added, xscale="log")
     axes.set_title("The race of learning rates; above every rung: how many go on", pad=20)
     plain_log(axes.xaxis, grouped=True)
-    figure.colorbar(shades, ax=axes, label="learning rate at step 0 (log scale)")
+    figure.colorbar(shades, ax=axes, label="peak learning rate (log scale)")
     legend_below(figure)
     return figure
 

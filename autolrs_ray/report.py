@@ -94,7 +94,8 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
         lr = ("–", "learning rate", "nothing committed yet")
     elif data.anchored:
         envelope = data.config["options"].get("envelope", "quadratic")
-        lr = (number(lrs[0], 3), "learning rate at step 0", f"times the envelope {envelope}")
+        ramp = data.result.schedule.pieces[0].warmup_steps
+        lr = (number(lrs[0], 3), "peak learning rate", f"times the envelope {envelope}, after {ramp} steps of warm-up")
     else:
         lr = (f"{number(min(lrs), 3)} to {number(max(lrs), 3)}", "learning rates", f"{len(lrs)} pieces")
     value = (number(found["value"]), data.metric, "final" if found["done"] else "so far")

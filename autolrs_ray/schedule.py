@@ -45,7 +45,7 @@ def committed_rows(events: Iterable[dict[str, Any]], arm: str) -> list[dict[str,
 
 @dataclass(frozen=True)
 class Piece:
-    """LR(t) = lr * envelope(t) for start <= t < end; a linear rise to `lr` over `warmup_steps` if that is positive."""
+    """LR(t) = lr * envelope(t) for start <= t < end, times a linear rise over the run's first `warmup_steps` steps."""
 
     start: int
     end: int
@@ -111,7 +111,8 @@ class LearnedSchedule:
             changes = [row["end"] for row, after in pairwise(rows) if after["lr"] != row["lr"]]
             lrs = [lr for lr, _ in groupby(rows, key=lambda row: row["lr"])]
             edges = pairwise([0, *changes, total] if rows else [])
-            pieces = tuple(Piece(*edge, lr, envelope) for edge, lr in zip(edges, lrs, strict=True))
+            ramp = rows[0].get("warmup_steps", 0) if rows else 0
+            pieces = tuple(Piece(*edge, lr, envelope, ramp) for edge, lr in zip(edges, lrs, strict=True))
         else:
             ramp = config["options"].get("warmup_steps", 0)
             pieces = tuple(
@@ -119,6 +120,11 @@ class LearnedSchedule:
                 for row in rows
             )
         return cls(total, pieces)
+
+    @property
+    def peak_lr(self) -> float:
+        """The largest learning rate before envelope and warm-up; NaN for a schedule without pieces."""
+        return max((piece.lr for piece in self.pieces), default=math.nan)
 
     def to_json(self) -> str:
         for piece in self.pieces:

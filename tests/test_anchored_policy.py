@@ -667,6 +667,7 @@ def test_an_extended_run_is_one_run_of_the_longer_length(interrupted):
     alone = simulation.toy.train(500, lambda t: before["lr"] * envelope_factor("wsd", t, 500))
     done = simulation.of("done")[-1]
     assert (done["lr"], done["loss"], done["step"]) == (before["lr"], alone.loss, 500)
+    assert {segment.warmup_steps for segment in simulation.started} == {20}  # of the run as it began
     assert interrupted or simulation.trained - trained == 500 - 80
 
 
@@ -728,15 +729,17 @@ def test_a_thorough_race_gives_slow_lrs_time_and_options_go_before_it():
     assert (thorough.below, thorough.early, thorough.finalists) == (4.0, 0.32, 5)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
 @pytest.mark.parametrize(("early", "status"), [(0.08, "dropped"), (0.32, "won")])
-def test_a_slow_lr_that_comes_out_ahead_is_kept_where_it_is_given_time(early, status):
-    """Loss as a function of LR * steps: a third of the leader's LR is where the leader was at a third of its steps."""
-    policy = anchored(1000, num_lrs=2, lr_interval=(0.5, 4.5), below=0.25, early=early)
+def test_a_slow_lr_that_comes_out_ahead_is_kept_where_it_is_given_time(early, status, warmup):
+    """Loss as a function of the sum of the LRs: a third of the leader's is where the leader was at a third of its sum."""
+    policy = anchored(1000, num_lrs=2, lr_interval=(0.5, 4.5), below=0.25, early=early, warmup=warmup)
     slow = policy.trunks[0]
+    rise = [min(1.0, (step + 1) / (1000 * warmup)) if warmup else 1.0 for step in range(1000)]
 
     def losses(lr, step):
         floor = 0.9 if lr == slow.lr else 1.0
-        return floor + math.exp(-lr * step / 60.0)
+        return floor + math.exp(-lr * sum(rise[:step]) / 60.0)
 
     drive(policy, losses, every=2)
     assert slow.status == status

@@ -86,9 +86,10 @@ def test_an_anchored_run_shows_the_race_and_who_won(anchored: Path) -> None:
         "Accuracy of the main run.", "The race: every learning rate's score, and where it was dropped."
     ]  # fmt: skip
     assert html.count('<tr class="won">') == 1
-    assert (
-        f"{number(data.result.schedule.lr_at(0), 3)} learning rate at step 0 times the envelope quadratic" in page.text
-    )
+    (piece,) = data.result.schedule.pieces
+    words = f"times the envelope quadratic, after {piece.warmup_steps} steps of warm-up"
+    assert piece.warmup_steps > 0
+    assert f"{number(piece.lr, 3)} peak learning rate {words}" in page.text
     assert "1 machine(s), 1 worker process(es)" in page.text
 
 

@@ -62,6 +62,11 @@ def envelope_factor(spec: EnvelopeSpec, step: int, total_steps: int) -> float:
     return factor
 
 
+def rise(warmup_steps: int, step: int) -> float:
+    """Factor of a linear warm-up over the first `warmup_steps` steps of a run (0: none) at `step`."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -19,7 +19,7 @@ _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps"
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
                   "envelope")  # fmt: skip
 _RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "lag", "early", "averaging", "reports", "commits",
-                 "branches")  # fmt: skip
+                 "branches", "warmup")  # fmt: skip
 
 
 def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:

@@ -11,9 +11,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from autolrs_ray.core.plan import EnvelopeSpec, RacePlan, envelope_factor, require_bool, require_float, require_int
+from autolrs_ray.core.plan import (
+    EnvelopeSpec,
+    RacePlan,
+    envelope_factor,
+    require_bool,
+    require_float,
+    require_int,
+    rise,
+)
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
-from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, infill, leader_of, losers
+from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, infill, leader_of, losers, steps_of_progress
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.core.surrogate import bin_centred_grid
 
@@ -31,6 +39,7 @@ class AnchoredPolicy(Policy):
     averaging: score trunks on averaged weights where they are reported. reports: validation points per rung.
     commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
     times that, tried from the leader's own state after the first rung at or past 0.32 T; the rungs after it decide.
+    warmup: fraction of the run over which the LR rises linearly, as a factor beside the envelope.
     """
 
     lr_interval: tuple[float, float] = (1e-5, 10.0)
@@ -46,12 +55,14 @@ class AnchoredPolicy(Policy):
     reports: int = 4
     commits: int = 10
     branches: int = 0
+    warmup: float = 0.1
 
     # durable state
     trunks: list[Trunk] = field(default_factory=list)
     decided: int = 0
     phase: str = "race"
     forks: dict[int, tuple[int, str]] = field(default_factory=dict)  # trunk -> its checkpoint where branches begin
+    warmup_steps: int = field(init=False)  # of the run as it began: extending it changes none of them
 
     # volatile
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
@@ -68,6 +79,7 @@ class AnchoredPolicy(Policy):
         require_float("below", self.below, 0.0, math.inf)
         require_float("lag", self.lag, 0.0, 1.0)
         require_float("early", self.early, 0.0, 1.0)
+        self.warmup_steps = round(require_float("warmup", self.warmup, 0.0, 1.0) * self.total_steps)
         for step in (0, self.total_steps // 2, self.total_steps):
             envelope_factor(self.envelope, step, self.total_steps)
         self._boundaries = self._lay_boundaries()
@@ -160,14 +172,15 @@ class AnchoredPolicy(Policy):
             return []
         waiting = [(trunk.step, i, trunk) for i, trunk in self._open() if self._arm(i) not in self._issued]
         return [
-            Segment(
-                self._arm(i), "trunk", 0, trunk.lr, trunk.step,
-                tuple(b for b in self._boundaries if b > trunk.step), self.reports, trunk.checkpoint, self.envelope,
-                self.total_steps,
-            )
+            self._segment(i, trunk)
             for step, i, trunk in sorted(waiting, key=lambda item: item[:2])
             if self._rungs_passed(trunk) <= self.decided + 1 and step < self.total_steps
-        ]  # fmt: skip
+        ]
+
+    def _segment(self, index: int, trunk: Trunk) -> Segment:
+        boundaries = tuple(boundary for boundary in self._boundaries if boundary > trunk.step)
+        return Segment(self._arm(index), "trunk", 0, trunk.lr, trunk.step, boundaries, self.reports, trunk.checkpoint,
+                       self.envelope, self.total_steps, self.warmup_steps)  # fmt: skip
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -236,6 +249,10 @@ class AnchoredPolicy(Policy):
     def _is_early(self, rung: int) -> bool:
         return rung < round(self.early * self.total_steps)
 
+    def _factor(self, step: int) -> float:
+        """What every trunk's scale is multiplied by at `step`."""
+        return rise(self.warmup_steps, step) * envelope_factor(self.envelope, step, self.total_steps)
+
     # -- the rule ------------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -267,8 +284,10 @@ class AnchoredPolicy(Policy):
         if not field:
             return
         late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
-        lag = self.lag if self._is_early(rung) else 1.0
-        out = losers(field, rung, tolerance, self.below, self.finalists if late else None, lag)
+        since = None
+        if self._is_early(rung) and self.lag < 1.0:
+            since = steps_of_progress(self.lag, rung, self._factor)
+        out = losers(field, rung, tolerance, self.below, self.finalists if late else None, since)
         for trunk in out:
             trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead
             self._end(self.trunks.index(trunk), "dropped")
@@ -375,8 +394,8 @@ class AnchoredPolicy(Policy):
         point = next((point for point in seen if point.step == step), None)
         trunk.saved_loss = self._score(point) if point else None
         self.emit(
-            "commit", stage=0, arm=arm, end=step, lr=trunk.lr, checkpoint=path, loss=point.loss if point else None,
-            averaged_loss=point.averaged_loss if point else None,
+            "commit", stage=0, arm=arm, end=step, lr=trunk.lr, warmup_steps=self.warmup_steps, checkpoint=path,
+            loss=point.loss if point else None, averaged_loss=point.averaged_loss if point else None,
         )  # fmt: skip
         self._settle()
 
@@ -452,14 +471,14 @@ class AnchoredPolicy(Policy):
     def state_dict(self) -> dict[str, Any]:
         return dict(
             policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps,
-            extended=not self.plan.rungs, forks=list(self.forks.items()),
+            extended=not self.plan.rungs, forks=list(self.forks.items()), warmup_steps=self.warmup_steps,
             trunks=[trunk.state_dict() for trunk in self.trunks],
         )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("policy") != "anchored":
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'anchored'")
-        self.phase, self.decided = state["phase"], state["decided"]
+        self.phase, self.decided, self.warmup_steps = state["phase"], state["decided"], state["warmup_steps"]
         if state["extended"]:
             self._close_race()
         self.trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]

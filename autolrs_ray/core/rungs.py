@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from autolrs_ray.core import surrogate
 
@@ -69,15 +72,22 @@ def leader_of(trunks: list[Trunk], rung: int) -> Trunk:
     return min(trunks, key=lambda trunk: trunk.scores[rung])
 
 
+def steps_of_progress(share: float, rung: int, factor: Callable[[int], float]) -> float:
+    """Steps in which a trunk makes `share` of the progress it has made at `rung`: the sum of its LRs, lr * factor(step)."""
+    steps = np.linspace(0, rung - 1, min(rung, 256)).round().astype(int)
+    progress = np.concatenate([[0.0], np.cumsum([factor(int(step)) for step in steps])])
+    return float(np.interp(share * progress[-1], progress, np.linspace(0.0, rung, len(progress))))
+
+
 def losers(
-    trunks: list[Trunk], rung: int, tolerance: float, below: float, finalists: int | None, lag: float = 1.0
+    trunks: list[Trunk], rung: int, tolerance: float, below: float, finalists: int | None, since: float | None = None
 ) -> list[Trunk]:
     """Those of `trunks` (all scored at `rung`) that do not go on.
 
     An LR above the leader's goes if it is worse by more than `tolerance` (relative), one below if by more than
-    `below` * `tolerance`. But none goes that has come as far as the leader had after `lag` * `rung` steps: at first,
-    progress is LR times steps, and an LR a third of the leader's lags by two thirds whatever it is worth (1: no such
-    mercy). Of the others, the best `finalists` stay (None: all).
+    `below` * `tolerance`. But none goes that has come as far as the leader had at step `since`: at first, progress is the
+    sum of the LRs, and an LR a third of the leader's lags by two thirds whatever it is worth (None: no such mercy). Of
+    the others, the best `finalists` stay (None: all).
     """
     leader = leader_of(trunks, rung)
     best = leader.scores[rung]
@@ -85,7 +95,7 @@ def losers(
     def allowed(trunk: Trunk) -> float:
         return tolerance * (1.0 if trunk.lr > leader.lr else below) * max(abs(best), 1e-12)
 
-    reach = leader.reached(lag * rung) if lag < 1.0 else best
+    reach = best if since is None else leader.reached(since)
     kept = [trunk for trunk in trunks if trunk.scores[rung] - best <= allowed(trunk) or trunk.scores[rung] <= reach]
     kept.sort(key=lambda trunk: trunk.scores[rung])
     staying = {id(trunk) for trunk in kept[:finalists]}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from autolrs_ray.core.plan import EnvelopeSpec, envelope_factor
+from autolrs_ray.core.plan import EnvelopeSpec, envelope_factor, rise
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Segment:
     """A stretch of training: restore `source` (None: begin from scratch), train from `start` to the last boundary.
 
     lr: learning rate, multiplied by the envelope at every step. boundaries: steps at which a report must fall (the ends
-    of stages, or rungs). reports: how many reports are wanted up to each boundary. warmup_steps: if positive, the LR
-    rises linearly to `lr` over the first `warmup_steps` steps of the run and the envelope is not applied.
+    of stages, or rungs). reports: how many reports are wanted up to each boundary. warmup_steps: if positive, a linear
+    rise over the first `warmup_steps` steps of the run is a further factor.
     """
 
     arm: str
@@ -44,9 +44,7 @@ class Segment:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update from `step` to `step + 1`."""
-        if self.warmup_steps:
-            return self.lr * min(1.0, (step + 1) / self.warmup_steps)
-        return self.lr * envelope_factor(self.envelope, step, self.total_steps)
+        return self.lr * rise(self.warmup_steps, step) * envelope_factor(self.envelope, step, self.total_steps)
 
 
 def next_report(segment: Segment, step: int) -> int:
