@@ -36,8 +36,8 @@ PAIR_HELP = "Pass search_alg=AutoLRSSearch(...) and scheduler=AutoLRSScheduler()
 class AutoLRSSearch(Searcher):
     """Searcher half of the pair; give it to Tune together with :class:`AutoLRSScheduler` and ``num_samples=-1``.
 
-    total_steps: optimizer steps of the main training. policy: "anchored" (a race of LRs under a decay envelope) or
-    "paper" (Algorithm 1 of AutoLRS, Jin et al. 2021).
+    total_steps: optimizer steps of the main training. policy: "anchored" (a race of LRs under a warm-up and a decay
+    envelope) or "paper" (Algorithm 1 of AutoLRS, Jin et al. 2021).
     lr_interval: (min, max); None takes it from ``param_space={"lr": tune.loguniform(min, max)}``, else the policy's own
     default. metric, mode: the validation metric ("val_loss", "min"); None takes TuneConfig's.
     time_attr: result key with the optimizer steps done, restored from checkpoints. train_metric, averaged_metric: result
@@ -52,8 +52,8 @@ class AutoLRSSearch(Searcher):
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
     num_lrs (k), kappa, initial, fit, series, probe_reports, main_reports, promote, envelope.
     Options of policy="anchored": effort ("thorough": 2 to 3.5 times the compute of a plain run, or "thrifty": about 1.5
-    times), num_lrs, envelope, rungs, tolerances, infill, finalists, below, lag, early, branches, averaging, reports,
-    commits. See :class:`~autolrs_ray.core.algorithm.PaperPolicy`, :class:`~autolrs_ray.core.race.AnchoredPolicy`.
+    times), num_lrs, envelope, warmup, rungs, tolerances, infill, finalists, below, lag, early, branches, averaging,
+    reports, commits. See :class:`~autolrs_ray.core.algorithm.PaperPolicy`, :class:`~autolrs_ray.core.race.AnchoredPolicy`.
 
     Raises TypeError or ValueError, naming the value, for anything out of range.
     """

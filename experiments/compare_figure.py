@@ -19,6 +19,12 @@ MARKS: dict[str, tuple[str, str, str, bool]] = {
     "cosine": ("cosine, tuned", GREY, "D", True),
     "one-cycle": ("one-cycle, tuned", GREY, "^", True),
     "quadratic, better of raw and averaged": ("quadratic + averaging, tuned", "#111111", "o", True),
+    "warm-up + quadratic, better of raw and averaged": (
+        "warm-up + quadratic + averaging, tuned",
+        "#111111",
+        "^",
+        False,
+    ),
     "constant": ("constant, tuned", "#8c6d1f", "P", True),
     "constant + averaged weights": ("constant + averaging, tuned", "#8c6d1f", "P", False),
     "Schedule-Free": ("Schedule-Free, tuned", "#2a8a4a", "X", True),

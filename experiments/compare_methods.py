@@ -109,12 +109,18 @@ def one_cycle(u: float) -> float:
     return end + (low - end) * 0.5 * (1.0 + math.cos(math.pi * (u - turn) / (1.0 - turn)))
 
 
+def warmed_up(u: float) -> float:
+    """The race's own shape: quadratic decay with a linear rise over the first tenth."""
+    return min(1.0, (u + 1e-3) / 0.1) * (1.0 - u * u)
+
+
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda u: 1.0,
     "linear": lambda u: 1.0 - u,
     "cosine": lambda u: 0.5 * (1.0 + math.cos(math.pi * u)),
     "one-cycle": one_cycle,
     "quadratic": lambda u: 1.0 - u * u,
+    "warm-up + quadratic": warmed_up,
 }
 
 
@@ -317,6 +323,12 @@ def _methods() -> list[Method]:
         Method(
             "quadratic, better of raw and averaged", "main", partial(tuned, shape="quadratic", weights="best"), True
         ),
+        Method(
+            "warm-up + quadratic, better of raw and averaged",
+            "main",
+            partial(tuned, shape="warm-up + quadratic", weights="best"),
+            tuned=True,
+        ),
         Method("Schedule-Free", "main", _schedule_free_grid, tuned=True),
         Method("Schedule-Free, default LR", "main", _schedule_free_default),
         Method("Prodigy + cosine", "main", prodigy),
@@ -334,6 +346,9 @@ def _methods() -> list[Method]:
         Method("constant, default LR", "main", partial(untuned, shape="constant")),
         _thrifty("no averaging", averaging=False, weights="raw"),
         _thrifty("no envelope", envelope="constant"),
+        _anchored("no warm-up", warmup=0.0),
+        _thrifty("no warm-up", warmup=0.0),
+        _thrifty("warm-up over .2 T", warmup=0.2),
         _thrifty("wsd", envelope="wsd"),
         _thrifty("linear", envelope="linear"),
         _thrifty("5 LRs by the GP", infill=5),

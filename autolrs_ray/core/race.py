@@ -1,4 +1,4 @@
-"""The anchored policy: LR(t) = scale * envelope(t), the scale found by a race of trunks from step 0.
+"""The anchored policy: LR(t) = scale * rise(t) * envelope(t), the scale found by a race of trunks from step 0.
 
 Stage-wise search picks LRs too small too early (short-horizon bias, Wu et al. 2018). Here a field of scales trains under
 one decay envelope; at rungs an LR is dropped only when it is too far behind to change places, and the last one alive is
@@ -34,12 +34,12 @@ class AnchoredPolicy(Policy):
     """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
 
     below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
-    stays that has come as far as the leader had at this fraction of its steps (1: off): small LRs are slow, not bad.
+    stays that has come as far as the leader had at this fraction of its progress (1: off): small LRs are slow, not bad.
     finalists: trunks that may go past 0.32 T.
     averaging: score trunks on averaged weights where they are reported. reports: validation points per rung.
     commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
     times that, tried from the leader's own state after the first rung at or past 0.32 T; the rungs after it decide.
-    warmup: fraction of the run over which the LR rises linearly, as a factor beside the envelope.
+    warmup: fraction of the run over which a linear rise is a factor beside the envelope (0: none).
     """
 
     lr_interval: tuple[float, float] = (1e-5, 10.0)
