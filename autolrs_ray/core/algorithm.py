@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autolrs_ray.core.forecast import forecast
-from autolrs_ray.core.plan import EnvelopeSpec, Stage, StagePlan, envelope_factor, require_bool, require_int
+from autolrs_ray.core.plan import (
+    EnvelopeSpec,
+    LogInterval,
+    Stage,
+    StagePlan,
+    envelope_factor,
+    require_bool,
+    require_int,
+)
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
 from autolrs_ray.core.proposals import Probe, ProposalRule
 from autolrs_ray.core.segments import Segment
@@ -152,9 +160,7 @@ class PaperPolicy(Policy):
             x, failure = proposal
             if failure:
                 self.emit("warning", stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
-            low, high = self.interval
-            lr = math.exp(math.log(low) + x * (math.log(high) - math.log(low)))
-            i = len(self.probes)
+            lr, i = LogInterval(*self.interval).lr(x), len(self.probes)
             self.probes.append(Probe(lr, x))
             self.emit("proposal", stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
 
