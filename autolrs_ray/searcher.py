@@ -22,6 +22,7 @@ from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy
 from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.environment import environment
 from autolrs_ray.journal import Record
 from autolrs_ray.nodes import require_shared
 from autolrs_ray.storage import Mirror, RunTakenError
@@ -195,7 +196,7 @@ class AutoLRSSearch(Searcher):
         if not record.exists():
             if self.resume is True:
                 raise FileNotFoundError(f'nothing to resume in {record}; use resume="auto" to start there')
-            record.begin({"event": "start", "config": self.describe()})
+            record.begin({"event": "start", "config": self.describe(), "environment": environment()})
             return False
         if self.resume is False and self._restored is None:
             raise FileExistsError(
@@ -220,7 +221,8 @@ class AutoLRSSearch(Searcher):
             self.policy.extend(self.total_steps)
         self.arm_of.clear()
         self.segments.clear()
-        record.append([{"event": "resume", "step": self.policy.progress()["step"]}])
+        step = self.policy.progress()["step"]
+        record.append([{"event": "resume", "step": step, "environment": environment()}])
         record.write_state(self.describe(), self.policy.state_dict())
         return True
 
