@@ -109,7 +109,7 @@ def test_the_environment_is_that_of_the_run_and_not_of_the_machine_that_writes_t
     told = shown({"environment": before}, {"event": "resume", "step": 3, "environment": after})
     assert "torch 0.4.1, then 1.0.0 " in told
     assert "ray none, then 0.8" in told
-    assert "torch" not in shown({}, {"event": "resume", "step": 3}, {"event": "stage"})  # a journal without it
+    assert "torch" not in shown({}, {"event": "resume", "step": 3}, {"event": "note"})  # a journal without it
 
 
 def test_the_schedule_in_the_report_is_the_learned_one(anchored: Path) -> None:
