@@ -57,12 +57,17 @@ __all__ = [
 ]
 
 
+def lacks_tune(error: ModuleNotFoundError) -> bool:
+    """True if what is missing is a package that the extra "tune" brings."""
+    return (error.name or "").partition(".")[0] in _TUNE
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:  # on first use: importing Ray and torch costs seconds
         try:
             return getattr(import_module(f"autolrs_ray.{_HOMES[name]}"), name)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in _TUNE:
+            if not lacks_tune(error):
                 raise
             mend = f"autolrs_ray.{name} needs {error.name}, which is not installed: pip install 'autolrs-ray[tune]'"
             raise ImportError(mend, name=error.name) from error

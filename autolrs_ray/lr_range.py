@@ -89,6 +89,7 @@ def lr_range_test(
     ratios = [float(group["lr"]) / base for group in optimizer.param_groups]
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     losses: list[float] = []
+    average = _MovingAverage()
     with _put_back(model, optimizer):
         model.train()
         for lr, (inputs, target) in zip(lrs, _endless(batches), strict=False):
@@ -99,11 +100,12 @@ def lr_range_test(
             if not math.isfinite(value.item()):
                 break
             losses.append(value.item())
-            if _diverged(_smooth(losses), stop_factor):
+            average.add(losses[-1])
+            if average.diverged(stop_factor):
                 break
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    return _summary(lrs[: len(losses)], losses)
+    return _summary(lrs[: len(losses)], losses, average.values)
 
 
 def _endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,23 +134,25 @@ def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
                 module.training = mode
 
 
-def _smooth(losses: list[float]) -> list[float]:
-    """Bias-corrected exponential moving average."""
-    average, smoothed = 0.0, []
-    for i, value in enumerate(losses, 1):
-        average = SMOOTHING * average + (1.0 - SMOOTHING) * value
-        smoothed.append(average / (1.0 - SMOOTHING**i))
-    return smoothed
+class _MovingAverage:
+    """Bias-corrected exponential moving average of losses, taken in one by one; `values` has one for each of them."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self._biased, self._least = 0.0, math.inf
+
+    def add(self, loss: float) -> None:
+        self._biased = SMOOTHING * self._biased + (1.0 - SMOOTHING) * loss
+        self.values.append(self._biased / (1.0 - SMOOTHING ** (len(self.values) + 1)))
+        self._least = min(self._least, self.values[-1])
+
+    def diverged(self, stop_factor: float) -> bool:
+        """True where the last value is above the first and above `stop_factor` times the least."""
+        return self.values[-1] > max(self.values[0], self._least + (stop_factor - 1.0) * abs(self._least))
 
 
-def _diverged(smoothed: list[float], stop_factor: float) -> bool:
-    least = min(smoothed)
-    return smoothed[-1] > max(smoothed[0], least + (stop_factor - 1.0) * abs(least))
-
-
-def _summary(lrs: list[float], losses: list[float]) -> LRRange:
-    """The suggestion and the interval that `losses` give."""
-    smoothed = _smooth(losses)
+def _summary(lrs: list[float], losses: list[float], smoothed: list[float]) -> LRRange:
+    """The suggestion and the interval that `losses` and their moving average give."""
     least = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
     early = losses[: max(5, len(losses) // 10)]  # at LRs that hardly move the weights: the level and the noise to beat
     level, noise = (fmean(early), pstdev(early)) if early else (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""What the plots draw: a run's journal, and the rows its trials reported to Tune where they are still there."""
+"""What the plots draw: a run's journal, and between its entries the rows that the trials reported to Tune."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from autolrs_ray.core.policies import DEFAULT_INTERVALS
 from autolrs_ray.result import RunResult, winner
+from autolrs_ray.schedule import committed_rows
 from autolrs_ray.storage import local_copy
 
 Row = dict[str, Any]
@@ -143,48 +145,97 @@ class RunData:
             steps = {row["end"] for row in self.commits(warmup=True)}
         return sorted(step for step in steps if 0 < step < self.config["total_steps"])
 
-    def main_rows(self) -> list[Row]:
-        """Reports of the main run, or else rows with its metric at every commit."""
-        rows = self.reports.get(self.arm, [])
-        if rows and not self.anchored:
-            rows = sorted([*self._promoted(rows), *rows], key=lambda row: float(row[self.clock]))
-        return rows or [self._commit_row(row) for row in (self.result.rows if self.anchored else self.commits(True))]
+    def rows(self, arm: str) -> list[Row]:
+        """What `arm` reported, in order of steps: all that the journal holds of it, and Tune's rows in between.
 
-    def _commit_row(self, commit: Row) -> Row:
-        row = {self.clock: commit["end"]}
-        for key, value in ((self.metric, commit.get("loss")), (AVERAGED, commit.get("averaged_loss"))):
+        Tune's file may lose rows where a trial was restarted, or keep some that the run went back behind; the journal does
+        not: at a step that both have, its values count.
+        """
+        rows = {row[self.clock]: row for row in self.reports.get(arm, [])}
+        for row in self._journalled.get(arm, []):
+            rows[row[self.clock]] = {**rows.get(row[self.clock], {}), **row}
+        return [rows[step] for step in sorted(rows)]
+
+    @cached_property
+    def _journalled(self) -> dict[str, list[Row]]:
+        """Arm -> the losses that the journal holds: of commits, of rungs (anchored), of probes as far as they were ranked."""
+        found: dict[str, list[Row]] = {}
+        starts = {event["stage"]: event["start"] for event in self.events("stage")}
+        for event in self.events("probe"):
+            key, sign = ("train_loss", 1.0) if event["series"] == "training" else (self.metric, self.sign)
+            steps = [starts.get(event["stage"], 0) + step for step in event["steps"]]
+            losses = [
+                (step, loss) for step, loss in zip(steps, event.get("losses", []), strict=False) if loss is not None
+            ]
+            found[event["arm"]] = [
+                {self.clock: step, key: sign * loss, "timestamp": event["time"]} for step, loss in losses
+            ]
+        for event in self.result.events:
+            if event["event"] == "rung":
+                found.setdefault(event["arm"], []).append(self._loss_row(event["step"], event))
+            elif event["event"] == "extend":  # what came after is trained again
+                found = {arm: [row for row in rows if row[self.clock] <= event["step"]] for arm, rows in found.items()}
+        if not self.anchored:
+            found["main"] = [self._loss_row(row["end"], row) for row in self.commits(warmup=True)]
+            return found
+        for arm in {event["arm"] for event in self.events("commit") if "arm" in event}:
+            committed = [row for row in committed_rows(self.result.events, arm) if row["arm"] == arm]
+            found.setdefault(arm, []).extend(self._loss_row(row["end"], row) for row in committed)
+        return found
+
+    def _loss_row(self, step: int, event: Row) -> Row:
+        """A report of the losses in `event`, as the trial made it."""
+        row = {self.clock: step, "timestamp": event.get("time")}
+        for key, value in ((self.metric, event.get("loss")), (AVERAGED, event.get("averaged_loss"))):
             if value is not None:
                 row[key] = self.sign * value
         return row
 
-    def _promoted(self, main: list[Row]) -> Iterator[Row]:
-        """Reports of winning probes that became the main trial's own first steps: it never trained those itself."""
+    def main_rows(self) -> list[Row]:
+        """What the main run reported from its first step on: a branch's begins with its parent's, a stage's with those of
+        the probe whose state was promoted."""
+        if self.anchored:
+            return self._trunk_rows(self.arm)
+        rows = {row[self.clock]: row for row in self.rows("main")}
         for commit in self.commits():
-            inside = [row for row in main if commit["start"] < row[self.clock] <= commit["end"]]
-            taken_up: int = min(
-                (_segment(row).get("start") or commit["start"] for row in inside), default=commit["end"]
-            )
-            chosen = (probe["arm"] for probe in self.events("probe")
-                      if probe["stage"] == commit["stage"] and probe["lr"] == commit["lr"])  # fmt: skip
-            for row in self.reports.get(next(chosen, ""), []):
-                if commit["start"] < row[self.clock] <= taken_up:
-                    yield row
+            inside = [step for step in rows if commit["start"] < step <= commit["end"]]
+            lrs = {step: _segment(rows[step]).get("lr", commit["lr"]) for step in inside}
+            for step in inside:  # of an attempt that was rolled back
+                if lrs[step] != commit["lr"] and step != commit["end"]:
+                    del rows[step]
+            rows |= {row[self.clock]: row for row in self._promoted(commit, list(rows.values()))}
+        return [rows[step] for step in sorted(rows)]
+
+    def _trunk_rows(self, arm: str) -> list[Row]:
+        origin = next((event for event in self.events("proposal") if event["arm"] == arm and "parent" in event), None)
+        if origin is None:
+            return self.rows(arm)
+        before = [row for row in self._trunk_rows(origin["parent"]) if row[self.clock] <= origin["start"]]
+        return [*before, *self.rows(arm)]
+
+    def _promoted(self, commit: Row, main: list[Row]) -> list[Row]:
+        """Reports of a winning probe that became the main trial's own first steps: it never trained those itself."""
+        own = [event["start"] for event in self.events("segment")
+               if event["role"] == "main" and event["stage"] == commit["stage"] and event["lr"] == commit["lr"]]  # fmt: skip
+        inside = [row for row in main if commit["start"] < row[self.clock] <= commit["end"]]
+        own = own or [_segment(row)["start"] for row in inside if _segment(row).get("start") is not None]
+        chosen = (probe["arm"] for probe in self.events("probe")
+                  if probe["stage"] == commit["stage"] and probe["lr"] == commit["lr"])  # fmt: skip
+        taken_up = min(own, default=commit["start"])
+        return [row for row in self.rows(next(chosen, "")) if commit["start"] < row[self.clock] <= taken_up]
 
     def scores(self) -> dict[str, dict[int, float]]:
         """Anchored: arm -> {step: the metric the race looks at, of averaged weights where they are reported}."""
+        averaging = self.config["options"].get("averaging", True)
         found: dict[str, dict[int, float]] = {}
-        for event in self.result.events:
-            if event["event"] == "commit" and "arm" in event:
-                value = event["loss"] if event.get("averaged_loss") is None else event["averaged_loss"]
-                if value is not None:
-                    found.setdefault(event["arm"], {})[event["end"]] = self.sign * value
-        for event in self.events("rung"):
-            found.setdefault(event["arm"], {})[event["step"]] = self.sign * event["score"]
-        for arm, rows in self.reports.items():  # finer than the journal: where there are reports, they are the curve
-            key = AVERAGED if any(AVERAGED in row for row in rows) else self.metric
+        for arm in {*self.reports, *self._journalled}:
+            rows = self.rows(arm)
+            key = AVERAGED if averaging and any(AVERAGED in row for row in rows) else self.metric
             steps, values = series(rows, self.clock, key)
             if steps:
                 found[arm] = {int(step): value for step, value in zip(steps, values, strict=True)}
+        for event in self.events("rung"):
+            found.setdefault(event["arm"], {})[event["step"]] = self.sign * event["score"]
         return {arm: dict(sorted(points.items())) for arm, points in sorted(found.items())}
 
     def lrs(self) -> dict[str, float]:

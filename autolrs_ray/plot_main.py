@@ -148,7 +148,7 @@ def accuracy_figure(data: RunData, steps_per_epoch: float | None = None) -> Any 
 
     The epoch of a row is its step / `steps_per_epoch`, or else its own "epoch". None if no accuracy was reported.
     """
-    rows = data.main_rows()
+    rows = [row for row in data.main_rows() if any(map(_is_accuracy, row))]
     names = sorted({key for row in rows for key in row if _is_accuracy(key)}, key=lambda key: ("val" not in key, key))
     if not names:
         return None

@@ -10,6 +10,7 @@ import torch
 
 from autolrs_ray.core import surrogate
 from autolrs_ray.core.algorithm import PaperPolicy
+from autolrs_ray.core.plan import LogInterval
 from autolrs_ray.plot_data import Row, RunData
 from autolrs_ray.plot_main import NAMES
 from autolrs_ray.plot_style import (
@@ -90,13 +91,13 @@ def _by_training_loss(data: RunData) -> set[int]:
 
 def _draw_stage(axes: Any, data: RunData, stage: int, probes: list[Row]) -> None:
     done = [probe for probe in probes if probe["status"] == "done"]
-    low, high = _interval(data, done)
+    interval = _interval(data, done)
     grid = [i / 200 for i in range(201)]
-    x = [math.log(probe["lr"] / low) / math.log(high / low) for probe in done]
+    x = [interval.x(probe["lr"]) for probe in done]
     forecasts = [probe["forecast"] for probe in done]
     mean, sd, seen = posterior(x, forecasts, grid, data.config["options"].get("fit", "map"))
     sign = 1.0 if done[0]["series"] == "training" else data.sign
-    lrs = [low * (high / low) ** point for point in grid]
+    lrs = [interval.lr(point) for point in grid]
     band = sign * mean - 2 * sd, sign * mean + 2 * sd
     axes.fill_between(lrs, *band, color="C0", alpha=0.2, linewidth=0, label="2 standard deviations")
     axes.plot(lrs, sign * mean, color="C0", linewidth=1.6, label="mean of the GP")
@@ -119,13 +120,13 @@ def _draw_stage(axes: Any, data: RunData, stage: int, probes: list[Row]) -> None
     _name_stage(axes, data, stage)
 
 
-def _interval(data: RunData, probes: list[Row]) -> tuple[float, float]:
+def _interval(data: RunData, probes: list[Row]) -> LogInterval:
     """The interval that `probes` of one stage came from: a second round, after one without a loss, lies below the first."""
     low, high = data.interval
     per_round = data.config["options"].get("num_lrs", PaperPolicy.num_lrs)
     for _ in range(min(probe["probe"] for probe in probes) // per_round):
         low, high = low / 100.0, low
-    return low, high
+    return LogInterval(low, high)
 
 
 def _chosen(data: RunData, stage: int) -> float | None:

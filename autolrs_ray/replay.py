@@ -10,6 +10,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from autolrs_ray.core.plan import require_int
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.reports import check_lr, step_of
 from autolrs_ray.schedule import LearnedSchedule, Piece
 
 if TYPE_CHECKING:
@@ -55,14 +56,10 @@ class ReplayScheduler(FIFOScheduler):  # type: ignore[misc]
             self._configure(trial, 0)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
-        step = result.get(self._time_attr)
-        if step is None:
-            raise ValueError(
-                f'the trainable does not report "{self._time_attr}" (optimizer steps done, restored from checkpoints); '
-                f"add it to every report or name another key by time_attr. Reported: {sorted(result)}"
-            )
+        step = step_of(result, self._time_attr)
         segment = Segment.from_config(trial.config["autolrs"])
-        self._check_lr(trial, segment, int(step), result)
+        check_lr(result, segment, self._before.get(trial.trial_id, segment.start), step)
+        self._before[trial.trial_id] = step
         if step >= self._pieces[-1].end:
             return str(self.STOP)
         index = next(i for i, piece in enumerate(self._pieces) if step < piece.end)
@@ -77,19 +74,6 @@ class ReplayScheduler(FIFOScheduler):  # type: ignore[misc]
             return str(self.CONTINUE)
         self._configure(trial, index)
         return str(self.PAUSE)
-
-    def _check_lr(self, trial: Trial, segment: Segment, step: int, result: dict[str, Any]) -> None:
-        """Under an envelope the LR changes at every step: a trainable that reads config["lr"] once would never decay."""
-        before = max(segment.start, self._before.get(trial.trial_id, segment.start))
-        self._before[trial.trial_id] = step
-        if segment.envelope in (None, "constant") or segment.warmup_steps or not before < step <= segment.end:
-            return
-        used, high, low = result.get("lr"), segment.lr_at(before), segment.lr_at(step)
-        if used is None or not low * 0.98 <= used <= high * 1.02:
-            raise ValueError(
-                f"at step {step} the trainable reports lr {used}; the schedule goes from {high:.4g} to {low:.4g}: set every "
-                'step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
-            )
 
     def debug_string(self) -> str:
         return f"AutoLRS replay: {len(self._pieces)} pieces, {self._total_steps} steps"

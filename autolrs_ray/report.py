@@ -7,12 +7,10 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from textwrap import fill
 from typing import Any
 
@@ -28,7 +26,6 @@ from autolrs_ray.summary import summary
 REPORT_FILE = "report.html"
 NARROW_IN = 4.2  # inches: at the width of a phone the letters are then as large as the text around them
 LETTERS = 30  # that fit into a title of that width
-PACKAGES = ("autolrs-ray", "torch", "ray", "botorch", "gpytorch", "numpy")
 
 Row = dict[str, Any]
 Draw = Callable[[RunData], Any | None]
@@ -116,22 +113,29 @@ def _json(value: Any) -> str:
 
 
 def _environment(data: RunData) -> list[tuple[str, str]]:
-    """When the run was, on how many machines, and the software beside this report (the journal holds no versions)."""
+    """When the run was, on how many machines, and what its journal says of software and hardware (older ones: nothing)."""
     times = [event["time"] for event in data.result.events]
     rows = [row for reports in data.reports.values() for row in reports]
     machines, processes = ({row.get(key) for row in rows} - {None} for key in ("node_ip", "pid"))
     told = [("began", _utc(times[0])), ("last entry", _utc(times[-1]))]
     if machines:
         told.append(("trained on", f"{len(machines)} machine(s), {len(processes)} worker process(es)"))
-    told += [("report written with Python", platform.python_version())]
-    return told + [(f"report written with {name}", version) for name in PACKAGES if (version := _version(name))]
+    lives = [_flat(event["environment"]) for event in data.result.events if "environment" in event]
+    for name in dict.fromkeys(name for life in lives for name in life):
+        values = dict.fromkeys(life.get(name, "none") for life in lives)
+        told.append((name, ", then ".join(values)))  # more than one where the run was resumed elsewhere
+    return told
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _flat(environment: Row) -> dict[str, str]:
+    """Name -> value of what a journal's "environment" tells."""
+    told: dict[str, str] = {name: str(environment[name]) for name in ("python", "platform") if name in environment}
+    told |= {name: str(version) for name, version in environment.get("packages", {}).items()}
+    if environment.get("cpus"):
+        told["driver's CPUs"] = str(environment["cpus"])
+    if environment.get("gpus"):
+        told["cluster's GPUs"] = " ".join([str(environment["gpus"]), *environment.get("gpu_types", [])])
+    return told
 
 
 def _utc(time: float) -> str:

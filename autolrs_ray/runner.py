@@ -12,7 +12,6 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from autolrs_ray.distributed import worker_resources
 from autolrs_ray.live import LiveProgress
 from autolrs_ray.result import RunResult
 from autolrs_ray.scheduler import AutoLRSScheduler
@@ -56,6 +55,8 @@ def run(
     elif workers != 1:
         raise ValueError(f"workers={workers} needs a function build(config) -> TrainingTask, got {trainable!r}")
     if workers > 1 and not isinstance(resources, tune.PlacementGroupFactory):
+        from autolrs_ray.distributed import worker_resources
+
         resources = worker_resources(workers, resources)
     searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
     if is_uri(storage):

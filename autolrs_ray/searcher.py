@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray.tune.search import Searcher
 from ray.tune.search.sample import Domain, Float, LogUniform
 
@@ -22,8 +21,10 @@ from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy
 from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.environment import environment
 from autolrs_ray.journal import Record
 from autolrs_ray.nodes import require_shared
+from autolrs_ray.reports import ReportKeys, point_of
 from autolrs_ray.storage import Mirror, RunTakenError
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class AutoLRSSearch(Searcher):
         if not record.exists():
             if self.resume is True:
                 raise FileNotFoundError(f'nothing to resume in {record}; use resume="auto" to start there')
-            record.begin({"event": "start", "config": self.describe()})
+            record.begin({"event": "start", "config": self.describe(), "environment": environment()})
             return False
         if self.resume is False and self._restored is None:
             raise FileExistsError(
@@ -220,7 +221,8 @@ class AutoLRSSearch(Searcher):
             self.policy.extend(self.total_steps)
         self.arm_of.clear()
         self.segments.clear()
-        record.append([{"event": "resume", "step": self.policy.progress()["step"]}])
+        step = self.policy.progress()["step"]
+        record.append([{"event": "resume", "step": step, "environment": environment()}])
         record.write_state(self.describe(), self.policy.state_dict())
         return True
 
@@ -351,58 +353,9 @@ class AutoLRSSearch(Searcher):
 
     def point(self, result: dict[str, Any], arm: str, first: bool) -> Point:
         """The report of `arm` as a Point; raises ValueError or TypeError that says how to mend the trainable."""
-        segment = self.segments[arm]
-        if self.time_attr not in result:
-            raise ValueError(
-                f'the trainable does not report "{self.time_attr}" (optimizer steps done, restored from checkpoints); add '
-                f"it to every report or name another key by time_attr. Reported: {sorted(result)}"
-            )
-        step = result[self.time_attr]
-        if (
-            isinstance(step, bool)
-            or not isinstance(step, (int, float, np.integer, np.floating))
-            or not step >= 0
-            or step != int(step)
-        ):
-            raise TypeError(f'"{self.time_attr}" must be a whole number of optimizer steps, got {step!r}')
-        step = int(step)
-        if first and segment.start and step <= segment.start:
-            raise ValueError(
-                f"a trial restored from a checkpoint at step {segment.start} reports step {step}: the trainable does not "
-                f'restore its state. Save "{self.time_attr}", model and optimizer, and load them in load_checkpoint (class) '
-                "or from tune.get_checkpoint() (function)."
-            )
-        self._check_lr(segment, step, result)
         sign = -1.0 if self.mode == "max" else 1.0
-        loss = sign * self._number(result, self.loss_key)
-        train = self._number(result, self.train_metric) if self.train_metric in result else None
-        averaged = sign * self._number(result, self.averaged_metric) if self.averaged_metric in result else None
-        return Point(step, loss, train, averaged)
-
-    def _check_lr(self, segment: Segment, step: int, result: dict[str, Any]) -> None:
-        """Under an envelope the LR changes at every step: a trainable that reads config["lr"] once would never decay."""
-        if segment.envelope in (None, "constant") or segment.warmup_steps:
-            return
-        used, mend = result.get(LR_KEY), 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
-        if used is None:
-            raise ValueError(
-                f"policy={self.policy_name!r} trains under an envelope, but the trainable reports no lr: {mend}"
-            )
-        if step <= segment.end:
-            before = max(segment.start, step - max(1, (segment.end - segment.start) // 10))
-            high, low = segment.lr_at(before), segment.lr_at(step)
-            if not min(low, high) * 0.98 <= used <= max(low, high) * 1.02:
-                raise ValueError(
-                    f"at step {step} the trainable used the learning rate {used:.4g}; the envelope gives {low:.4g}: {mend}"
-                )
-
-    def _number(self, result: dict[str, Any], key: str) -> float:
-        if key not in result:
-            raise ValueError(f'the trainable does not report the metric "{key}". Reported: {sorted(result)}')
-        value = result[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise TypeError(f'"{key}" must be a float, got {value!r} ({type(value).__name__}); call .item() on tensors')
-        return float(value)
+        keys = ReportKeys(self.time_attr, self.loss_key, self.train_metric, self.averaged_metric)
+        return point_of(result, self.segments[arm], keys, sign, first)
 
     # -- Tune's snapshots ----------------------------------------------------------------------------------------------
 

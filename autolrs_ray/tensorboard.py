@@ -43,12 +43,12 @@ def save_tensorboard(folder: str | os.PathLike[str], output: str | os.PathLike[s
 
 def _curves(data: RunData) -> Iterator[tuple[str, Iterable[Row]]]:
     yield "main", data.main_rows()
-    lrs = data.lrs()
     stages = {event["arm"]: event["stage"] for event in data.events("proposal")}
-    for arm, rows in data.reports.items():
-        if arm in lrs and arm != data.arm:
+    for arm, lr in data.lrs().items():
+        rows = data.rows(arm)
+        if rows and arm != data.arm:
             group = "trunks" if data.anchored else f"probes/stage_{stages[arm]:03d}"
-            yield f"{group}/lr_{lrs[arm]:.3g}_{arm}", rows
+            yield f"{group}/lr_{lr:.3g}_{arm}", rows
 
 
 def _scalars(row: Row, clock: str) -> Iterator[tuple[str, float]]:

@@ -42,6 +42,10 @@ def test_botorch_is_imported_on_first_use():
     assert loaded("import autolrs_ray.core.policies", "ray", "botorch", "gpytorch") == "[]"
 
 
+def test_a_run_of_single_process_trials_imports_nothing_for_several_processes():
+    assert loaded("from autolrs_ray import run", "autolrs_ray.distributed", "botorch", "matplotlib") == "[]"
+
+
 def test_every_public_name_is_there_and_others_are_not():
     assert set(autolrs_ray._HOMES) == set(autolrs_ray.__all__)
     for name in autolrs_ray.__all__:

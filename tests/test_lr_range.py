@@ -67,6 +67,14 @@ def test_the_first_losses_are_those_of_gradient_descent() -> None:
     assert (seen.lrs[0], seen.lrs[-1]) == pytest.approx((0.1, 0.2))
 
 
+def test_the_smoothed_losses_are_weighted_means_of_all_losses_so_far() -> None:
+    seen = lr_range_test(*quadratic(), lr_interval=(1e-3, 1.0), steps=50)
+    for i, smoothed in enumerate(seen.smoothed):
+        weights = [0.9 ** (i - j) for j in range(i + 1)]
+        mean = sum(weight * loss for weight, loss in zip(weights, seen.losses, strict=False)) / sum(weights)
+        assert smoothed == pytest.approx(mean)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_everything_is_put_back(trained: bool) -> None:
     model, optimizer, loss, batches = network()

@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from autolrs_ray.journal import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +76,11 @@ print("replayed")
 OPTIONAL = ["accelerate", "botorch", "gpytorch", "lightning", "matplotlib", "mlflow", "pyarrow", "ray", "rich", "scipy",
             "sklearn", "tensorboardX", "transformers", "typer"]  # fmt: skip
 
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+CONSOLE = "import sys\nfrom {} import {} as main\nsys.argv[0] = 'autolrs'\nmain()".format(
+    *SCRIPTS["autolrs"].split(":")
+)
+
 
 def python(*arguments: str | Path, executable: str | Path = sys.executable) -> str:
     """Standard output of a Python with no path but its own."""
@@ -94,6 +102,31 @@ def test_only_what_the_extra_brings_is_said_to_be_missing() -> None:
         "except ModuleNotFoundError as error:\n    print(error)\n"
     )
     assert python("-c", code).strip() == "No module named 'torch'"
+
+
+def command(before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The console script, in a Python that has run `before`."""
+    return subprocess.run(
+        [sys.executable, "-c", before + CONSOLE, *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("missing", [OPTIONAL, ["ray"]])
+def test_the_command_without_the_extra_is_one_line_that_names_the_mend(missing: list[str], tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    config = dict(total_steps=20, policy="paper", lr_interval=None, metric="val_loss", mode="min", time_attr="step")
+    record.append([{"event": "start", "config": {**config, "options": {}}}])
+    record.close()
+    result = command(BLOCK.format(names=missing), "tensorboard", str(tmp_path))
+    package = "typer" if "typer" in missing else "ray"
+    assert result.stderr == f"autolrs: {package} is not installed: pip install 'autolrs-ray[tune]'\n"
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+def test_the_command_with_the_extra_is_the_whole_command() -> None:
+    result = command("", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Automatic learning rates" in result.stdout
 
 
 def test_every_third_party_import_is_declared() -> None:
@@ -187,6 +220,8 @@ def test_the_wheel_replays_in_a_clean_environment_without_extras(wheel: Path, tm
                      executable=executable)  # fmt: skip
     assert present.strip() == "[]"
     assert "replayed" in python("-c", REPLAY, tmp_path, executable=executable)
+    told = subprocess.run([executable.parent / "autolrs", "--help"], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (1, "autolrs: typer is not installed: pip install 'autolrs-ray[tune]'\n")
 
 
 @pytest.mark.slow
@@ -196,4 +231,4 @@ def test_the_wheel_has_all_public_names_in_a_clean_environment_with_the_extra_tu
     answer, file = python("-c", code, executable=executable).split()
     assert answer == "True"
     assert Path(file).is_relative_to(tmp_path)
-    assert "Automatic learning rates" in python("-m", "autolrs_ray.cli", "--help", executable=executable)
+    assert "Automatic learning rates" in python(executable.parent / "autolrs", "--help", executable=executable)

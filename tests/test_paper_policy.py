@@ -152,17 +152,63 @@ def test_a_probe_with_a_loss_that_is_not_finite_ends_at_once_and_nothing_above_i
     assert "diverged" in events
 
 
-def test_a_probe_far_above_the_loss_it_started_from_has_diverged():
-    simulation = Simulation(paper(total_steps=60))
-    while not simulation.of("commit"):
-        simulation.act()
-    policy = simulation.policy
-    start = policy.loss
-    (high,) = policy.wanted()
-    finish_probe(policy, high, [4.1 * start] * 10)
-    (fine,) = policy.wanted()
-    finish_probe(policy, fine, [3.9 * start] * 10)
-    assert [probe.status for probe in policy.probes[:2]] == ["diverged", "done"]
+def into_the_second_stage(loss, first_losses=(1.2, 1.5, 2.0, 8.0)):
+    """A policy whose first stage began at `first_losses`, one per probe, and ended at `loss`."""
+    policy = paper(initial="grid", promote=False)
+    for i, first in enumerate(first_losses):
+        (segment,) = policy.wanted()
+        finish_probe(policy, segment, [first, *decaying(1.0 + i, 4)])
+    policy.report("main", Point(20, loss))
+    policy.saved("main", 20, "main@20")
+    return policy
+
+
+def statuses(policy, *levels):
+    for level in levels:
+        (segment,) = policy.wanted()
+        finish_probe(policy, segment, [level] * 10)
+    return [probe.status for probe in policy.probes[: len(levels)]]
+
+
+@pytest.mark.parametrize(
+    ("start", "yardstick"),
+    [
+        (3.0, 3.0),  # the stage started above the run's first losses
+        (1e-6, 2.0),  # a well-trained model: every harmless probe ends at many times 1e-6
+    ],
+)
+def test_a_probe_far_above_both_the_stages_start_and_the_runs_first_losses_has_diverged(start, yardstick):
+    policy = into_the_second_stage(start)
+    assert statuses(policy, 3.9 * yardstick, 4.1 * yardstick) == ["done", "diverged"]
+
+
+def test_the_first_losses_are_kept_in_the_state_and_one_from_before_that_measures_by_the_stages_start():
+    state = json.loads(json.dumps(into_the_second_stage(0.1).state_dict()))
+    restored, old = paper(initial="grid", promote=False), paper(initial="grid", promote=False)
+    restored.load_state_dict(state)
+    assert restored.first_loss == 2.0
+    del state["first_loss"]
+    old.load_state_dict({**state, "probes": []})
+    assert [statuses(policy, 0.3, 0.5) for policy in (restored, old)] == [["done", "done"], ["done", "diverged"]]
+
+
+def test_a_best_probe_that_first_rose_does_not_make_the_main_trial_diverge():
+    policy = into_the_second_stage(1.0, first_losses=(50.0, 1.0, 1.0, 1.0))
+    assert policy.first_loss == 50.0
+
+
+def test_after_a_warm_up_the_first_loss_is_its_first():
+    policy = paper(warmup_steps=8, warmup_lr=0.1)
+    for step, loss in ((1, 2.0), (2, 90.0), (8, 1e-3)):  # no smaller LR to go back to: a warm-up may rise
+        policy.report("main", Point(step, loss))
+    policy.saved("main", 8, "main@8")
+    assert statuses(policy, 7.9, 8.1) == ["done", "diverged"]
+
+
+def test_a_metric_without_a_floor_has_no_wall():
+    policy = paper(floor=None, num_lrs=1)
+    finish_probe(policy, policy.wanted()[0], decaying(1.0))
+    assert policy.report("main", Point(7, 1e9)) is Verdict.CONTINUE
 
 
 def test_a_training_loss_that_is_not_finite_is_a_divergence_though_the_validation_loss_is_fine():
@@ -275,6 +321,32 @@ def test_a_diverging_main_trial_goes_back_to_the_stages_start_with_the_next_smal
     assert (retried.arm, retried.start, retried.source, retried.lr) == ("main", 0, None, rollback["new_lr"])
     assert [verdict for _, _, verdict in simulation.verdicts].count(Verdict.ROLLBACK) == 1
     assert simulation.of("commit")[0]["lr"] == rollback["new_lr"]
+
+
+@pytest.mark.parametrize("huge", [1e30, 41.0])
+def test_a_main_trial_that_blows_up_to_a_finite_loss_goes_back_too(huge):
+    """The first losses are 10: the wall is 40."""
+    policy = paper(num_lrs=2, initial="grid", promote=False)
+    for level in (2.0, 1.0):
+        finish_probe(policy, policy.wanted()[0], [10.0, *decaying(level, 4)])
+    assert policy.report("main", Point(7, 39.0)) is Verdict.CONTINUE
+    lr = policy.wanted()[0].lr
+    assert policy.report("main", Point(9, huge)) is Verdict.ROLLBACK
+    assert policy.wanted()[0].lr < lr
+    policy.drain_events()
+
+
+def test_the_start_that_a_stage_is_measured_by_stays_until_its_end_is_durable():
+    """Killed between the last report and its checkpoint, the main trial comes from where the stage began."""
+    policy = into_the_second_stage(7.0)
+    while policy.phase == "search":
+        finish_probe(policy, policy.wanted()[0], decaying(5.0 + len(policy.probes), 10))
+    policy.report("main", Point(60, 0.01))
+    restored = paper(initial="grid", promote=False)
+    restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert restored.report("main", Point(25, 8.9)) is Verdict.CONTINUE
+    policy.saved("main", 60, "main@60")
+    assert (restored.loss, policy.loss) == (7.0, 0.01)
 
 
 def test_a_rollback_never_needs_a_checkpoint_that_was_allowed_to_be_deleted():

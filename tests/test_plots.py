@@ -173,6 +173,73 @@ def test_reports_that_step_back_after_a_restart_are_replaced_by_the_later_ones(t
     assert [(row["step"], row["val_loss"]) for row in kept] == [(1, 9), (2, 4), (4, 3)]
 
 
+def points(rows: list[dict[str, Any]], key: str = "val_loss") -> dict[int, float]:
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def test_what_the_journal_holds_is_drawn_whatever_tunes_files_have_lost(paper: Path, anchored: Path) -> None:
+    data = RunData.load(paper)
+    commits = {row["end"]: row["loss"] for row in data.commits()}
+    first, last = min(commits), max(commits)
+    rows = [dict(step=first, val_loss=99.0, val_accuracy=0.5), dict(step=first + 1, val_loss=2.0)]  # and none after
+    data = RunData(data.result, data.config, {"main": rows})
+    drawn = data.main_rows()
+    assert points(drawn) == {**commits, first + 1: 2.0}
+    assert points(drawn, "val_accuracy") == {first: 0.5}  # what the journal does not hold is Tune's
+    assert [row["step"] for row in drawn] == sorted({*commits, first + 1})
+    assert last == 140
+    data = RunData.load(anchored)
+    whole, arm = data.scores(), next(arm for arm, fate in data.fates().items() if fate == "dropped")
+    detail = dict(step=1, val_loss=9.0, averaged_loss=8.0)
+    partial = RunData(data.result, data.config, {arm: [detail], data.arm: [detail]})
+    for name in (arm, data.arm):
+        assert partial.scores()[name] == {1: 8.0, **whole[name]}
+    assert set(whole[data.arm]) <= {row["step"] for row in partial.main_rows()}
+
+
+def test_probes_are_drawn_from_the_journal_where_tune_has_no_rows_of_them(paper: Path) -> None:
+    data = RunData.load(paper)
+    probe = next(event for event in data.events("probe") if event["stage"] == 1)
+    (start,) = (event["start"] for event in data.events("stage") if event["stage"] == 1)
+    key = "train_loss" if probe["series"] == "training" else "val_loss"
+    assert points(data.rows(probe["arm"]), key) == {
+        start + step: loss for step, loss in zip(probe["steps"], probe["losses"], strict=True)
+    }
+
+
+def test_what_a_rolled_back_attempt_reported_is_no_part_of_the_main_run(tmp_path: Path) -> None:
+    commit = dict(stage=0, start=0, end=20, lr=0.1, loss=1.0, forecast=None, warmup=False, checkpoint="c")
+    write_events(
+        tmp_path, [dict(event="rollback", stage=0, step=8, lr=0.9, new_lr=0.1), dict(event="commit", **commit)]
+    )
+    attempts = [(0.9, [2, 4]), (0.1, [6, 12, 20])]
+    rows = [dict(step=step, val_loss=lr, config={"autolrs": {"arm": "main", "start": 0, "lr": lr}})
+            for lr, steps in attempts for step in steps]  # fmt: skip
+    data = RunData.load(tmp_path)
+    assert points(RunData(data.result, data.config, {"main": rows}).main_rows()) == {6: 0.1, 12: 0.1, 20: 1.0}
+
+
+def test_a_branch_begins_with_what_its_parent_reported(tmp_path: Path) -> None:
+    config = dict(total_steps=100, policy="anchored", lr_interval=[1e-3, 1.0], metric="val_loss", mode="min",
+                  time_attr="step", seed=0, options={})  # fmt: skip
+    record = Record(tmp_path)
+    record.append([
+        {"event": "start", "config": config},
+        {"event": "proposal", "stage": 0, "probe": 0, "arm": "t00", "lr": 0.1},
+        *({"event": "commit", "stage": 0, "arm": "t00", "end": end, "lr": 0.1, "loss": 5.0} for end in (20, 40, 60)),
+        {"event": "proposal", "stage": 0, "probe": 1, "arm": "t01", "lr": 0.2, "parent": "t00", "start": 40},
+        {"event": "commit", "stage": 0, "arm": "t01", "end": 100, "lr": 0.2, "loss": 1.0},
+        {"event": "done", "arm": "t01", "lr": 0.2, "step": 100, "loss": 1.0},
+    ])  # fmt: skip
+    record.close()
+    data = RunData.load(tmp_path)
+    reports = {
+        arm: [dict(step=step, val_loss=3.0) for step in steps] for arm, steps in (("t00", (10, 50)), ("t01", (70,)))
+    }
+    rows = RunData(data.result, data.config, reports).main_rows()
+    assert points(rows) == {10: 3.0, 20: 5.0, 40: 5.0, 70: 3.0, 100: 1.0}
+
+
 def test_steps_that_a_promoted_probe_trained_are_part_of_the_main_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", "paper", 40, (1e-3, 1.0), **PAPER)
     data = RunData.load(folder)
@@ -182,7 +249,7 @@ def test_steps_that_a_promoted_probe_trained_are_part_of_the_main_run(tmp_path: 
         write_reports(folder, arm, [dict(step=step, val_loss=2.0, who=arm) for step in (2, 4)])
     write_reports(folder, "main", [dict(step=step, val_loss=1.0, who="main") for step in (10, 20)], start=4)
     chosen = next(arm for arm, lr in arms.items() if lr == first["lr"])
-    rows = RunData.load(folder).main_rows()
+    rows = [row for row in RunData.load(folder).main_rows() if "who" in row]
     assert [(row["step"], row["who"]) for row in rows] == [(2, chosen), (4, chosen), (10, "main"), (20, "main")]
 
 
@@ -194,7 +261,8 @@ def test_training_loss_is_averaged_over_equal_stretches_and_validation_loss_is_n
     lines = {line.get_label(): line.get_data() for line in figure.axes[0].lines}
     assert list(lines["training loss"][0]) == [2, 5, 10]  # a hundredth of 200 steps is 2
     assert list(lines["training loss"][1]) == [3.0, 1.0, 3.0]
-    assert list(lines["validation loss"][1]) == [4.0, 2.0, 1.0, 3.0]
+    validation = dict(zip(*lines["validation loss"], strict=True))
+    assert [validation[step] for step in (1, 2, 5, 10)] == [4.0, 2.0, 1.0, 3.0]
 
 
 def test_without_reports_the_loss_is_that_of_the_commits(paper: Path) -> None:

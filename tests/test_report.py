@@ -93,6 +93,26 @@ def test_an_anchored_run_shows_the_race_and_who_won(anchored: Path) -> None:
     assert "1 machine(s), 1 worker process(es)" in page.text
 
 
+def test_the_environment_is_that_of_the_run_and_not_of_the_machine_that_writes_the_report(tmp_path: Path) -> None:
+    def shown(*events: dict[str, Any]) -> str:
+        folder = tmp_path / str(len(events))
+        config = dict(total_steps=20, policy="paper", lr_interval=None, metric="val_loss", mode="min", time_attr="step")
+        start, *more = events
+        record = Record(folder)
+        record.append([{"event": "start", "config": {**config, "options": {}}, **start}, *more])
+        record.close()
+        return Page(render(RunData.load(folder))).text.partition("Environment")[2]
+
+    before = dict(python="3.9.1", platform="Plan9", cpus=7, gpus=8, gpu_types=["K80"], packages={"torch": "0.4.1"})
+    after = {**before, "packages": {"torch": "1.0.0", "ray": "0.8"}}
+    told = shown({"environment": before})
+    assert "python 3.9.1 platform Plan9 torch 0.4.1 driver's CPUs 7 cluster's GPUs 8 K80" in told
+    told = shown({"environment": before}, {"event": "resume", "step": 3, "environment": after})
+    assert "torch 0.4.1, then 1.0.0 " in told
+    assert "ray none, then 0.8" in told
+    assert "torch" not in shown({}, {"event": "resume", "step": 3}, {"event": "note"})  # a journal without it
+
+
 def test_the_schedule_in_the_report_is_the_learned_one(anchored: Path) -> None:
     words = Page(render(RunData.load(anchored))).text
     start = words.index('{"format"')

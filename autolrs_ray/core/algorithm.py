@@ -6,8 +6,16 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autolrs_ray.core.forecast import forecast
-from autolrs_ray.core.plan import EnvelopeSpec, Stage, StagePlan, envelope_factor, require_bool, require_int
+from autolrs_ray.core.outcomes import best_of, divergence_wall, opening_loss, outcome_of
+from autolrs_ray.core.plan import (
+    EnvelopeSpec,
+    LogInterval,
+    Stage,
+    StagePlan,
+    envelope_factor,
+    require_bool,
+    require_int,
+)
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
 from autolrs_ray.core.proposals import Probe, ProposalRule
 from autolrs_ray.core.segments import Segment
@@ -23,6 +31,8 @@ class PaperPolicy(Policy):
 
     series: "authors" ranks probes by training loss while tau < tau_max and by validation loss after, "validation" by
     validation loss always. initial: "random" (one random LR, as the authors do) or "grid" (4 bin-centred LRs).
+    A probe whose last validation loss is above 4 times the larger of the stage's start loss and the run's first has diverged;
+    a main trial above it goes back to the stage's start with the best of the smaller LRs.
     promote: hand the winning probe's state to the main trial instead of training its steps again.
     floor: lower bound of the metric for the forecast (0 for a loss, None where it has none).
     envelope: the paper has none; with one, LR(t) = stage LR * envelope(t).
@@ -48,6 +58,7 @@ class PaperPolicy(Policy):
     checkpoint: str | None = None
     previous: dict[str, Any] | None = None
     loss: float | None = None
+    first_loss: float | None = None  # of the run, as far as it was measured; `loss` is where the stage started
     q: int = 0
     interval: tuple[float, float] = field(init=False)
     rounds: int = 0
@@ -56,6 +67,7 @@ class PaperPolicy(Policy):
     chosen: int | None = None
 
     # volatile
+    _end_loss: float | None = field(default=None, init=False, repr=False)
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
     _rule: ProposalRule = field(init=False, repr=False)
     _stages: int = field(default=0, init=False, repr=False)
@@ -74,6 +86,7 @@ class PaperPolicy(Policy):
 
     def _begin(self) -> None:
         self.step, self.checkpoint, self.probes, self.chosen = 0, None, [], None
+        self.loss = self.first_loss = None
         self.stage, self.phase = self.plan.stage(0, self.plan.warmup_steps), "warmup"
         if not self.plan.warmup_steps:
             self._open_stage()
@@ -152,9 +165,7 @@ class PaperPolicy(Policy):
             x, failure = proposal
             if failure:
                 self.emit("warning", stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
-            low, high = self.interval
-            lr = math.exp(math.log(low) + x * (math.log(high) - math.log(low)))
-            i = len(self.probes)
+            lr, i = LogInterval(*self.interval).lr(x), len(self.probes)
             self.probes.append(Probe(lr, x))
             self.emit("proposal", stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
 
@@ -173,9 +184,9 @@ class PaperPolicy(Policy):
         if point.step < self.stage.start + self.stage.probe_steps:
             return Verdict.CONTINUE
         self.probes[index].step = point.step
-        wall = 4.0 * self.loss if self.loss is not None and self.loss > 0 and self.floor is not None else math.inf
+        wall = divergence_wall(self.loss, self.first_loss, self.floor)
         self._resolve(index, "diverged" if points[-1].loss > wall else "done")
-        leads = self._best() == index
+        leads = best_of(self.probes) == index
         return Verdict.FINISH_AND_SAVE if leads and self.promote and can_save else Verdict.FINISH
 
     def _record(self, arm: str, point: Point) -> list[Point]:
@@ -185,20 +196,16 @@ class PaperPolicy(Policy):
         points.append(point)
         return points
 
-    def _uses_training_loss(self, points: list[Point]) -> bool:
-        early = self.series == "authors" and not self.plan.is_full_length(self.stage.index)
-        return early and all(point.train_loss is not None for point in points)
-
     def _resolve(self, index: int, status: str) -> None:
         probe, points = self.probes[index], self._points.get(self._arm(index), [])
-        training = self._uses_training_loss(points)
-        steps = [point.step - self.stage.start for point in points]
-        losses = [point.train_loss if training and point.train_loss is not None else point.loss for point in points]
-        predicted = forecast(steps, losses, self.stage.steps, self.floor)
+        by_training = self.series == "authors" and not self.plan.is_full_length(self.stage.index)
+        found = outcome_of(points, self.stage.start, self.stage.steps, by_training, self.floor)
+        predicted = found.predicted
         if predicted.failure:
             message = f"forecaster failed ({predicted.failure}); the mean of the last losses instead"
             self.emit("warning", stage=self.stage.index, message=message)
         probe.status = "diverged" if status == "done" and not math.isfinite(predicted.value) else status
+        probe.first_loss = points[0].loss if points and math.isfinite(points[0].loss) else None
         if probe.status == "done":
             probe.forecast, probe.stderr = predicted.value, predicted.stderr
             probe.loss, probe.train_loss = points[-1].loss, points[-1].train_loss
@@ -207,16 +214,11 @@ class PaperPolicy(Policy):
         self.emit(
             "probe",
             stage=self.stage.index, probe=index, arm=self._arm(index), lr=probe.lr, status=probe.status,
-            forecast=probe.forecast, stderr=probe.stderr, method=predicted.method,
-            series="training" if training else "validation", steps=steps,
-            losses=[loss if math.isfinite(loss) else None for loss in losses],
+            forecast=probe.forecast, stderr=probe.stderr, method=predicted.method, series=found.series,
+            steps=found.steps, losses=[loss if math.isfinite(loss) else None for loss in found.losses],
         )  # fmt: skip
         self._points.pop(self._arm(index), None)
         self._choose_if_complete()
-
-    def _best(self) -> int | None:
-        done = [(p.forecast, i) for i, p in enumerate(self.probes) if p.status == "done" and p.forecast is not None]
-        return min(done)[1] if done else None
 
     def _keep_leading(self) -> None:
         """Let go of all probes' checkpoints but the leading one's: `checkpoints` allows their deletion."""
@@ -226,7 +228,7 @@ class PaperPolicy(Policy):
                 probe.checkpoint = None
 
     def _leading(self) -> int | None:
-        return self._best() if self.chosen is None else self.chosen
+        return best_of(self.probes) if self.chosen is None else self.chosen
 
     def _choose_if_complete(self) -> None:
         if self.phase != "search" or len(self.probes) < (self.rounds + 1) * self.num_lrs:
@@ -241,9 +243,10 @@ class PaperPolicy(Policy):
 
     def _choose(self) -> None:
         refuse_ignored_lr([(p.lr, p.loss, p.train_loss, p.moved) for p in self.probes if p.loss is not None])
-        best = self._best()
+        best = best_of(self.probes)
         if best is not None:
             self.phase, self.chosen = "train", best
+            self.first_loss = opening_loss(self.probes, best) if self.first_loss is None else self.first_loss
             probe = self.probes[best]
             self.emit("choice", stage=self.stage.index, probe=best, lr=probe.lr, forecast=probe.forecast)
             return
@@ -261,8 +264,10 @@ class PaperPolicy(Policy):
     def _report_main(self, point: Point, can_save: bool) -> Verdict:
         if self.phase not in ("warmup", "train"):
             return Verdict.PAUSE
-        if not math.isfinite(point.loss):
+        if not math.isfinite(point.loss) or point.loss > self._main_wall():
             return self._roll_back(point)
+        if self.first_loss is None and self.phase == "warmup":
+            self.first_loss = point.loss
         end = self.plan.warmup_steps if self.phase == "warmup" else self.stage.end
         if point.step < end:
             return Verdict.CONTINUE
@@ -274,8 +279,14 @@ class PaperPolicy(Policy):
                     "Pass checkpoint= to tune.report at least once every stage_steps steps."
                 )
             return Verdict.CONTINUE
-        self.loss = point.loss
+        self._end_loss = point.loss  # `loss` stays the stage's start until the end is durable
         return Verdict.FINISH_AND_SAVE if point.step >= self.total_steps else Verdict.PAUSE
+
+    def _main_wall(self) -> float:
+        """Infinite in the warm-up, which has no smaller LR to go back to, and for a state from before it was measured."""
+        if self.phase == "warmup" or self.first_loss is None:
+            return math.inf
+        return divergence_wall(self.loss, self.first_loss, self.floor)
 
     def _roll_back(self, point: Point) -> Verdict:
         """The chosen LR diverged after its probe ended: forbid it and take the best of the smaller ones."""
@@ -285,7 +296,7 @@ class PaperPolicy(Policy):
             for probe in self.probes:
                 if probe.lr >= lr:
                     probe.status = "diverged"
-        best = self._best()
+        best = best_of(self.probes)
         if best is None or self.chosen is None or self.rollbacks > MAX_ROLLBACKS:
             raise AutoLRSError(
                 f"the main trial diverged at step {point.step} with {lr=:.3g} and no smaller learning rate is left; "
@@ -314,13 +325,13 @@ class PaperPolicy(Policy):
     def _commit(self, step: int, path: str, lr: float, forecast_value: float | None) -> None:
         warmup = self.phase == "warmup"
         row = dict(
-            stage=-1 if warmup else self.stage.index, start=self.step, end=step, lr=lr, loss=self.loss,
+            stage=-1 if warmup else self.stage.index, start=self.step, end=step, lr=lr, loss=self._end_loss,
             forecast=forecast_value, warmup=warmup,
         )  # fmt: skip
         if not warmup:
             self.previous = dict(stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint, lr=lr,
-                                 forecast=forecast_value)  # fmt: skip
-        self.step, self.checkpoint = step, path
+                                 forecast=forecast_value, loss=self.loss)  # fmt: skip
+        self.step, self.checkpoint, self.loss = step, path, self._end_loss
         self.withdraw(MAIN)
         self.emit("commit", **row, checkpoint=path)
         if step >= self.total_steps:
@@ -357,7 +368,7 @@ class PaperPolicy(Policy):
             if self.previous is not None and self.previous["checkpoint"] == path:
                 self.previous = None
             return
-        back, self.previous, self.loss = self.previous, None, None
+        back, self.previous = self.previous, None
         way = "starting from scratch" if back is None else "going back a stage"
         self.emit("warning", stage=self.stage.index, message=f"checkpoint {path} is unreadable; {way}")
         self._issued.discard(MAIN)
@@ -365,6 +376,7 @@ class PaperPolicy(Policy):
             self._begin()
             return
         self.stage, self.step, self.checkpoint = Stage(**back["stage"]), back["step"], back["checkpoint"]
+        self.loss = back.get("loss")
         self.probes = [Probe(back["lr"], 0.0, "done", back["forecast"])]
         self.phase, self.chosen = "train", 0
         self.rounds = self.rollbacks = 0
@@ -389,7 +401,7 @@ class PaperPolicy(Policy):
     def state_dict(self) -> dict[str, Any]:
         return dict(
             policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
-            previous=self.previous, loss=self.loss, q=self.q, interval=list(self.interval),
+            previous=self.previous, loss=self.loss, first_loss=self.first_loss, q=self.q, interval=list(self.interval),
             rounds=self.rounds, rollbacks=self.rollbacks, concurrency=self.concurrency,
             probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
         )  # fmt: skip
@@ -399,8 +411,9 @@ class PaperPolicy(Policy):
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'paper'")
         self.phase, self.stage = state["phase"], Stage(**state["stage"])
         self.step, self.checkpoint, self.loss, self.q = state["step"], state["checkpoint"], state["loss"], state["q"]
+        self.first_loss = state.get("first_loss")  # states written before it was kept have none
         self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
         self.probes = [Probe(**probe) for probe in state["probes"]]
         self.chosen, self.previous = state["chosen"], state["previous"]
         self.concurrency = state["concurrency"]  # it shapes the proposals: a run goes on with what it began with
-        self._issued, self._points, self._events = set(), {}, []
+        self._issued, self._points, self._events, self._end_loss = set(), {}, [], None

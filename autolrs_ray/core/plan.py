@@ -118,6 +118,22 @@ def validate_interval(lr_interval: Any) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
+class LogInterval:
+    """Learning rates from `low` to `high` on a scale x that is even in log LR: 0 at `low`, 1 at `high`."""
+
+    low: float
+    high: float
+
+    def lr(self, x: float) -> float:
+        """The learning rate at `x`."""
+        return math.exp(math.log(self.low) + x * (math.log(self.high) - math.log(self.low)))
+
+    def x(self, lr: float) -> float:
+        """Where `lr` lies; outside [0, 1] where it is outside the interval."""
+        return (math.log(lr) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of the paper's Algorithm 1: `steps` is its tau, `probe_steps` its tau'."""
 

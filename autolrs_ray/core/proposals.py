@@ -14,8 +14,8 @@ from autolrs_ray.core.plan import require_float, require_int
 class Probe:
     """One LR tried in the current stage. status: "open", "done", "diverged" or "failed". x: log LR scaled to [0, 1].
 
-    loss, train_loss: at its last report; moved: the losses before it were others. checkpoint: of its end state, kept for
-    the leading probe only.
+    first_loss: at its first report, where that is finite. loss, train_loss: at its last; moved: the losses before it were
+    others. checkpoint: of its end state, kept for the leading probe only.
     """
 
     lr: float
@@ -28,6 +28,7 @@ class Probe:
     moved: bool = False
     step: int = 0
     checkpoint: str | None = None
+    first_loss: float | None = None
 
 
 @dataclass(frozen=True)

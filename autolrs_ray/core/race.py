@@ -13,6 +13,7 @@ from typing import Any
 
 from autolrs_ray.core.plan import (
     EnvelopeSpec,
+    LogInterval,
     RacePlan,
     envelope_factor,
     require_bool,
@@ -332,18 +333,13 @@ class AnchoredPolicy(Policy):
         number, leader = parent
         for x in bin_centred_grid(self.branches):
             lr = leader.lr * 4.0**x
-            self.trunks.append(leader.branch(number, lr, self._x_of(lr), self.forks[number]))
+            self.trunks.append(leader.branch(number, lr, LogInterval(*self.lr_interval).x(lr), self.forks[number]))
             self.emit("proposal", stage=0, probe=len(self.trunks) - 1, arm=self._arm(len(self.trunks) - 1), lr=lr,
                       parent=self._arm(number), start=self.forks[number][0])  # fmt: skip
         self.forks = {}
 
-    def _x_of(self, lr: float) -> float:
-        low, high = self.lr_interval
-        return (math.log(lr) - math.log(low)) / (math.log(high) - math.log(low))
-
     def _new_trunk(self, x: float, infill: bool = False) -> Trunk:
-        low, high = self.lr_interval
-        self.trunks.append(Trunk(math.exp(math.log(low) + x * (math.log(high) - math.log(low))), x, infill=infill))
+        self.trunks.append(Trunk(LogInterval(*self.lr_interval).lr(x), x, infill=infill))
         return self.trunks[-1]
 
     def _end(self, index: int, status: str) -> None:

@@ -1,0 +1,89 @@
+"""What a trainable reports, checked: every error says how to mend the trainable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autolrs_ray.core.policy import Point
+from autolrs_ray.core.segments import Segment
+
+_MEND = 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
+_TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
+_NUMBERS = (int, float, np.integer, np.floating)
+
+
+@dataclass(frozen=True)
+class ReportKeys:
+    """The result keys of the optimizer steps done, of the validation metric, and of the mean training loss and the loss of
+    averaged weights, which are used where they are reported."""
+
+    step: str
+    loss: str
+    train: str
+    averaged: str
+
+
+def point_of(result: dict[str, Any], segment: Segment, keys: ReportKeys, sign: float, first: bool) -> Point:
+    """A report of `segment` as a Point; sign: of the metric in the loss. first: the trial's first since it was restored.
+
+    Raises ValueError for what is missing, does not follow the learning rate or was not restored, TypeError for no number.
+    """
+    step = step_of(result, keys.step)
+    if first and segment.start and step <= segment.start:
+        raise ValueError(
+            f"a trial restored from a checkpoint at step {segment.start} reports step {step}: the trainable does not "
+            f'restore its state. Save "{keys.step}", model and optimizer, and load them in load_checkpoint (class) '
+            "or from tune.get_checkpoint() (function)."
+        )
+    check_lr(result, segment, step - max(1, (segment.end - segment.start) // 10), step)
+    loss = sign * _number(result, keys.loss)
+    train = _number(result, keys.train) if keys.train in result else None
+    averaged = sign * _number(result, keys.averaged) if keys.averaged in result else None
+    return Point(step, loss, train, averaged)
+
+
+def step_of(result: dict[str, Any], key: str) -> int:
+    """The optimizer steps done, in result[key]. Raises ValueError where it is missing, TypeError if it is no whole number."""
+    if key not in result:
+        raise ValueError(
+            f'the trainable does not report "{key}" (optimizer steps done, restored from checkpoints); add it to every '
+            f"report or name another key by time_attr. Reported: {sorted(result)}"
+        )
+    step = result[key]
+    if isinstance(step, bool) or not isinstance(step, _NUMBERS) or not step >= 0 or step != int(step):
+        raise TypeError(f'"{key}" must be a whole number of optimizer steps, got {step!r}')
+    return int(step)
+
+
+def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) -> None:
+    """Refuse a report, at `step`, of an LR that the envelope did not have between `since` and `step`.
+
+    A trainable that reads config["lr"] once would never decay. Past the segment's end, and where a trial has gone back to
+    before `since`, there is nothing to hold the LR against. Raises ValueError, or TypeError if the LR is no number.
+    """
+    if segment.envelope is None or (segment.envelope == "constant" and not segment.warmup_steps):
+        return
+    if result.get("lr") is None:
+        raise ValueError(f"the learning rate follows an envelope, but the trainable reports no lr: {_MEND}")
+    used, since = _number(result, "lr"), max(segment.start, since)
+    if not since < step <= segment.end:
+        return
+    turn = min(max(since, segment.warmup_steps), step)  # where the LR is highest, if a warm-up ends in between
+    right = [segment.lr_at(at) for at in (since, turn, step)]
+    if not min(right) * (1.0 - _TOLERANCE) <= used <= max(right) * (1.0 + _TOLERANCE):
+        raise ValueError(
+            f"at step {step} the trainable used the learning rate {used:.4g}; the envelope gives {right[0]:.4g} at step "
+            f"{since} and {right[-1]:.4g} now: {_MEND}"
+        )
+
+
+def _number(result: dict[str, Any], key: str) -> float:
+    if key not in result:
+        raise ValueError(f'the trainable does not report the metric "{key}". Reported: {sorted(result)}')
+    value = result[key]
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f'"{key}" must be a float, got {value!r} ({type(value).__name__}); call .item() on tensors')
+    return float(value)

@@ -1,0 +1,91 @@
+"""What a report must hold, without Ray running: the pair and the replay scheduler check by the same code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autolrs_ray.core.policy import Point
+from autolrs_ray.core.segments import Segment
+from autolrs_ray.reports import ReportKeys, check_lr, point_of, step_of
+
+KEYS = ReportKeys("step", "val_loss", "train_loss", "averaged_loss")
+DECAY = Segment("t00", "trunk", 0, 1.0, 0, (50, 100), 2, None, "linear", 100)
+FLAT = Segment("main", "main", 0, 1.0, 20, (60,), 2, "checkpoint", None, 100)
+
+
+def test_a_report_is_a_point_and_a_metric_to_maximise_is_negated() -> None:
+    result = {"step": np.int64(30), "val_loss": np.float32(0.5), "train_loss": 2, "other": "x"}
+    assert point_of(result, FLAT, KEYS, 1.0, first=True) == Point(30, 0.5, 2.0, None)
+    result = {"step": 30.0, "val_loss": 0.5, "averaged_loss": math.inf}
+    assert point_of(result, FLAT, KEYS, -1.0, first=True) == Point(30, -0.5, None, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        ({"val_loss": 1.0}, ValueError, r'does not report "step".*time_attr\. Reported: \[\'val_loss\'\]'),
+        ({"step": 30}, ValueError, 'does not report the metric "val_loss"'),
+        ({"step": True, "val_loss": 1.0}, TypeError, '"step" must be a whole number of optimizer steps, got True'),
+        ({"step": 30, "val_loss": None}, TypeError, r'"val_loss" must be a float, got None \(NoneType\)'),
+        ({"step": 30, "val_loss": 1.0, "train_loss": "1"}, TypeError, '"train_loss" must be a float'),
+        ({"step": 20, "val_loss": 1.0}, ValueError, "restored from a checkpoint at step 20 reports step 20"),
+    ],
+)
+def test_a_report_that_cannot_be_used_is_refused(result: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        point_of(result, FLAT, KEYS, 1.0, first=True)
+
+
+@pytest.mark.parametrize("step", [math.nan, -1, 1.5, "3"])
+def test_steps_are_whole_numbers(step: Any) -> None:
+    with pytest.raises(TypeError, match='"step" must be a whole number'):
+        step_of({"step": step}, "step")
+
+
+@pytest.mark.parametrize("lr", [0.5, 0.55, 0.6, np.float32(0.495)])
+def test_an_lr_that_the_envelope_had_since_the_report_before_is_taken(lr: float) -> None:
+    check_lr({"lr": lr}, DECAY, since=40, step=50)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({}, r"reports no lr: set every step's LR to autolrs_ray\.lr_at"),
+        ({"lr": 1.0}, r"at step 50 .* learning rate 1; the envelope gives 0\.6 at step 40 and 0\.5 now: set every"),
+        ({"lr": 0.4}, r"used the learning rate 0\.4"),
+        ({"lr": math.nan}, "used the learning rate nan"),
+    ],
+)
+def test_another_lr_or_none_is_refused(result: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_lr(result, DECAY, since=40, step=50)
+    with pytest.raises(TypeError, match=r"call \.item\(\) on tensors"):
+        check_lr({"lr": np.array([0.5])}, DECAY, since=40, step=50)
+
+
+def test_where_there_is_nothing_to_hold_an_lr_against_any_is_taken() -> None:
+    check_lr({}, FLAT, since=20, step=40)
+    check_lr({"lr": 9.0}, DECAY, since=100, step=130)  # a report that comes late
+    check_lr({"lr": 9.0}, DECAY, since=60, step=40)  # the trial was restored from an older checkpoint
+
+
+@pytest.mark.parametrize(("since", "step", "lr"), [(0, 10, 0.3), (40, 60, 0.5), (40, 60, 0.41), (60, 80, 0.3)])
+def test_a_warm_up_is_followed_up_to_its_end_and_down_again(since: int, step: int, lr: float) -> None:
+    segment = replace(DECAY, warmup_steps=50)  # 0.02 at step 0, 0.41 at 40, 0.5 at 50, 0.4 at 60
+    with pytest.raises(ValueError, match="used the learning rate 1"):
+        check_lr({"lr": 1.0}, segment, since, step)
+    if since:
+        check_lr({"lr": lr}, segment, since, step)
+    else:
+        with pytest.raises(ValueError, match=r"used the learning rate 0\.3; the envelope gives 0\.02 at step 0"):
+            check_lr({"lr": lr}, segment, since, step)
+
+
+def test_a_constant_envelope_with_a_warm_up_is_followed_too() -> None:
+    with pytest.raises(ValueError, match="used the learning rate 1"):
+        check_lr({"lr": 1.0}, replace(DECAY, envelope="constant", warmup_steps=50), 0, 10)
