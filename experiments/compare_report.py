@@ -41,7 +41,8 @@ def mean_se(values: list[float | None]) -> Number:
 
 
 def summarise(cached: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of compare.json: one per task, setting and method. minus_anchored: paired over the seeds both have.
+    """Rows of compare.json: one per task, setting and method. test_losses, lrs: by seed. minus_anchored: paired over the
+    seeds both have.
 
     A method that has run on at most half of anchored's seeds is left out: its mean would not compare with the others'.
     """
@@ -67,7 +68,8 @@ def summarise(cached: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[
                 minus_anchored=mean_se(differences) if differences else None,
                 compute=round(sum(o["compute"] for o in outcomes) / len(rows), 3),
                 wall_clock=round(sum(o["wall_clock"] for o in outcomes) / len(rows), 3),
-                lrs=[o["lr"] for o in outcomes], hardware=rows[-1]["hardware"], date=max(row["date"] for row in rows),
+                test_losses=[o["test_loss"] for o in outcomes], lrs=[o["lr"] for o in outcomes],
+                hardware=rows[-1]["hardware"], date=max(row["date"] for row in rows),
             ))  # fmt: skip
     return result
 
