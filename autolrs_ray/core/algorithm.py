@@ -31,8 +31,8 @@ class PaperPolicy(Policy):
 
     series: "authors" ranks probes by training loss while tau < tau_max and by validation loss after, "validation" by
     validation loss always. initial: "random" (one random LR, as the authors do) or "grid" (4 bin-centred LRs).
-    A probe whose last validation loss is above 4 times the larger of the stage's start loss and the run's first has diverged;
-    a main trial above it goes back to the stage's start with the best of the smaller LRs.
+    A probe that ends above 4 times the larger of the stage's start loss and the run's first (validation losses) has diverged;
+    a main trial that does goes back to the stage's start with the best of the smaller LRs.
     promote: hand the winning probe's state to the main trial instead of training its steps again.
     floor: lower bound of the metric for the forecast (0 for a loss, None where it has none).
     envelope: the paper has none; with one, LR(t) = stage LR * envelope(t).
@@ -264,13 +264,15 @@ class PaperPolicy(Policy):
     def _report_main(self, point: Point, can_save: bool) -> Verdict:
         if self.phase not in ("warmup", "train"):
             return Verdict.PAUSE
-        if not math.isfinite(point.loss) or point.loss > self._main_wall():
+        if not math.isfinite(point.loss):
             return self._roll_back(point)
         if self.first_loss is None and self.phase == "warmup":
             self.first_loss = point.loss
         end = self.plan.warmup_steps if self.phase == "warmup" else self.stage.end
         if point.step < end:
             return Verdict.CONTINUE
+        if self._has_blown_up(point):  # as for probes, at the end only: at a high LR a loss may rise at first
+            return self._roll_back(point)
         if not can_save:
             patience = max(self.stage.steps, end - self.step)
             if point.step >= end + patience:
@@ -282,11 +284,16 @@ class PaperPolicy(Policy):
         self._end_loss = point.loss  # `loss` stays the stage's start until the end is durable
         return Verdict.FINISH_AND_SAVE if point.step >= self.total_steps else Verdict.PAUSE
 
-    def _main_wall(self) -> float:
-        """Infinite in the warm-up, which has no smaller LR to go back to, and for a state from before it was measured."""
+    def _has_blown_up(self, point: Point) -> bool:
+        """Whether a stage ends above the wall, by the training loss too, where there is one: batch norm's running statistics
+        can make a validation loss huge after a few steps at a high LR, and the model is well.
+
+        Never in the warm-up, which has no smaller LR to go back to, or with a state from before first losses were kept.
+        """
         if self.phase == "warmup" or self.first_loss is None:
-            return math.inf
-        return divergence_wall(self.loss, self.first_loss, self.floor)
+            return False
+        loss = point.loss if point.train_loss is None else min(point.loss, point.train_loss)
+        return loss > divergence_wall(self.loss, self.first_loss, self.floor)
 
     def _roll_back(self, point: Point) -> Verdict:
         """The chosen LR diverged after its probe ended: forbid it and take the best of the smaller ones."""
