@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from autolrs_ray.core.outcomes import best_of, divergence_wall, opening_loss, outcome_of
+from autolrs_ray.core.paper_state import PaperState
 from autolrs_ray.core.plan import (
     EnvelopeSpec,
     LogInterval,
-    Stage,
     StagePlan,
     envelope_factor,
     require_bool,
     require_int,
 )
-from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
+from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
 from autolrs_ray.core.proposals import Probe, ProposalRule
 from autolrs_ray.core.segments import Segment
 
@@ -26,7 +26,7 @@ MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the ru
 
 
 @dataclass
-class PaperPolicy(Policy):
+class PaperPolicy(PaperState):
     """Stage-wise search. Symbols of the paper: tau = stage_steps, tau' = probe_steps, k = num_lrs.
 
     series: "authors" ranks probes by training loss while tau < tau_max and by validation loss after, "validation" by
@@ -51,24 +51,6 @@ class PaperPolicy(Policy):
     floor: float | None = 0.0
     envelope: EnvelopeSpec = None
 
-    # durable state
-    phase: str = "search"
-    stage: Stage = field(init=False)
-    step: int = 0
-    checkpoint: str | None = None
-    previous: dict[str, Any] | None = None
-    loss: float | None = None
-    first_loss: float | None = None  # of the run, as far as it was measured; `loss` is where the stage started
-    q: int = 0
-    interval: tuple[float, float] = field(init=False)
-    rounds: int = 0
-    rollbacks: int = 0
-    probes: list[Probe] = field(default_factory=list)
-    chosen: int | None = None
-
-    # volatile
-    _end_loss: float | None = field(default=None, init=False, repr=False)
-    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
     _rule: ProposalRule = field(init=False, repr=False)
     _stages: int = field(default=0, init=False, repr=False)
 
@@ -120,9 +102,6 @@ class PaperPolicy(Policy):
         if self.phase in ("warmup", "train") and MAIN not in self._issued:
             return [self._main_segment()]
         return []
-
-    def _arm(self, index: int) -> str:
-        return f"s{self.stage.index:03d}p{index:02d}"
 
     def _probe_segment(self, arm: str, probe: Probe) -> Segment:
         end = self.stage.start + self.stage.probe_steps
@@ -219,16 +198,6 @@ class PaperPolicy(Policy):
         )  # fmt: skip
         self._points.pop(self._arm(index), None)
         self._choose_if_complete()
-
-    def _keep_leading(self) -> None:
-        """Let go of all probes' checkpoints but the leading one's: `checkpoints` allows their deletion."""
-        leading = self._leading()
-        for i, probe in enumerate(self.probes):
-            if i != leading:
-                probe.checkpoint = None
-
-    def _leading(self) -> int | None:
-        return best_of(self.probes) if self.chosen is None else self.chosen
 
     def _choose_if_complete(self) -> None:
         if self.phase != "search" or len(self.probes) < (self.rounds + 1) * self.num_lrs:
@@ -336,8 +305,7 @@ class PaperPolicy(Policy):
             forecast=forecast_value, warmup=warmup,
         )  # fmt: skip
         if not warmup:
-            self.previous = dict(stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint, lr=lr,
-                                 forecast=forecast_value, loss=self.loss)  # fmt: skip
+            self._remember_stage(lr, forecast_value)
         self.step, self.checkpoint, self.loss = step, path, self._end_loss
         self.withdraw(MAIN)
         self.emit("commit", **row, checkpoint=path)
@@ -382,18 +350,7 @@ class PaperPolicy(Policy):
         if back is None:
             self._begin()
             return
-        self.stage, self.step, self.checkpoint = Stage(**back["stage"]), back["step"], back["checkpoint"]
-        self.loss = back.get("loss")
-        self.probes = [Probe(back["lr"], 0.0, "done", back["forecast"])]
-        self.phase, self.chosen = "train", 0
-        self.rounds = self.rollbacks = 0
-
-    def checkpoints(self) -> set[str]:
-        leading = self._leading()
-        paths = {self.checkpoint, self.probes[leading].checkpoint if leading is not None else None}
-        if self.previous is not None:
-            paths.add(self.previous["checkpoint"])
-        return {path for path in paths if path is not None}
+        self._return_to_stage(back)
 
     def progress(self) -> dict[str, Any]:
         resolved = sum(probe.status != "open" for probe in self.probes)
@@ -404,23 +361,3 @@ class PaperPolicy(Policy):
             lr=self.probes[best].lr if best is not None else None, loss=self.loss, step=self.step,
             total_steps=self.total_steps,
         )  # fmt: skip
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(
-            policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
-            previous=self.previous, loss=self.loss, first_loss=self.first_loss, q=self.q, interval=list(self.interval),
-            rounds=self.rounds, rollbacks=self.rollbacks, concurrency=self.concurrency,
-            probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
-        )  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("policy") != "paper":
-            raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'paper'")
-        self.phase, self.stage = state["phase"], Stage(**state["stage"])
-        self.step, self.checkpoint, self.loss, self.q = state["step"], state["checkpoint"], state["loss"], state["q"]
-        self.first_loss = state.get("first_loss")  # states written before it was kept have none
-        self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
-        self.probes = [Probe(**probe) for probe in state["probes"]]
-        self.chosen, self.previous = state["chosen"], state["previous"]
-        self.concurrency = state["concurrency"]  # it shapes the proposals: a run goes on with what it began with
-        self._issued, self._points, self._events, self._end_loss = set(), {}, [], None
