@@ -12,7 +12,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -70,6 +71,17 @@ def _load(folder: str) -> RunData:
     for warning in caught:
         typer.echo(f"autolrs: warning: {warning.message}", err=True)
     return data
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """What goes wrong with files is one line, and damage to the journal, which `_load` has told, is not told again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            _fail(error)
 
 
 # -- run -----------------------------------------------------------------------------------------------------------------
@@ -220,12 +232,8 @@ def plot(
     _load(run_dir)
     from autolrs_ray.plots import save_plots
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damage to the journal has been told by now
-        try:
-            files = save_plots(run_dir, output, steps_per_epoch)
-        except (OSError, ValueError) as error:
-            _fail(error)
+    with _telling():
+        files = save_plots(run_dir, output, steps_per_epoch)
     if not files:
         _fail(f"nothing to plot yet in {run_dir}: no loss has been reported")
     for file in files:
@@ -249,12 +257,8 @@ def report(
     _load(run_dir)
     from autolrs_ray.report import save_report
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damage to the journal has been told by now
-        try:
-            typer.echo(save_report(run_dir, output, steps_per_epoch))
-        except (OSError, ValueError) as error:
-            _fail(error)
+    with _telling():
+        typer.echo(save_report(run_dir, output, steps_per_epoch))
 
 
 @app.command()
@@ -266,12 +270,8 @@ def tensorboard(
     _load(run_dir)
     from autolrs_ray.tensorboard import save_tensorboard
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damage to the journal has been told by now
-        try:
-            typer.echo(str(save_tensorboard(run_dir, output)))
-        except (OSError, ValueError) as error:
-            _fail(error)
+    with _telling():
+        typer.echo(str(save_tensorboard(run_dir, output)))
 
 
 def _as_csv(schedule: LearnedSchedule, every: int) -> str:
@@ -302,15 +302,10 @@ def export(
         _fail(f"no schedule yet in {run_dir}: no stage has been committed")
     if form is None:
         form = Format.CSV if output is not None and output.endswith(".csv") else Format.JSON
-    try:
+    with _telling():  # of a folder that is not there, or an envelope that was a function of the user's own
         text = _as_csv(schedule, every) if form is Format.CSV else schedule.to_json() + "\n"
         if output is not None:
             write_bytes(output, text.encode())
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a folder that is not there; an envelope that was a function of the user's own
-        _fail(error)
     if output is None:
         typer.echo(text, nl=False)
 

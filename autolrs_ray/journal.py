@@ -35,19 +35,19 @@ class RecordWarning(UserWarning):
     """A part of a run's record was unreadable and has been left out."""
 
 
-def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities replaced by None: strict JSON has neither."""
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities replaced by None, and tuples by lists: strict JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
 def _sealed(record: dict[str, Any]) -> str:
-    body = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False)
+    body = json.dumps(finite(record), separators=(",", ":"), allow_nan=False)
     return f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}'
 
 

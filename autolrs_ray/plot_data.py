@@ -45,7 +45,7 @@ def read_reports(folder: Path, clock: str) -> dict[str, list[Row]]:
     """
     reports: dict[str, list[Row]] = {}
     files = [
-        (rows[0].get("timestamp") or 0, rows) for file in folder.glob(f"*/{REPORTS_FILE}") if (rows := _rows(file))
+        (rows[0].get("timestamp") or 0, rows) for file in folder.glob(f"*/{REPORTS_FILE}") if (rows := read_lines(file))
     ]
     for _, rows in sorted(files, key=lambda item: item[0]):  # an arm may have had several trials, one after another
         for row in rows:
@@ -59,7 +59,8 @@ def read_reports(folder: Path, clock: str) -> dict[str, list[Row]]:
     return reports
 
 
-def _rows(file: Path) -> list[Row]:
+def read_lines(file: Path) -> list[Row]:
+    """The objects in a file of one JSON value per line; lines cut short by a kill are left out."""
     rows = []
     for line in file.read_text().splitlines():
         try:

@@ -24,6 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from autolrs_ray.plot_data import read_lines
 from experiments.compare_methods import METHODS, Lab, setting
 from experiments.compare_report import hardware, write_report
 from experiments.compare_tasks import DEFAULT_TASKS, Task, make_task
@@ -43,14 +44,8 @@ class Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        rows = {}
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            rows[row["task"], row["method"], row["seed"], row["setting"]] = row
-        return list(rows.values())
+        rows = read_lines(self.path) if self.path.exists() else []
+        return list({(row["task"], row["method"], row["seed"], row["setting"]): row for row in rows}.values())
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one line: under a lock, in one write, flushed to disk, on a line of its own."""

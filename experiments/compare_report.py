@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autolrs_ray.journal import finite
 from experiments.compare_tasks import Task
 
 TITLES = {
@@ -165,8 +166,8 @@ def write_report(
         parts.append(text)
     extra = out / "compare_notes.md"  # what was not run, written by hand beside the results
     parts += ["## Notes\n" + NOTES, extra.read_text() if extra.exists() else ""]
-    _replace(out / "compare.md", "\n".join(parts).rstrip() + "\n")
-    _replace(out / "compare.json", json.dumps([_strict(row) for row in rows], indent=1) + "\n")
+    replace(out / "compare.md", "\n".join(parts).rstrip() + "\n")
+    replace(out / "compare.json", json.dumps([finite(row) for row in rows], indent=1) + "\n")
     if rows:
         from experiments.compare_figure import draw
 
@@ -174,16 +175,8 @@ def write_report(
     return rows
 
 
-def _strict(value: Any) -> Any:
-    """NaN and infinities as None: strict JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list) else value
-
-
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Write `path` in one go: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from experiments.compare_report import hardware as cpu_hardware
-from experiments.compare_report import mean_se
+from experiments.compare_report import mean_se, replace
 
 NOTES_FILE = "vgg16_notes.md"
 STEP_FILE = "vgg16_step.json"
@@ -34,13 +33,6 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return cpu_hardware()
-
-
-def replace(path: Path, text: str) -> None:
-    """Write `path` in one go: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def summarise(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:

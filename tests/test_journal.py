@@ -24,6 +24,7 @@ from autolrs_ray.journal import (
     RecordWarning,
     read_journal,
 )
+from tests.crashes import dies_after_renames
 
 EVENTS = [
     {"event": "start", "n": 1},
@@ -196,21 +197,11 @@ def test_without_any_readable_state_the_error_says_what_to_do(record):
 
 
 @pytest.mark.parametrize("survives", range(2))
-def test_a_crash_between_any_two_steps_of_writing_leaves_a_state(record, monkeypatch, survives):
+def test_a_crash_between_any_two_steps_of_writing_leaves_a_state(record, survives):
     record.write_state({}, {"step": 0})
     record.write_state({}, {"step": 1})
-    replace, calls = os.replace, []
-
-    def dying(source, target):
-        if len(calls) == survives:
-            raise KeyboardInterrupt
-        calls.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_after_renames(survives):
         record.write_state({}, {"step": 2})
-    monkeypatch.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RecordWarning)
         assert record.load_state()["state"] == {"step": 1}

@@ -25,6 +25,7 @@ from autolrs_ray.checkpoints import (
     write_checkpoint,
 )
 from autolrs_ray.training import Trainer, TrainingTask, accuracy
+from tests.crashes import dies_after_renames
 
 GENERATOR = torch.Generator().manual_seed(5)
 X = torch.randn(80, 6, generator=GENERATOR)
@@ -486,22 +487,12 @@ def test_a_malicious_pickle_with_a_matching_manifest_is_not_executed(checkpoint,
     assert not flag.exists()
 
 
-def test_a_checkpoint_cut_off_while_it_is_written_over_another_leaves_that_or_an_error(checkpoint, monkeypatch):
+def test_a_checkpoint_cut_off_while_it_is_written_over_another_leaves_that_or_an_error(checkpoint):
     """The process dies between any two of its steps: what is read afterwards is the old state, the new one, or an error."""
-    old, replace = read_checkpoint(checkpoint), os.replace
+    old = read_checkpoint(checkpoint)
     for survives in range(2):
-        calls = []
-
-        def dying(source, target, calls=calls, survives=survives):
-            if len(calls) == survives:
-                raise KeyboardInterrupt
-            calls.append(target)
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", dying)
-        with pytest.raises(KeyboardInterrupt):
+        with dies_after_renames(survives):
             write_checkpoint({**old, "step": 8}, checkpoint)
-        monkeypatch.undo()
         if survives == 0:
             assert read_checkpoint(checkpoint)["step"] == 7
         else:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from autolrs_ray.core.outcomes import best_of, divergence_wall, opening_loss, outcome_of
+from autolrs_ray.core.paper_state import PaperState
 from autolrs_ray.core.plan import (
     EnvelopeSpec,
     LogInterval,
-    Stage,
     StagePlan,
     envelope_factor,
     require_bool,
     require_int,
 )
-from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
+from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
 from autolrs_ray.core.proposals import Probe, ProposalRule
 from autolrs_ray.core.segments import Segment
 
@@ -26,13 +26,13 @@ MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the ru
 
 
 @dataclass
-class PaperPolicy(Policy):
+class PaperPolicy(PaperState):
     """Stage-wise search. Symbols of the paper: tau = stage_steps, tau' = probe_steps, k = num_lrs.
 
     series: "authors" ranks probes by training loss while tau < tau_max and by validation loss after, "validation" by
     validation loss always. initial: "random" (one random LR, as the authors do) or "grid" (4 bin-centred LRs).
-    A probe whose last validation loss is above 4 times the larger of the stage's start loss and the run's first has diverged;
-    a main trial above it goes back to the stage's start with the best of the smaller LRs.
+    A probe that ends above 4 times the larger of the stage's start loss and the run's first (validation losses) has diverged;
+    a main trial that does goes back to the stage's start with the best of the smaller LRs.
     promote: hand the winning probe's state to the main trial instead of training its steps again.
     floor: lower bound of the metric for the forecast (0 for a loss, None where it has none).
     envelope: the paper has none; with one, LR(t) = stage LR * envelope(t).
@@ -51,24 +51,6 @@ class PaperPolicy(Policy):
     floor: float | None = 0.0
     envelope: EnvelopeSpec = None
 
-    # durable state
-    phase: str = "search"
-    stage: Stage = field(init=False)
-    step: int = 0
-    checkpoint: str | None = None
-    previous: dict[str, Any] | None = None
-    loss: float | None = None
-    first_loss: float | None = None  # of the run, as far as it was measured; `loss` is where the stage started
-    q: int = 0
-    interval: tuple[float, float] = field(init=False)
-    rounds: int = 0
-    rollbacks: int = 0
-    probes: list[Probe] = field(default_factory=list)
-    chosen: int | None = None
-
-    # volatile
-    _end_loss: float | None = field(default=None, init=False, repr=False)
-    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
     _rule: ProposalRule = field(init=False, repr=False)
     _stages: int = field(default=0, init=False, repr=False)
 
@@ -120,9 +102,6 @@ class PaperPolicy(Policy):
         if self.phase in ("warmup", "train") and MAIN not in self._issued:
             return [self._main_segment()]
         return []
-
-    def _arm(self, index: int) -> str:
-        return f"s{self.stage.index:03d}p{index:02d}"
 
     def _probe_segment(self, arm: str, probe: Probe) -> Segment:
         end = self.stage.start + self.stage.probe_steps
@@ -220,16 +199,6 @@ class PaperPolicy(Policy):
         self._points.pop(self._arm(index), None)
         self._choose_if_complete()
 
-    def _keep_leading(self) -> None:
-        """Let go of all probes' checkpoints but the leading one's: `checkpoints` allows their deletion."""
-        leading = self._leading()
-        for i, probe in enumerate(self.probes):
-            if i != leading:
-                probe.checkpoint = None
-
-    def _leading(self) -> int | None:
-        return best_of(self.probes) if self.chosen is None else self.chosen
-
     def _choose_if_complete(self) -> None:
         if self.phase != "search" or len(self.probes) < (self.rounds + 1) * self.num_lrs:
             return
@@ -264,13 +233,15 @@ class PaperPolicy(Policy):
     def _report_main(self, point: Point, can_save: bool) -> Verdict:
         if self.phase not in ("warmup", "train"):
             return Verdict.PAUSE
-        if not math.isfinite(point.loss) or point.loss > self._main_wall():
+        if not math.isfinite(point.loss):
             return self._roll_back(point)
         if self.first_loss is None and self.phase == "warmup":
             self.first_loss = point.loss
         end = self.plan.warmup_steps if self.phase == "warmup" else self.stage.end
         if point.step < end:
             return Verdict.CONTINUE
+        if self._has_blown_up(point):  # as for probes, at the end only: at a high LR a loss may rise at first
+            return self._roll_back(point)
         if not can_save:
             patience = max(self.stage.steps, end - self.step)
             if point.step >= end + patience:
@@ -282,11 +253,16 @@ class PaperPolicy(Policy):
         self._end_loss = point.loss  # `loss` stays the stage's start until the end is durable
         return Verdict.FINISH_AND_SAVE if point.step >= self.total_steps else Verdict.PAUSE
 
-    def _main_wall(self) -> float:
-        """Infinite in the warm-up, which has no smaller LR to go back to, and for a state from before it was measured."""
+    def _has_blown_up(self, point: Point) -> bool:
+        """Whether a stage ends above the wall, by the training loss too, where there is one: batch norm's running statistics
+        can make a validation loss huge after a few steps at a high LR, and the model is well.
+
+        Never in the warm-up, which has no smaller LR to go back to, or with a state from before first losses were kept.
+        """
         if self.phase == "warmup" or self.first_loss is None:
-            return math.inf
-        return divergence_wall(self.loss, self.first_loss, self.floor)
+            return False
+        loss = point.loss if point.train_loss is None else min(point.loss, point.train_loss)
+        return loss > divergence_wall(self.loss, self.first_loss, self.floor)
 
     def _roll_back(self, point: Point) -> Verdict:
         """The chosen LR diverged after its probe ended: forbid it and take the best of the smaller ones."""
@@ -329,8 +305,7 @@ class PaperPolicy(Policy):
             forecast=forecast_value, warmup=warmup,
         )  # fmt: skip
         if not warmup:
-            self.previous = dict(stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint, lr=lr,
-                                 forecast=forecast_value, loss=self.loss)  # fmt: skip
+            self._remember_stage(lr, forecast_value)
         self.step, self.checkpoint, self.loss = step, path, self._end_loss
         self.withdraw(MAIN)
         self.emit("commit", **row, checkpoint=path)
@@ -375,18 +350,7 @@ class PaperPolicy(Policy):
         if back is None:
             self._begin()
             return
-        self.stage, self.step, self.checkpoint = Stage(**back["stage"]), back["step"], back["checkpoint"]
-        self.loss = back.get("loss")
-        self.probes = [Probe(back["lr"], 0.0, "done", back["forecast"])]
-        self.phase, self.chosen = "train", 0
-        self.rounds = self.rollbacks = 0
-
-    def checkpoints(self) -> set[str]:
-        leading = self._leading()
-        paths = {self.checkpoint, self.probes[leading].checkpoint if leading is not None else None}
-        if self.previous is not None:
-            paths.add(self.previous["checkpoint"])
-        return {path for path in paths if path is not None}
+        self._return_to_stage(back)
 
     def progress(self) -> dict[str, Any]:
         resolved = sum(probe.status != "open" for probe in self.probes)
@@ -397,23 +361,3 @@ class PaperPolicy(Policy):
             lr=self.probes[best].lr if best is not None else None, loss=self.loss, step=self.step,
             total_steps=self.total_steps,
         )  # fmt: skip
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(
-            policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
-            previous=self.previous, loss=self.loss, first_loss=self.first_loss, q=self.q, interval=list(self.interval),
-            rounds=self.rounds, rollbacks=self.rollbacks, concurrency=self.concurrency,
-            probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
-        )  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("policy") != "paper":
-            raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'paper'")
-        self.phase, self.stage = state["phase"], Stage(**state["stage"])
-        self.step, self.checkpoint, self.loss, self.q = state["step"], state["checkpoint"], state["loss"], state["q"]
-        self.first_loss = state.get("first_loss")  # states written before it was kept have none
-        self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
-        self.probes = [Probe(**probe) for probe in state["probes"]]
-        self.chosen, self.previous = state["chosen"], state["previous"]
-        self.concurrency = state["concurrency"]  # it shapes the proposals: a run goes on with what it began with
-        self._issued, self._points, self._events, self._end_loss = set(), {}, [], None
