@@ -33,7 +33,7 @@ RAY_METHODS = ("PBT", "PB2")
 GROUPS = ("main", "ablation", "setting")
 QUICK_METHODS = ("anchored", "anchored, thrifty", "paper", "constant", "constant + averaged weights", "linear",
                  "linear, default LR", "Schedule-Free, default LR", "Prodigy + cosine", "anchored, 2 decades",
-                 "anchored, thrifty, no averaging", "anchored, thrifty, no envelope")  # fmt: skip
+                 "anchored, no warm-up", "anchored, no envelope")  # fmt: skip
 
 
 class Cache:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autolrs_ray.core.plan import RUNGS, TOLERANCES
+from autolrs_ray.core.plan import RUNGS, THRIFTY_TOLERANCES, TOLERANCES
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.training import Trainer
 from experiments.compare_tasks import (
@@ -110,8 +110,8 @@ def one_cycle(u: float) -> float:
 
 
 def warmed_up(u: float) -> float:
-    """The race's own shape: quadratic decay with a linear rise over the first tenth."""
-    return min(1.0, (u + 1e-3) / 0.1) * (1.0 - u * u)
+    """The race's own shape: quadratic decay with a linear rise over the first fifth."""
+    return min(1.0, (u + 1e-3) / 0.2) * (1.0 - u * u)
 
 
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -265,18 +265,6 @@ def scaled_rungs(factor: float) -> dict[str, Any]:
     return {"rungs": [rung for rung, _ in pairs], "tolerances": [tolerance for _, tolerance in pairs]}
 
 
-WIDE_AT_FIRST = (0.4, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)
-
-
-def _rungs_from(first: int) -> dict[str, Any]:
-    """The usual rungs without the first few."""
-    return {"rungs": RUNGS[first:], "tolerances": TOLERANCES[first:]}
-
-
-def _tolerances(factor: float) -> dict[str, Any]:
-    return {"tolerances": [factor * tolerance for tolerance in TOLERANCES]}
-
-
 # -- the list ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,10 +289,6 @@ def _schedule_free_default(lab: Lab) -> Outcome:
 
 def _anchored(name: str, group: str = "ablation", decades: int = 6, **options: Any) -> Method:
     return Method(f"anchored, {name}", group, partial(anchored, decades=decades, **options), decades=decades)
-
-
-def _thrifty(name: str, group: str = "ablation", **options: Any) -> Method:
-    return _anchored(f"thrifty, {name}", group, effort="thrifty", **options)
 
 
 def _methods() -> list[Method]:
@@ -344,44 +328,27 @@ def _methods() -> list[Method]:
         Method("cosine, default LR", "main", partial(untuned, shape="cosine")),
         Method("one-cycle, default LR", "main", partial(untuned, shape="one-cycle")),
         Method("constant, default LR", "main", partial(untuned, shape="constant")),
-        _thrifty("no averaging", averaging=False, weights="raw"),
-        _thrifty("no envelope", envelope="constant"),
         _anchored("no warm-up", warmup=0.0),
-        _thrifty("no warm-up", warmup=0.0),
-        _thrifty("warm-up over .2 T", warmup=0.2),
-        _thrifty("wsd", envelope="wsd"),
-        _thrifty("linear", envelope="linear"),
-        _thrifty("5 LRs by the GP", infill=5),
-        _thrifty("log grid of 17", num_lrs=17),
-        _thrifty("rungs half as long", **scaled_rungs(0.5)),
-        _thrifty("rungs twice as long", **scaled_rungs(2.0)),
-        _thrifty("1 finalist", finalists=1),
-        _thrifty("3 branches", branches=3),
-        _thrifty("no mercy for laggards", lag=1.0),
-        _thrifty("no common random numbers", order="per run"),
+        _anchored("no averaging", averaging=False, weights="raw"),
+        _anchored("no envelope", envelope="constant"),
+        _anchored("wsd", envelope="wsd"),
+        _anchored("linear", envelope="linear"),
+        _anchored("5 LRs by the GP", infill=5),
+        _anchored("log grid of 17", num_lrs=17),
+        _anchored("rungs half as long", **scaled_rungs(0.5)),
+        _anchored("rungs twice as long", **scaled_rungs(2.0)),
+        _anchored("1 finalist", finalists=1),
+        _anchored("3 branches", branches=3),
+        _anchored("no mercy for laggards", lag=1.0),
+        _anchored("no common random numbers", order="per run"),
         Method("paper + quadratic envelope", "ablation", partial(paper, envelope="quadratic"), decades=2),
         Method("paper, doubling stages", "ablation", paper_doubling, decades=2),
-        _thrifty("3 LRs by the GP", "setting", infill=3),
-        _thrifty("8 LRs by the GP", "setting", infill=8),
-        _thrifty("log grid of 24", "setting", num_lrs=24),
-        _thrifty("6 finalists", "setting", finalists=6),
-        _thrifty("lag = 0.2", "setting", lag=0.2),
-        _thrifty("lag = 0.5", "setting", lag=0.5),
-        _thrifty("below = 1", "setting", below=1.0),
-        _thrifty("below = 1, no lag", "setting", below=1.0, lag=1.0),
-        _thrifty("below = 4", "setting", below=4.0),
-        _thrifty("below = 4, 3 finalists", "setting", below=4.0, finalists=3),
+        _anchored("warm-up over .1 T", "setting", warmup=0.1),
         _anchored("2 finalists", "setting", finalists=2),
-        _anchored("lag = 0.1", "setting", lag=0.1),
-        _thrifty("tolerances halved", "setting", **_tolerances(0.5)),
-        _thrifty("tolerances doubled", "setting", **_tolerances(2.0)),
-        _thrifty("tolerances wide at first", "setting", tolerances=WIDE_AT_FIRST),
-        _thrifty("first rung at .04 T", "setting", **_rungs_from(1)),
-        _thrifty("first rung at .08 T", "setting", **_rungs_from(2)),
-        _thrifty("first rung at .04 T, 5 LRs by the GP", "setting", infill=5, **_rungs_from(1)),
-        _thrifty("first rung at .08 T, 5 LRs by the GP", "setting", infill=5, **_rungs_from(2)),
-        _thrifty("1 report a rung", "setting", reports=1),
-        _thrifty("plain halving", "setting", below=1.0, lag=1.0, tolerances=(0.05, 0.02, 0.01, 0.003, 0.001, 0.0, 0.0)),
+        _anchored("below = 1", "setting", below=1.0),
+        _anchored("lag = 0.3", "setting", lag=0.3),
+        _anchored("thrifty's tolerances", "setting", tolerances=THRIFTY_TOLERANCES),
+        _anchored("first rung at .08 T", "setting", rungs=RUNGS[2:], tolerances=TOLERANCES[2:]),
     ]
 
 

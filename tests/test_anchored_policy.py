@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from autolrs_ray.core import surrogate
-from autolrs_ray.core.plan import ENVELOPES, RUNGS, TOLERANCES, RacePlan, envelope_factor
+from autolrs_ray.core.plan import ENVELOPES, RUNGS, THRIFTY_TOLERANCES, TOLERANCES, RacePlan, envelope_factor
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
 from autolrs_ray.core.rungs import Trunk, infill, losers
 from tests.simulation import Simulation, diverging
 
-RULE = list(zip(RUNGS, TOLERANCES, strict=True))
+RULE = list(zip(RUNGS, THRIFTY_TOLERANCES, strict=True))
 
 
 def anchored(total_steps=200, lr_interval=(1e-3, 10.0), concurrency=1, **options):
@@ -64,6 +64,7 @@ def drive(policy, losses, can_save=True, every=None):
 
 def test_the_rungs_and_tolerances_are_those_measured():
     assert RULE == [(0.02, 0.10), (0.04, 0.07), (0.08, 0.05), (0.16, 0.03), (0.32, 0.02), (0.5, 0.01), (0.75, 0.005)]
+    assert (0.4, 0.2, *THRIFTY_TOLERANCES[2:]) == TOLERANCES
 
 
 @pytest.mark.parametrize(("rung", "tolerance"), RULE)
@@ -656,14 +657,14 @@ def test_progress_says_where_the_run_stands():
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_an_extended_run_is_one_run_of_the_longer_length(interrupted):
     """Under "wsd" the first 0.4 T are at a constant LR whatever T is: they are kept, the rest is trained again."""
-    simulation = Simulation(anchored(200, envelope="wsd")).run()
+    simulation = Simulation(anchored(200, envelope="wsd", warmup=0.1)).run()
     before, trained = simulation.of("done")[0], simulation.trained
     simulation.policy.extend(500)
     simulation.run() if not interrupted else None
     while interrupted and not simulation.policy.done:
         simulation.act()
         if len(simulation.verdicts) % 19 == 0:
-            simulation.interrupt(anchored(500, envelope="wsd"))
+            simulation.interrupt(anchored(500, envelope="wsd", warmup=0.1))
     alone = simulation.toy.train(500, lambda t: before["lr"] * envelope_factor("wsd", t, 500))
     done = simulation.of("done")[-1]
     assert (done["lr"], done["loss"], done["step"]) == (before["lr"], alone.loss, 500)

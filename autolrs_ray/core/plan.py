@@ -204,8 +204,12 @@ class StagePlan:
 RUNGS: tuple[float, ...] = (0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.75)
 """Fractions of the total steps at which the race compares its trunks."""
 
-TOLERANCES: tuple[float, ...] = (0.10, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005)
-"""How much worse than the leader (relative score) an LR above it may be at each rung and still go on."""
+TOLERANCES: tuple[float, ...] = (0.4, 0.2, 0.05, 0.03, 0.02, 0.01, 0.005)
+"""How much worse than the leader (relative score) an LR above it may be at each rung and still go on. While the warm-up
+lasts, scores say little about what an LR is worth at its peak: the first two rungs drop what is hopeless."""
+
+THRIFTY_TOLERANCES: tuple[float, ...] = (0.10, 0.07, *TOLERANCES[2:])
+"""The same without a warm-up."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 from autolrs_ray.core.algorithm import PaperPolicy
-from autolrs_ray.core.plan import RUNGS, TOLERANCES, RacePlan, StagePlan, require_int, require_tuple, validate_interval
+from autolrs_ray.core.plan import (
+    RUNGS,
+    THRIFTY_TOLERANCES,
+    TOLERANCES,
+    RacePlan,
+    StagePlan,
+    require_int,
+    require_tuple,
+    validate_interval,
+)
 from autolrs_ray.core.policy import Policy
 from autolrs_ray.core.race import AnchoredPolicy
 
 DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
-EFFORTS: dict[str, dict[str, Any]] = {"thrifty": {}, "thorough": {"below": 4.0, "early": 0.32, "finalists": 3}}
-"""Settings of the race by name. Thorough, the default: LRs that lag get time until 0.32 T, and three train to the end."""
+EFFORTS: dict[str, dict[str, Any]] = {
+    "thorough": {},
+    "thrifty": dict(warmup=0.0, tolerances=THRIFTY_TOLERANCES, below=0.25, lag=0.3, early=0.08, finalists=2),
+}
+"""Settings of the race by name. Thorough, the default: a warm-up, LRs that lag get time until 0.32 T, and three train to
+the end."""
 
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",

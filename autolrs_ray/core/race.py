@@ -48,15 +48,15 @@ class AnchoredPolicy(Policy):
     envelope: EnvelopeSpec = "quadratic"
     num_lrs: int = 12
     infill: int = 0
-    finalists: int = 2
-    below: float = 0.25
-    lag: float = 0.3
-    early: float = 0.08
+    finalists: int = 3
+    below: float = 4.0
+    lag: float = 0.1
+    early: float = 0.32
     averaging: bool = True
     reports: int = 4
     commits: int = 10
     branches: int = 0
-    warmup: float = 0.1
+    warmup: float = 0.2
 
     # durable state
     trunks: list[Trunk] = field(default_factory=list)
