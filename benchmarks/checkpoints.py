@@ -48,9 +48,9 @@ class FromStore(AutoLRSTrainable):
     def build(self, config: dict[str, Any]) -> TrainingTask:
         torch.set_num_threads(1)
         model = Wide(int(config["megabytes"] * 2**20 / 2 / 4 / LAYERS / INPUTS))
-        inputs, targets = torch.randn(16, INPUTS), torch.arange(16)
+        inputs, targets = torch.randn(64, INPUTS), torch.arange(64)
         return TrainingTask(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), nn.functional.cross_entropy,
-                            (inputs, targets), (inputs, targets), batch_size=8)  # fmt: skip
+                            (inputs, targets), (inputs[48:], targets[48:]), batch_size=8)  # fmt: skip
 
     def restore(self, checkpoint_path: Any) -> None:
         began = time.perf_counter()
@@ -105,7 +105,7 @@ def _writing(megabytes: int, repeats: int) -> list[tuple[str, ...]]:
 def _starts(trainable: type, megabytes: int, stages: int) -> dict[str, list[float]]:
     """Milliseconds of a run's later stages: to restore a probe, to restore main, and from a stage's end to the first step
     of the first and of the last of its probes."""
-    options: dict[str, Any] = dict(policy="paper", num_lrs=PROBES, lr_interval=(1e-4, 1e-2), promote=True,
+    options: dict[str, Any] = dict(policy="paper", num_lrs=PROBES, lr_interval=(1e-5, 1e-3), promote=True,
                                    stage_steps=STAGE_STEPS, max_stage_steps=STAGE_STEPS, probe_steps=1)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         result = autolrs_ray.run(trainable, STAGE_STEPS * stages, storage_path=folder, name="run", progress=False,
