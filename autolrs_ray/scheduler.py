@@ -126,8 +126,9 @@ class AutoLRSScheduler(TrialScheduler):
             search.active = 0
             self._keeper.adopt(folder)
         keep_actors_warm(controller, self._resources, search.slots, more=search.slots)
-        # a second, while the actors start; after the record, whose warnings it would silence
-        threading.Thread(target=surrogate.preload, daemon=True).start()
+        if getattr(search.policy, "infill", True):  # a race without in-fill LRs proposes none
+            # a second, while the actors start; after the record, whose warnings it would silence
+            threading.Thread(target=surrogate.preload, daemon=True).start()
 
     def _recount_slots(self, controller: Any, search: AutoLRSSearch) -> None:
         """Follow the cluster as nodes are lost and join. The policy's proposals do not depend on it."""
