@@ -149,7 +149,7 @@ def _row(name: str, call: Callable[[int, str], Any], steps: int) -> tuple[float,
 
 
 def measure(quick: bool, slots: int = 2) -> Section:
-    steps, rounds = (100, 1) if quick else (800, 2)
+    steps, rounds = (100, 1) if quick else (700, 2)
     reference, both = "plain loop, fixed LR", f"{slots} plain loops side by side"
     race, paper = f"anchored, LRs = slots = {slots}", f"paper, LRs = slots = {slots}"
     runs: dict[str, Callable[[int, str], Any]] = {
@@ -157,6 +157,7 @@ def measure(quick: bool, slots: int = 2) -> Section:
         both: partial(plain, side_by_side=slots),
         "one Tune trial, fixed LR": under_tune,
         race: partial(automatic, policy="anchored", num_lrs=slots, finalists=1),
+        f"{race}, reports=1": partial(automatic, policy="anchored", num_lrs=slots, finalists=1, reports=1),
         paper: partial(automatic, policy="paper", num_lrs=slots),
     }
     more: dict[str, Callable[[int, str], Any]] = {
@@ -177,7 +178,7 @@ def measure(quick: bool, slots: int = 2) -> Section:
         begun = [(s - start_s) / plain_s for (s, start_s, _), plain_s in zip(measured, base, strict=False)]
         middle[name] = statistics.median(begun), statistics.median(ratios)
         rows.append((name, spread([s for s, _, _ in measured], 1), spread(ratios, 3),
-                     f"{middle[name][0]:.3f}", measured[-1][2]))  # fmt: skip
+                     f"{middle[name][0]:.3f}" if measured[-1][2] else "", measured[-1][2]))  # fmt: skip
     step_ms = 1000.0 * statistics.median(base) / steps
     return Section(
         f"Whole run: {steps} steps of {step_ms:.0f} ms on {slots} slots, {rounds} rounds, median (min-max)",
