@@ -1,4 +1,4 @@
-"""The two places where the pair reaches past Ray's public interface. Each has a fall-back for when Ray changes."""
+"""The places where the pair reaches past Ray's public interface. Each has a fall-back for when Ray changes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,25 @@ for _name in ("ray.tune.logger.logger", "ray.tune.analysis.experiment_analysis")
     logging.getLogger(_name).addFilter(_expected)
 
 
-def set_source(trial: Trial, path: str | None, metrics: dict[str, Any]) -> None:
-    """Let `trial` restore from the checkpoint at `path` when it starts next (None: from nothing), as PBT does."""
+def set_source(trial: Trial, checkpoint: Checkpoint | None, metrics: dict[str, Any]) -> None:
+    """Let `trial` restore from `checkpoint` when it starts next (None: from nothing), as PBT does."""
     from ray.train._internal.checkpoint_manager import _TrainingResult
 
     manager = trial.run_metadata.checkpoint_manager
-    if path is None:
+    if checkpoint is None:
         manager._latest_checkpoint_result = None
         return
-    checkpoint = Checkpoint(path, filesystem=trial.storage.storage_filesystem)
     manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics=metrics)
+
+
+def sent_by_ray() -> bool:
+    """True while Ray pickles a value to send it, and counts the references in it; False for any other pickling."""
+    try:
+        from ray._private.worker import global_worker
+
+        return bool(global_worker.get_serialization_context().is_in_band_serialization())
+    except Exception:  # not connected, or another Ray: then no reference is sent, and storage is read
+        return False
 
 
 def keep_actors_warm(controller: TuneController, resources: Any, slots: int, more: int) -> bool:

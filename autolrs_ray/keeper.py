@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.utils import flatten_dict
 
@@ -15,10 +16,13 @@ from autolrs_ray._ray import set_source
 from autolrs_ray.checkpoints import MANIFEST_FILE
 from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.searcher import AutoLRSSearch
+from autolrs_ray.shared import SharedState, SharedStates
 
 logger = logging.getLogger(__name__)
 
 SAVE_TIMEOUT_S = 900.0
+# whose states other trials start from next: the stage's own, and the leading probe's, which the main trial goes on from
+_STARTED_FROM = {("main", Verdict.PAUSE), ("probe", Verdict.FINISH_AND_SAVE)}
 
 
 @dataclass
@@ -28,6 +32,7 @@ class _Save:
     step: int
     verdict: Verdict
     since: float
+    shared: SharedState | None = None
 
 
 class CheckpointKeeper:
@@ -46,6 +51,7 @@ class CheckpointKeeper:
         self._committing: dict[str, list[tuple[int, str]]] = {}
         self._said: dict[str, str] = {}
         self._written: set[str] = set()
+        self._shared = SharedStates(trainable)
 
     def __len__(self) -> int:
         return len(self._saving)
@@ -70,8 +76,22 @@ class CheckpointKeeper:
 
     def expect(self, trial_id: str, step: int, verdict: Verdict) -> None:
         """Tune is about to be asked for a checkpoint of this trial."""
-        self._saving[trial_id] = _Save(step, verdict, time.monotonic())
+        save = self._saving[trial_id] = _Save(step, verdict, time.monotonic())
+        role = self._role(trial_id)
+        if (role, verdict) in _STARTED_FROM:
+            save.shared = self._shared.ask(role, self._live[trial_id].temporary_state.ray_actor)
         self._note_promoting()
+
+    def _role(self, trial_id: str) -> str:
+        return self._search.segments[self._search.arm_of[trial_id]].role
+
+    def source(self, path: str | None) -> Checkpoint | None:
+        """The checkpoint at `path`, for a trial to start from; None for None."""
+        return None if path is None else self._shared.checkpoint(path, self._filesystem)
+
+    def let_go(self) -> None:
+        """The run is over: keep nothing in the object store."""
+        self._shared.clear()
 
     def _note_promoting(self) -> None:
         """The main trial may be about to start from a probe's end state that is still being written."""
@@ -91,6 +111,8 @@ class CheckpointKeeper:
 
     def heard(self, trial: Trial, result: dict[str, Any]) -> None:
         """Tell the policy of what the trial's report says is durable."""
+        if self._role(trial.trial_id) == "main":
+            self._shared.clear()  # it has started, and no probe will before its end
         message = result.get("checkpoint_error")
         if message is not None and self._said.get(trial.trial_id) != message:
             self._said[trial.trial_id] = message
@@ -105,7 +127,8 @@ class CheckpointKeeper:
         self._committing[trial.trial_id] = waiting[len(ready) :]
         for step, path in ready:
             if Path(path, MANIFEST_FILE).exists():
-                set_source(trial, path, {self._search.time_attr: step})  # where Tune starts it again if it crashes
+                # where Tune starts it again if it crashes
+                set_source(trial, self.source(path), {self._search.time_attr: step})
                 self._tell(trial.trial_id, step, path)
             else:
                 self._written.add(path)
@@ -137,6 +160,8 @@ class CheckpointKeeper:
         complete = written is not None and flatten_dict(written.metrics).get(search.time_attr) == save.step
         if complete:
             self._settle(trial, save.step)  # a trainable ends its own writes before it saves for Tune
+            if save.shared is not None:
+                save.shared.written(written.checkpoint.path, save.step)
             self._tell(trial.trial_id, save.step, written.checkpoint.path)
         elif arm == "main" and save.verdict is not Verdict.SAVE:
             raise AutoLRSError(

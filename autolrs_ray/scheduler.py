@@ -126,8 +126,9 @@ class AutoLRSScheduler(TrialScheduler):
             search.active = 0
             self._keeper.adopt(folder)
         keep_actors_warm(controller, self._resources, search.slots, more=search.slots)
-        # a second, while the actors start; after the record, whose warnings it would silence
-        threading.Thread(target=surrogate.preload, daemon=True).start()
+        if getattr(search.policy, "infill", True):  # a race without in-fill LRs proposes none
+            # a second, while the actors start; after the record, whose warnings it would silence
+            threading.Thread(target=surrogate.preload, daemon=True).start()
 
     def _recount_slots(self, controller: Any, search: AutoLRSSearch) -> None:
         """Follow the cluster as nodes are lost and join. The policy's proposals do not depend on it."""
@@ -171,7 +172,7 @@ class AutoLRSScheduler(TrialScheduler):
 
     def _configure(self, search: AutoLRSSearch, trial: Trial, segment: Segment) -> None:
         trial.set_config({**trial.config, LR_KEY: segment.lr_at(segment.start), CONFIG_KEY: segment.to_config()})
-        set_source(trial, segment.source, {search.time_attr: segment.start})
+        set_source(trial, self._keeper.source(segment.source), {search.time_attr: segment.start})
 
     def _drop_traces(self, trial_id: str) -> None:
         self._held.pop(trial_id, None)
@@ -281,6 +282,7 @@ class AutoLRSScheduler(TrialScheduler):
         self._look(tune_controller, search)
         if search.fatal is not None:
             search.close()
+            self._keeper.let_go()
             raise search.fatal
         self._release(tune_controller, search)
         self._count_active(search)
@@ -290,6 +292,7 @@ class AutoLRSScheduler(TrialScheduler):
                 self._stop(tune_controller, search, trial)
             search.persist()
             search.close()
+            self._keeper.let_go()
             return None
         return self._resume(search)
 

@@ -11,6 +11,7 @@ from ray import tune
 from autolrs_ray.checkpoints import BackgroundWriter
 from autolrs_ray.core.plan import require_int
 from autolrs_ray.core.segments import Segment, next_report
+from autolrs_ray.shared import LEAST_BYTES, SharedCheckpoint, pack, state_bytes
 from autolrs_ray.training import Trainer, TrainingTask
 
 if TYPE_CHECKING:
@@ -30,9 +31,17 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     averaged_loss and averaged_METRIC, and where the pair has it write checkpoints while it trains on, durable_step.
 
     workers: processes that train one trial together, each on its share of every batch (torch's DistributedDataParallel).
+    object_store: trials may take the checkpoint they start from out of Ray's object store, where it lies besides storage.
+    False for subclasses with a save_checkpoint or load_checkpoint of their own; not used with several workers.
     """
 
     workers = 1
+    object_store = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if {"save_checkpoint", "load_checkpoint"} & set(vars(cls)) and "object_store" not in vars(cls):
+            cls.object_store = False
 
     def build(self, config: dict[str, Any]) -> TrainingTask:
         raise NotImplementedError("implement build(config) -> TrainingTask, or use trainable_for(build)")
@@ -41,6 +50,8 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         for name in ("ray.train._internal.storage", "ray.tune.trainable.trainable"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they print a line for every checkpoint and restore
         self._writer = BackgroundWriter()
+        self._to_reset = False
+        self._taken: dict[str, Any] | None = None
         self.trainer = self._new_trainer(config.get("seed", 0), self._averaging(config), config)
         self._begin(config)
 
@@ -66,18 +77,47 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
             return False
         self._writer.forget()
         self._begin(new_config)
-        self.trainer.reset()
+        self._to_reset = True
         return True
 
+    def _reset_if_due(self) -> None:
+        """Most trials are restored right after they are reset, which is then not needed."""
+        if self._to_reset:
+            self._to_reset = False
+            self.trainer.reset()
+
+    def restore(self, checkpoint_path: Any) -> None:
+        checkpoint = getattr(checkpoint_path, "checkpoint", None)
+        self._taken = checkpoint.take() if isinstance(checkpoint, SharedCheckpoint) else None
+        try:
+            super().restore(checkpoint_path)
+        finally:
+            self._taken = None  # or the object stays in use
+
     def load_checkpoint(self, checkpoint: Any) -> None:
-        self.trainer.load(checkpoint)
+        if self._taken is not None and isinstance(self.trainer, Trainer):
+            self.trainer.copy_state_dict(self._taken)
+        else:
+            self.trainer.load(checkpoint)
+        self._to_reset = False
+
+    def share(self, most: int) -> tuple[int, Any]:
+        """The state for the object store and its size in bytes; (0, None) if that is above `most`, or not worth it."""
+        if not isinstance(self.trainer, Trainer):
+            return 0, None
+        self._reset_if_due()
+        state = self.trainer.state_dict()
+        size = state_bytes(state)
+        return (size, pack(state)) if LEAST_BYTES <= size <= most else (0, None)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        self._reset_if_due()
         self._writer.wait()
         self.trainer.save(checkpoint_dir)
 
     def commit(self, folder: str) -> None:
         """Begin to write the state to `folder`; "durable_step" of a later report tells that it is whole on disk."""
+        self._reset_if_due()
         self._writer.submit(self.trainer.state_dict(), folder)
 
     def cleanup(self) -> None:
@@ -93,6 +133,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         return next_report(self._segment, step)
 
     def step(self) -> dict[str, Any]:
+        self._reset_if_due()
         segment, trainer = self._segment, self.trainer
         train_loss = trainer.train(self._next_report(), segment.lr_at if segment else lambda step: self._lr)
         lr = segment.lr_at(max(0, trainer.step - 1)) if segment else self._lr

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, default_collate
 
-from autolrs_ray.checkpoints import read_checkpoint, write_checkpoint
+from autolrs_ray.checkpoints import read_checkpoint, snapshot, write_checkpoint
 
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
@@ -79,6 +79,24 @@ def _state_tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters and buffers of `model`: those that can be averaged, and the counters."""
     tensors = [*(parameter.detach() for parameter in model.parameters()), *model.buffers()]
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
+
+
+def _addresses(state: Mapping[str, Any]) -> set[int]:
+    """Where the tensors of `state` lie in memory."""
+    return {value.data_ptr() for value in state.values() if isinstance(value, Tensor) and value.numel()}
+
+
+def _copied(new: Any, old: Any) -> Any:
+    """A copy of `new`, the state of an optimizer, in the tensors of `old` where these are alike."""
+    if isinstance(new, dict):
+        old = old if isinstance(old, dict) else {}
+        return {key: _copied(value, old.get(key)) for key, value in new.items()}
+    if isinstance(new, (list, tuple)):
+        return type(new)(_copied(value, None) for value in new)
+    if not isinstance(new, Tensor):
+        return new
+    alike = isinstance(old, Tensor) and (old.shape, old.stride()) == (new.shape, new.stride())
+    return old.copy_(new) if alike and (old.dtype, old.device) == (new.dtype, new.device) else new.clone()
 
 
 class Trainer:
@@ -258,6 +276,20 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._load(state["model"], state["optimizer"], state["averaged"], state["step"])
+
+    def copy_state_dict(self, state: dict[str, Any]) -> None:
+        """As load_state_dict, from tensors that are neither kept nor written to: all are copied, those of the optimizer into
+        the memory in use where they fit (fresh memory costs several times the copy)."""
+        optimizer = self.task.optimizer
+        before = dict(optimizer.state)
+        plain = type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
+        if not plain or any(name.endswith("_extra_state") for name in state["model"]):
+            state = snapshot(state)
+        self.load_state_dict(state)
+        for parameter, values in optimizer.state.items():
+            optimizer.state[parameter] = _copied(values, before.get(parameter))
+        if _addresses(state["model"]) & _addresses(self.model.state_dict()):  # a model that keeps what it is given
+            self.load_state_dict(snapshot(state))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the state into `folder`, flushed to disk, with a manifest of its size and SHA-256."""

@@ -1,15 +1,22 @@
 """With as many free slots as learning rates, what does a run cost beside plain training of the same steps?
 
-The workload is a dense net of about 50 ms a step on one thread. On this side and that the clock runs from the call to the
-final state; the cluster is up already. `LRs = slots`: so many that every slot holds one, which is the promise; with fewer
-slots than learning rates the race takes longer, and the table says how much.
+The workload is a convolutional net of about 50 ms a step on one thread, bound by computing and not by memory. On every side
+the clock runs from the call to the final state; Python and its imports are up already on this side, and so is the cluster on
+that. `LRs = slots`: so many that every slot holds one, which is the promise; with fewer slots than learning rates a run takes
+longer, and the table says how much. Plain loops side by side tell what is due to the machine.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,100 +24,172 @@ from ray import tune
 from torch import nn
 
 import autolrs_ray
-from autolrs_ray.training import Trainer, TrainingTask
+from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask
+from autolrs_ray.result import winner
+from autolrs_ray.training import Data, Trainer
 from benchmarks.section import Section, cluster, spread
 
 COMMITS = 20
-WIDTH, BATCH = 1024, 256
+CHANNELS, PIXELS, BATCH = 32, 16, 128
+TRAIN, HELD_OUT = 4096, 256
 
 
 def build(config: dict[str, Any]) -> TrainingTask:
-    """A net of four layers of 1,024 units on random inputs; the targets are those of a smaller net."""
+    """Four convolutions, 243 thousand weights, on noise in which each class has a pattern of its own."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(4096 + 512, WIDTH, generator=generator)
-    targets = (inputs @ torch.randn(WIDTH, 10, generator=generator)).argmax(1)
-    layers = [layer for _ in range(4) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
-    model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
+    targets = torch.randint(10, (TRAIN + HELD_OUT,), generator=generator)
+    patterns = torch.randn(10, 3, PIXELS, PIXELS, generator=generator)
+    inputs = 0.1 * patterns[targets] + torch.randn(len(targets), 3, PIXELS, PIXELS, generator=generator)
+    widths = (3, CHANNELS, 2 * CHANNELS, 4 * CHANNELS, 4 * CHANNELS)
+    layers: list[nn.Module] = []
+    for i in range(4):
+        stride = 2 if i in (1, 2) else 1
+        layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride, 1), nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
     return TrainingTask(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        loss=nn.functional.cross_entropy, train_data=(inputs[:4096], targets[:4096]),
-        val_data=(inputs[4096:], targets[4096:]), batch_size=BATCH,
+        loss=nn.functional.cross_entropy, train_data=(inputs[:TRAIN], targets[:TRAIN]),
+        val_data=(inputs[TRAIN:], targets[TRAIN:]), batch_size=BATCH, channels_last=True,
     )  # fmt: skip
 
 
-def plain(steps: int, folder: str) -> None:
-    """The loop a user would write: fixed LR, evaluation and a checkpoint twenty times."""
+class TimedTrainer(Trainer):
+    """Adds up the seconds it evaluates."""
+
+    evaluation_s = 0.0
+
+    def evaluate(self, data: Data | None = None, averaged: bool = False) -> dict[str, float]:
+        began = time.perf_counter()
+        found = super().evaluate(data, averaged)
+        self.evaluation_s += time.perf_counter() - began
+        return found
+
+
+class Timed(AutoLRSTrainable):
+    """Reports the seconds since its last report in which it evaluated."""
+
+    def build(self, config: dict[str, Any]) -> TrainingTask:
+        return build(config)
+
+    def _new_trainer(self, seed: int, averaging: bool, config: dict[str, Any]) -> Trainer:
+        return TimedTrainer(lambda: self.build(config), seed, averaging)
+
+    def step(self) -> dict[str, Any]:
+        self.trainer.evaluation_s = 0.0
+        return {**super().step(), "evaluation_s": self.trainer.evaluation_s}
+
+
+def _loop(steps: int, folder: str, ready: Barrier, seconds: Any) -> None:
+    build({})  # what torch imports at its first use
+    ready.wait()
+    began = time.perf_counter()
     trainer = Trainer(lambda: build({}))
     for i in range(1, COMMITS + 1):
         trainer.train(steps * i // COMMITS, lambda step: 0.1)
         trainer.evaluate()
         trainer.save(f"{folder}/{i}")
+    seconds.put(time.perf_counter() - began)
+
+
+def plain(steps: int, folder: str, side_by_side: int = 1) -> float:
+    """Seconds of the loop a user would write: fixed LR, evaluation and a checkpoint twenty times. The longest of several."""
+    context = multiprocessing.get_context("spawn")
+    ready, seconds = context.Barrier(side_by_side), context.SimpleQueue()
+    loops = [
+        context.Process(target=_loop, args=(steps, f"{folder}/{i}", ready, seconds), daemon=True)
+        for i in range(side_by_side)
+    ]
+    for loop in loops:
+        loop.start()
+    for loop in loops:
+        loop.join()
+    if any(loop.exitcode for loop in loops):
+        raise RuntimeError(f"a plain loop failed with exit codes {[loop.exitcode for loop in loops]}")
+    return max(float(seconds.get()) for _ in loops)
 
 
 def under_tune(steps: int, folder: str) -> None:
     """The same as one trial of Tune's, first in, first out."""
-    tune.run(autolrs_ray.trainable_for(build), config={"lr": 0.1, "seed": 0, "report_every": steps // COMMITS},
+    tune.run(Timed, config={"lr": 0.1, "seed": 0, "report_every": steps // COMMITS},
              stop={"step": steps}, storage_path=folder, name="fifo", verbose=0,
              checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1))  # fmt: skip
 
 
-def automatic(**options: Any) -> Callable[[int, str], autolrs_ray.RunResult]:
-    def call(steps: int, folder: str) -> autolrs_ray.RunResult:
-        found = dict(options)
-        if options["policy"] == "paper":
-            found.update(stage_steps=steps // 5, max_stage_steps=steps // 5)
-        return autolrs_ray.run(build, steps, storage_path=folder, progress=False, lr_interval=(1e-3, 0.3), **found)
-
-    return call
+def automatic(steps: int, folder: str, **options: Any) -> RunResult:
+    if options["policy"] == "paper":
+        options.update(stage_steps=steps // 5, max_stage_steps=steps // 5)
+    return autolrs_ray.run(Timed, steps, storage_path=folder, name="run", progress=False, lr_interval=(1e-3, 0.3),
+                           **options)  # fmt: skip
 
 
-def _split(result: autolrs_ray.RunResult) -> str:
-    """Where the time went: until the first step, the main run, other trials only, neither."""
-    began = min(event["began"] for event in result.events if event["event"] == "segment")
-    start_s = began - result.events[0]["time"]
-    timing = result.timing
-    return f"{start_s:.1f} + {timing.training_s:.1f} + {timing.probing_s:.1f} + {timing.overhead_s - start_s:.1f}"
+def _start_s(result: RunResult) -> float:
+    return float(min(e["began"] for e in result.events if e["event"] == "segment") - result.events[0]["time"])
+
+
+def _split(result: RunResult) -> str:
+    """Where the time went: until the first step, training and evaluation of the main run, other trials only, neither."""
+    rows = [row for file in Path(result.folder).glob("*/result.json") for row in map(json.loads, file.open())]
+    arm = winner(result.events, result.events[0]["config"])
+    evaluation_s = sum(row["evaluation_s"] for row in rows if row["config"]["autolrs"]["arm"] == arm)
+    timing, start_s = result.timing, _start_s(result)
+    parts = (start_s, timing.training_s - evaluation_s, evaluation_s, timing.probing_s, timing.overhead_s - start_s)
+    return " + ".join(f"{part:.1f}" for part in parts)
+
+
+def _row(name: str, call: Callable[[int, str], Any], steps: int) -> tuple[float, float, str]:
+    """Seconds of one run, those of its start, and its split."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        result = call(steps, folder)
+        seconds = time.perf_counter() - began
+        if isinstance(result, RunResult):
+            return seconds, _start_s(result), _split(result)
+    return (result if isinstance(result, float) else seconds), 0.0, ""
 
 
 def measure(quick: bool, slots: int = 2) -> Section:
-    torch.set_num_threads(1)
-    steps, rounds = (100, 1) if quick else (600, 3)
-    race = dict(policy="anchored", reports=4, commits=COMMITS)
+    steps, rounds = (100, 1) if quick else (700, 2)
+    reference, both = "plain loop, fixed LR", f"{slots} plain loops side by side"
+    race, paper = f"anchored, LRs = slots = {slots}", f"paper, LRs = slots = {slots}"
     runs: dict[str, Callable[[int, str], Any]] = {
-        "plain loop, fixed LR": plain,
+        reference: plain,
+        both: partial(plain, side_by_side=slots),
         "one Tune trial, fixed LR": under_tune,
-        f"anchored, LRs = slots = {slots}": automatic(**race, num_lrs=slots, finalists=1),
-        f"paper, LRs = slots = {slots}": automatic(policy="paper", num_lrs=slots),
-        f"anchored, 12 LRs on {slots} slots": automatic(**race),
-        f"paper, 10 LRs on {slots} slots": automatic(policy="paper"),
+        race: partial(automatic, policy="anchored", num_lrs=slots, finalists=1),
+        f"{race}, reports=1": partial(automatic, policy="anchored", num_lrs=slots, finalists=1, reports=1),
+        paper: partial(automatic, policy="paper", num_lrs=slots),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    split: dict[str, str] = {}
+    more: dict[str, Callable[[int, str], Any]] = {
+        f"anchored, 12 LRs on {slots} slots": partial(automatic, policy="anchored"),
+        f"paper, 10 LRs on {slots} slots": partial(automatic, policy="paper"),
+    }
+    found: dict[str, list[tuple[float, float, str]]] = {name: [] for name in (*runs, *more)}
     with cluster(slots, 1000):
         for _ in range(rounds):
             for name, call in runs.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    began = time.perf_counter()
-                    result = call(steps, folder)
-                    seconds[name].append(time.perf_counter() - began)
-                if isinstance(result, autolrs_ray.RunResult):
-                    split[name] = _split(result)
-    reference = seconds["plain loop, fixed LR"]
-    ratios = {
-        name: [value / base for value, base in zip(values, reference, strict=True)] for name, values in seconds.items()
-    }
-    rows = [(name, spread(seconds[name], 1), spread(ratios[name], 3), split.get(name, "")) for name in runs]
-    middle = {name: sorted(values)[len(values) // 2] for name, values in ratios.items()}
-    step_ms = 1000.0 * sorted(reference)[len(reference) // 2] / steps
+                found[name].append(_row(name, call, steps))
+        for name, call in more.items():  # once: they take long
+            found[name].append(_row(name, call, steps))
+    base = [seconds for seconds, _, _ in found[reference]]
+    rows, middle = [], {}
+    for name, measured in found.items():
+        ratios = [seconds / plain_s for (seconds, _, _), plain_s in zip(measured, base, strict=False)]
+        begun = [(s - start_s) / plain_s for (s, start_s, _), plain_s in zip(measured, base, strict=False)]
+        middle[name] = statistics.median(begun), statistics.median(ratios)
+        rows.append((name, spread([s for s, _, _ in measured], 1), spread(ratios, 3),
+                     f"{middle[name][0]:.3f}" if measured[-1][2] else "", measured[-1][2]))  # fmt: skip
+    step_ms = 1000.0 * statistics.median(base) / steps
     return Section(
         f"Whole run: {steps} steps of {step_ms:.0f} ms on {slots} slots, {rounds} rounds, median (min-max)",
-        ("run", "wall-clock, s", "ratio to the plain loop", "start + main + others only + rest, s"),
-        rows,
-        note="Start: from the call to the first step (actors, imports, data). Rest: hand-overs, proposals, checkpoints that "
-        "training waits for, Tune.",
+        ("run", "wall-clock, s", "ratio to the plain loop", "without the start",
+         "start + training + evaluation + others only + rest, s"), rows,
+        note="Start: from the call to the first step (actors, imports, data). Training, evaluation: of the main run. Rest: "
+        "hand-overs, proposals, checkpoints that training waits for, Tune. The split is the last round's; rows with fewer "
+        "slots than LRs have one round.",
         figures={
-            "whole_run_ratio": middle[f"anchored, LRs = slots = {slots}"],
-            "whole_run_ratio_paper": middle[f"paper, LRs = slots = {slots}"],
+            "whole_run_ratio": middle[race][1], "whole_run_ratio_paper": middle[paper][1],
+            "whole_run_ratio_begun": middle[race][0], "whole_run_ratio_paper_begun": middle[paper][0],
+            "two_plain_loops_ratio": middle[both][1],
         },
-    )
+    )  # fmt: skip
