@@ -215,10 +215,10 @@ class AutoLRSScheduler(TrialScheduler):
             return self.STOP
         if trial_id in self._held:
             return self.NOOP
-        self._watchdog.heard(trial_id)
         self._actors[str(result.get("node_ip")), int(result.get("pid") or 0)] = trial_id
         try:
             point = search.point(result, arm, trial_id not in self._reported)
+            self._watchdog.heard(trial_id, point.step)
             self._reported.add(trial_id)
             self._keeper.heard(trial, result)
             verdict = search.policy.report(arm, point, can_save=self._can_save(result))

@@ -47,7 +47,8 @@ class AutoLRSSearch(Searcher):
     began with, whatever nodes come and go; resumed with another value of `slots`, it plans them anew.
     resume: False refuses a folder with an earlier run, "auto" continues it where there is one, True demands one.
     extend: a run found there, of fewer steps, finished or not, goes on to `total_steps` (envelopes "wsd", "constant").
-    report_timeout_s: a probe silent for so long is given up; the main trial's silence ends the run.
+    report_timeout_s: a probe silent for so long, and for four times as long as the pace of the run so far lets expect, is given
+    up; the main trial's silence ends the run.
     resource_timeout_s: how long trials may wait for resources nobody has.
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,

@@ -9,9 +9,11 @@ import ray
 from ray.tune.experiment import Trial
 
 from autolrs_ray.core.policy import AutoLRSError
+from autolrs_ray.core.segments import next_report
 from autolrs_ray.searcher import AutoLRSSearch
 
 IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
+PATIENCE = 4.0  # a report may take so many times as long as the pace so far lets expect
 
 
 class Watchdog:
@@ -20,14 +22,31 @@ class Watchdog:
     def __init__(self, search: AutoLRSSearch, live: dict[str, Trial], resources: Any) -> None:
         self._search, self._live, self._resources = search, live, resources
         self._seen: dict[str, float] = {}
+        self._steps: dict[str, int] = {}  # at the last report
+        self._pace_s = 0.0  # seconds per step of the slowest stretch between two reports so far
         self._idle_since: float | None = None
         self._infeasible_since: float | None = None
 
-    def heard(self, trial_id: str) -> None:
-        self._seen[trial_id] = time.monotonic()
+    def heard(self, trial_id: str, step: int | None = None) -> None:
+        """A sign of life; step: optimizer steps done, if it was a report."""
+        now = time.monotonic()
+        if step is not None:
+            before = self._steps.get(trial_id, step)
+            if step > before and trial_id in self._seen:
+                self._pace_s = max(self._pace_s, (now - self._seen[trial_id]) / (step - before))
+            self._steps[trial_id] = step
+        self._seen[trial_id] = now
 
     def drop(self, trial_id: str) -> None:
         self._seen.pop(trial_id, None)
+        self._steps.pop(trial_id, None)
+
+    def _timeout_s(self, trial_id: str) -> float:
+        """report_timeout_s, or more where the next report lies further ahead: runs may take days."""
+        segment = self._search.segments[self._search.arm_of[trial_id]]
+        step = max(segment.start, self._steps.get(trial_id, 0))
+        expected_s = self._pace_s * (next_report(segment, step) - step)
+        return max(self._search.report_timeout_s, PATIENCE * expected_s)
 
     def look(self, held: dict[str, Trial], saving: int) -> None:
         """`held`: finished trials, whose silence is right. `saving`: checkpoints that are being written."""
@@ -38,7 +57,7 @@ class Watchdog:
                 continue
             running += 1
             silent = now - self._seen.setdefault(trial_id, now)
-            if trial_id not in held and silent > self._search.report_timeout_s:
+            if trial_id not in held and silent > self._search.report_timeout_s and silent > self._timeout_s(trial_id):
                 self._give_up(trial, silent)
         pending = any(trial.status == Trial.PENDING for trial in self._live.values())
         self._check_resources(pending and not running, now)

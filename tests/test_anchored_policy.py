@@ -15,6 +15,7 @@ from autolrs_ray.core.plan import ENVELOPES, RUNGS, THRIFTY_TOLERANCES, TOLERANC
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
 from autolrs_ray.core.rungs import Trunk, infill, losers
+from autolrs_ray.core.segments import next_report
 from tests.simulation import Simulation, diverging
 
 RULE = list(zip(RUNGS, THRIFTY_TOLERANCES, strict=True))
@@ -744,3 +745,11 @@ def test_a_slow_lr_that_comes_out_ahead_is_kept_where_it_is_given_time(early, st
 
     drive(policy, losses, every=2)
     assert slow.status == status
+
+
+def test_past_early_one_report_a_boundary_is_asked_for():
+    policy = anchored(1000, early=0.32, reports=4, commits=2)
+    segment, steps = policy.wanted()[0], [0]
+    while steps[-1] < 1000:
+        steps.append(next_report(segment, steps[-1]))
+    assert [step for step in steps if step > 160] == [200, 240, 280, 320, 500, 750, 1000]

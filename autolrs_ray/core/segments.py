@@ -15,7 +15,8 @@ class Segment:
 
     lr: learning rate, multiplied by the envelope at every step. boundaries: steps at which a report must fall (the ends
     of stages, or rungs). reports: how many reports are wanted up to each boundary. warmup_steps: if positive, a linear
-    rise over the first `warmup_steps` steps of the run is a further factor.
+    rise over the first `warmup_steps` steps of the run is a further factor. sparse_from: from this step on, one report per
+    boundary is enough (None: `reports` everywhere).
     """
 
     arm: str
@@ -29,6 +30,7 @@ class Segment:
     envelope: EnvelopeSpec = None
     total_steps: int = 0
     warmup_steps: int = 0
+    sparse_from: int | None = None
 
     @property
     def end(self) -> int:
@@ -48,10 +50,11 @@ class Segment:
 
 
 def next_report(segment: Segment, step: int) -> int:
-    """First step after `step` at which `segment` wants a report: `reports` evenly spaced ones up to every boundary."""
+    """First step after `step` at which `segment` wants a report: evenly spaced ones up to every boundary."""
     marks = [segment.start, *segment.boundaries]
     for low, high in pairwise(marks):
         if step < high:
-            count = min(segment.reports, high - low)
+            sparse = segment.sparse_from is not None and low >= segment.sparse_from
+            count = min(1 if sparse else segment.reports, high - low)
             return next(mark for i in range(1, count + 1) if (mark := low + (high - low) * i // count) > step)
     return step + 1

@@ -1,0 +1,52 @@
+"""How long a trial may be silent: no Ray runs here, and no time passes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.experiment import Trial
+
+from autolrs_ray import watchdog
+from autolrs_ray.core.policy import AutoLRSError
+from autolrs_ray.core.segments import Segment
+from autolrs_ray.watchdog import Watchdog
+
+SEGMENT = Segment("main", "main", 0, 0.1, 0, (100, 1000), 1, total_steps=1000)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now.s)
+    return now
+
+
+@pytest.fixture
+def dog() -> Watchdog:
+    policy = SimpleNamespace(done=False, progress=dict)
+    search: Any = SimpleNamespace(
+        report_timeout_s=10.0, arm_of={"a": "main"}, segments={"main": SEGMENT}, policy=policy
+    )
+    trial: Any = SimpleNamespace(status=Trial.RUNNING, trial_id="a")
+    return Watchdog(search, {"a": trial}, None)
+
+
+def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock: SimpleNamespace) -> None:
+    dog.look({}, 0)
+    clock.s = 10.0
+    dog.look({}, 0)
+    clock.s = 10.5
+    with pytest.raises(AutoLRSError, match=r"reported nothing for 10 s \(report_timeout_s=10\)"):
+        dog.look({}, 0)
+
+
+def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(dog: Watchdog, clock: SimpleNamespace) -> None:
+    for clock.s, step in ((0.0, 50), (5.0, 100)):  # a tenth of a second a step, and 900 steps to the next report
+        dog.heard("a", step)
+    clock.s = 5.0 + 4.0 * 90.0
+    dog.look({}, 0)
+    clock.s += 0.5
+    with pytest.raises(AutoLRSError, match="reported nothing for 360 s"):
+        dog.look({}, 0)
