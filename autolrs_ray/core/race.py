@@ -21,7 +21,8 @@ from autolrs_ray.core.plan import (
     require_int,
     rise,
 )
-from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, refuse_ignored_lr
+from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
+from autolrs_ray.core.race_state import RaceState
 from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, infill, leader_of, losers, steps_of_progress
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.core.surrogate import bin_centred_grid
@@ -31,7 +32,7 @@ HOLDS = {"wsd": 0.4, "constant": 1.0}
 
 
 @dataclass
-class AnchoredPolicy(Policy):
+class AnchoredPolicy(RaceState):
     """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
 
     below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
@@ -59,17 +60,6 @@ class AnchoredPolicy(Policy):
     branches: int = 0
     warmup: float = 0.2
 
-    # durable state
-    trunks: list[Trunk] = field(default_factory=list)
-    decided: int = 0
-    phase: str = "race"
-    forks: dict[int, tuple[int, str]] = field(default_factory=dict)  # trunk -> its checkpoint where branches begin
-    warmup_steps: int = field(init=False)  # of the run as it began: extending it changes none of them
-
-    # volatile
-    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
-    _crossings: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
-    _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,18 +130,8 @@ class AnchoredPolicy(Policy):
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
     @property
-    def done(self) -> bool:
-        return self.phase == "done"
-
-    @property
     def trials_needed(self) -> int:
         return self.num_lrs
-
-    def _arm(self, index: int) -> str:
-        return f"t{index:02d}"
-
-    def _open(self) -> list[tuple[int, Trunk]]:
-        return [(i, trunk) for i, trunk in enumerate(self.trunks) if trunk.status == "open"]
 
     def _rungs_passed(self, trunk: Trunk) -> int:
         return sum(rung in trunk.scores for rung in self.plan.rungs)
@@ -343,17 +323,6 @@ class AnchoredPolicy(Policy):
         self.trunks.append(Trunk(LogInterval(*self.lr_interval).lr(x), x, infill=infill))
         return self.trunks[-1]
 
-    def _end(self, index: int, status: str) -> None:
-        trunk = self.trunks[index]
-        trunk.status = status
-        self._forget(self._arm(index))
-        self.emit("trunk", arm=self._arm(index), probe=index, lr=trunk.lr, status=status, step=trunk.step)
-
-    def _forget(self, arm: str) -> None:
-        self._points.pop(arm, None)
-        self._crossings.pop(arm, None)
-        self._unsaved.discard(arm)
-
     def _revive(self) -> bool:
         """All that were left have diverged: start the best of those dropped below them again, if there is one."""
         bound = min((trunk.lr for trunk in self.trunks if trunk.status == "diverged"), default=0.0)
@@ -425,35 +394,6 @@ class AnchoredPolicy(Policy):
         self.emit("warning", stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._end(index, "failed")
         self._settle()
-
-    def is_open(self, arm: str) -> bool:
-        return not self.done and self.trunks[int(arm[1:])].status == "open"
-
-    def lost(self, path: str) -> None:
-        for index, trunk in enumerate(self.trunks):
-            if trunk.previous and trunk.previous[1] == path:
-                trunk.previous = None
-            if trunk.held and trunk.held[1] == path:
-                trunk.held = None
-            if self.forks.get(index, (0, ""))[1] == path:
-                del self.forks[index]
-            if trunk.origin and trunk.origin[1] == path and trunk.status == "open" and trunk.previous is None:
-                self._end(index, "failed")
-            elif trunk.checkpoint == path:
-                trunk.step, trunk.checkpoint = trunk.previous or trunk.origin or (0, None)
-                trunk.previous = None
-                if trunk.status == "won":
-                    trunk.status, self.phase = "open", "race"
-                self._forget(self._arm(index))
-                self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
-
-    def checkpoints(self) -> set[str]:
-        alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
-        paths = {trunk.checkpoint for trunk in alive} | {trunk.previous[1] for trunk in alive if trunk.previous}
-        paths |= {trunk.held[1] for trunk in alive if trunk.held}
-        paths |= {trunk.origin[1] for trunk in alive if trunk.origin}
-        paths |= {path for number, (_, path) in self.forks.items() if self.trunks[number] in alive}
-        return {path for path in paths if path is not None}
 
     def progress(self) -> dict[str, Any]:
         alive = self._open() or [(i, t) for i, t in enumerate(self.trunks) if t.status == "won"]

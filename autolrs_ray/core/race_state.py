@@ -1,0 +1,75 @@
+"""What the race remembers: its trunks, all that a restart needs, and the checkpoints it can go back to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autolrs_ray.core.policy import Point, Policy
+from autolrs_ray.core.rungs import Trunk
+
+
+@dataclass
+class RaceState(Policy):
+    """The state of :class:`~autolrs_ray.core.race.AnchoredPolicy`, which decides what becomes of it."""
+
+    # durable state
+    trunks: list[Trunk] = field(default_factory=list)
+    decided: int = 0
+    phase: str = "race"
+    forks: dict[int, tuple[int, str]] = field(default_factory=dict)  # trunk -> its checkpoint where branches begin
+    warmup_steps: int = field(init=False)  # of the run as it began: extending it changes none of them
+
+    # volatile
+    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+    _crossings: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+    _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
+
+    @property
+    def done(self) -> bool:
+        return self.phase == "done"
+
+    def _arm(self, index: int) -> str:
+        return f"t{index:02d}"
+
+    def _open(self) -> list[tuple[int, Trunk]]:
+        return [(i, trunk) for i, trunk in enumerate(self.trunks) if trunk.status == "open"]
+
+    def _end(self, index: int, status: str) -> None:
+        trunk = self.trunks[index]
+        trunk.status = status
+        self._forget(self._arm(index))
+        self.emit("trunk", arm=self._arm(index), probe=index, lr=trunk.lr, status=status, step=trunk.step)
+
+    def _forget(self, arm: str) -> None:
+        self._points.pop(arm, None)
+        self._crossings.pop(arm, None)
+        self._unsaved.discard(arm)
+
+    def is_open(self, arm: str) -> bool:
+        return not self.done and self.trunks[int(arm[1:])].status == "open"
+
+    def lost(self, path: str) -> None:
+        for index, trunk in enumerate(self.trunks):
+            if trunk.previous and trunk.previous[1] == path:
+                trunk.previous = None
+            if trunk.held and trunk.held[1] == path:
+                trunk.held = None
+            if self.forks.get(index, (0, ""))[1] == path:
+                del self.forks[index]
+            if trunk.origin and trunk.origin[1] == path and trunk.status == "open" and trunk.previous is None:
+                self._end(index, "failed")
+            elif trunk.checkpoint == path:
+                trunk.step, trunk.checkpoint = trunk.previous or trunk.origin or (0, None)
+                trunk.previous = None
+                if trunk.status == "won":
+                    trunk.status, self.phase = "open", "race"
+                self._forget(self._arm(index))
+                self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
+
+    def checkpoints(self) -> set[str]:
+        alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
+        paths = {trunk.checkpoint for trunk in alive} | {trunk.previous[1] for trunk in alive if trunk.previous}
+        paths |= {trunk.held[1] for trunk in alive if trunk.held}
+        paths |= {trunk.origin[1] for trunk in alive if trunk.origin}
+        paths |= {path for number, (_, path) in self.forks.items() if self.trunks[number] in alive}
+        return {path for path in paths if path is not None}
