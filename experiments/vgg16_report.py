@@ -39,9 +39,18 @@ def summarise(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of vgg16_cifar.json: one per setting and policy, over its seeds."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for outcome in outcomes:
-        key = [outcome[name] for name in (*SAME, *DETAILS, "policy", "peaks", "options", "slots")]
-        groups[json.dumps(key, sort_keys=True)].append(outcome)
-    rows = [_row(sorted(found, key=lambda outcome: int(outcome["seed"]))) for found in groups.values()]
+        groups[_setting(outcome)].append(outcome)
+    return _in_order([_row(sorted(found, key=lambda outcome: int(outcome["seed"]))) for found in groups.values()])
+
+
+def _setting(found: dict[str, Any]) -> str:
+    """All that an outcome or a row depends on but the seed."""
+    return json.dumps(
+        [found[name] for name in (*SAME, *DETAILS, "policy", "peaks", "options", "slots")], sort_keys=True
+    )
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (*(str(row[name]) for name in SAME), ORDER.index(row["policy"]), row["tuned"]))
 
 
@@ -125,6 +134,7 @@ def step_section(rows: list[dict[str, Any]]) -> str:
 def write_report(out: Path, results: Path) -> list[dict[str, Any]]:
     """Write vgg16_cifar.json and vgg16_cifar.md into `results` from the outcomes in `out`, and print the tables.
 
+    Rows that are there already, from another machine say, stay unless `out` has runs with the same setting.
     Raises FileNotFoundError where nothing has finished yet.
     """
     files = sorted((out / "outcomes").glob("*.json"))
@@ -134,6 +144,9 @@ def write_report(out: Path, results: Path) -> list[dict[str, Any]]:
         )
     rows = summarise([json.loads(file.read_text()) for file in files])
     results.mkdir(parents=True, exist_ok=True)
+    known, made = results / "vgg16_cifar.json", {_setting(row) for row in rows}
+    kept = [row for row in json.loads(known.read_text()) if _setting(row) not in made] if known.exists() else []
+    rows = _in_order([*rows, *kept])
     tables: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         tables[tuple(row[name] for name in SAME)].append(row)
@@ -146,5 +159,5 @@ def write_report(out: Path, results: Path) -> list[dict[str, Any]]:
     text = "\n".join(parts).rstrip() + "\n"
     print(text)
     replace(results / "vgg16_cifar.md", text)
-    replace(results / "vgg16_cifar.json", json.dumps(rows, indent=1) + "\n")
+    replace(known, json.dumps(rows, indent=1) + "\n")
     return rows

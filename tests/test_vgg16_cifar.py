@@ -386,6 +386,14 @@ def test_the_table_names_both_controls(tmp_path: Path) -> None:
     assert text.index("linear, untuned") < text.index("constant, averaged")
 
 
+def test_rows_of_an_earlier_report_stay_until_they_are_run_again(tmp_path: Path) -> None:
+    (tmp_path / "outcomes").mkdir()
+    for accuracy, policy in ((0.5, "linear"), (0.6, "anchored"), (0.7, "linear")):
+        (tmp_path / "outcomes" / "0.json").write_text(json.dumps(outcome(0, accuracy, policy=policy)))
+        rows = vgg16_report.write_report(tmp_path, tmp_path)
+    assert [(row["policy"], row["test_accuracy"][0]) for row in rows] == [("anchored", 0.6), ("linear", 0.7)]
+
+
 def test_operations_are_those_of_the_convolutions_and_the_head() -> None:
     """Forward once, backward twice, but no gradient for the images."""
     model, side, macs, first = vgg16("cifar10"), 32, 0, 0
