@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 import ray
 from rich.console import Console
 from rich.table import Table
+
+PRELOAD = {"RAY_preload_python_modules": "torch,torch._dynamo,ray.tune"}  # as docs/cluster.md advises
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 @contextmanager
 def cluster(slots: int, object_store_mb: int = 200) -> Iterator[None]:
     """A local cluster of `slots` CPUs that is gone afterwards."""
+    os.environ.update(PRELOAD)
     ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=object_store_mb * 2**20,
              log_to_driver=False, logging_level="warning")  # fmt: skip
     try:

@@ -1,9 +1,9 @@
 """With as many free slots as learning rates, what does a run cost beside plain training of the same steps?
 
 The workload is a convolutional net of about 50 ms a step on one thread, bound by computing and not by memory. On every side
-the clock runs from the call to the final state; Python and its imports are up already on this side, and so is the cluster on
-that. `LRs = slots`: so many that every slot holds one, which is the promise; with fewer slots than learning rates a run takes
-longer, and the table says how much. Plain loops side by side tell what is due to the machine.
+the clock runs from the call to the final state; Python and its imports are up already on this side, and so are the cluster
+and its workers' imports on that. `LRs = slots`: so many that every slot holds one, which is the promise; with fewer slots than
+learning rates a run takes longer, and the table says how much. Plain loops side by side tell what is due to the machine.
 """
 
 from __future__ import annotations
