@@ -146,7 +146,7 @@ def test_the_learning_rate_is_drawn_as_it_was_applied_envelope_and_all(anchored:
     line = next(line for line in figure.axes[0].lines if line.get_label() == "learned schedule")
     steps, lrs = line.get_data()
     scale = data.result.schedule.pieces[0].lr
-    assert lrs[0] == pytest.approx(scale / 20)  # warm-up
+    assert lrs[0] == pytest.approx(scale / 40)  # the first of 40 steps of warm-up
     assert dict(zip(steps, lrs, strict=True))[100] == pytest.approx(scale * (1 - (100 / 200) ** 2))
     assert lrs[-1] == data.result.schedule.lr_at(199)
     assert {"search interval", "other trunks", "rungs of the race"} <= labels(figure)
