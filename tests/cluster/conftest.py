@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import sys
@@ -14,9 +15,15 @@ BUCKET = "runs"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens at, above those of Ray's workers and below those a connection going out may be given."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("100 ports between 20000 and 32000 were tried, and all are taken")
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], limit_s: float = 60.0) -> None:

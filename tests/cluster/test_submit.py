@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from autolrs_ray.journal import read_journal
-from tests.cluster.conftest import free_port
+from tests.cluster.conftest import free_port, wait_for_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "cluster.md"
@@ -139,8 +139,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         found.export(command("export RAY_AUTH_MODE"))
         found.export(command("export RAY_API_SERVER_ADDRESS"))
         began = time.monotonic()
-        head = stack.enter_context(found.serving(command("ray start --head"), f"--dashboard-port={found.dashboard}"))
+        agent = free_port()
+        own_ports = (f"--dashboard-port={found.dashboard}", f"--dashboard-agent-listen-port={agent}")
+        head = stack.enter_context(found.serving(command("ray start --head"), *own_ports))
         found.wait_for("ray job list", "[", head)
+        wait_for_port(agent, head)
         other = (f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}/other")  # as on another machine
         worker = stack.enter_context(found.serving(command("ray start --address"), *other))
         found.wait_for(f"ray status --address 127.0.0.1:{found.port}", "/4.0 GPU", worker)
