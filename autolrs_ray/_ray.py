@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 
@@ -55,5 +57,24 @@ def keep_actors_warm(controller: TuneController, resources: Any, slots: int, mor
         controller._max_pending_trials = max(controller._max_pending_trials, slots)
     except (AttributeError, TypeError) as error:
         logger.warning("this version of Ray does not let AutoLRS keep its actors warm (%s)", error)
+        return False
+    return True
+
+
+def use_idle_workers(controller: TuneController, trainable: type) -> bool:
+    """Let actors of `trainable` begin in processes that Ray keeps ready, with what these have imported, if its attribute
+    `idle_workers` is true. False if they do not.
+
+    Tune gives every actor an environment variable against a fault of Lightning's, and Ray gives an actor with variables of
+    its own a new process. Where Tune has the user's variables to pass on, that stays so.
+    """
+    try:
+        from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+        if not getattr(trainable, "idle_workers", False) or any(name in os.environ for name in ENV_VARS_TO_PROPAGATE):
+            return False
+        controller._class_cache._cache.setdefault(trainable, ray.remote(trainable))
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.warning("this version of Ray does not let AutoLRS use idle processes (%s)", error)
         return False
     return True

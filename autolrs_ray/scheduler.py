@@ -16,7 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
-from autolrs_ray._ray import keep_actors_warm, set_source
+from autolrs_ray._ray import keep_actors_warm, set_source, use_idle_workers
 from autolrs_ray.core import surrogate
 from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
@@ -126,6 +126,7 @@ class AutoLRSScheduler(TrialScheduler):
             search.active = 0
             self._keeper.adopt(folder)
         keep_actors_warm(controller, self._resources, search.slots, more=search.slots)
+        use_idle_workers(controller, trial.get_trainable_cls())
         if getattr(search.policy, "infill", True):  # a race without in-fill LRs proposes none
             # a second, while the actors start; after the record, whose warnings it would silence
             threading.Thread(target=surrogate.preload, daemon=True).start()

@@ -33,10 +33,13 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     workers: processes that train one trial together, each on its share of every batch (torch's DistributedDataParallel).
     object_store: trials may take the checkpoint they start from out of Ray's object store, where it lies besides storage.
     False for subclasses with a save_checkpoint or load_checkpoint of their own; not used with several workers.
+    idle_workers: trials may begin in processes that Ray keeps ready. False for those that need PL_DISABLE_FORK=1, which Tune
+    sets for Lightning in processes of its own.
     """
 
     workers = 1
     object_store = True
+    idle_workers = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

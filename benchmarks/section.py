@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import psutil
 import ray
 from rich.console import Console
 from rich.table import Table
@@ -50,13 +52,29 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
+def _await_imports(slots: int, limit_s: float = 60.0) -> None:
+    """Wait until the idle workers of all slots have begun and done their imports. Raises TimeoutError."""
+    deadline, before = time.monotonic() + limit_s, -1.0
+    while time.monotonic() < deadline:
+        processes = psutil.process_iter(["cmdline", "cpu_times"])
+        idle = [found.info for found in processes if "ray::IDLE" in " ".join(found.info["cmdline"] or ())]
+        spent = sum(info["cpu_times"].user for info in idle)
+        if len(idle) >= slots and spent == before:
+            return
+        before = spent
+        time.sleep(1.0)
+    raise TimeoutError(f"{slots} idle workers of Ray were not ready within {limit_s:.0f} s")
+
+
 @contextmanager
-def cluster(slots: int, object_store_mb: int = 200) -> Iterator[None]:
-    """A local cluster of `slots` CPUs that is gone afterwards."""
+def cluster(slots: int, object_store_mb: int = 200, ready: bool = False) -> Iterator[None]:
+    """A local cluster of `slots` CPUs that is gone afterwards. ready: wait for the imports of its workers."""
     os.environ.update(PRELOAD)
     ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=object_store_mb * 2**20,
              log_to_driver=False, logging_level="warning")  # fmt: skip
     try:
+        if ready:
+            _await_imports(slots)
         yield
     finally:
         ray.shutdown()

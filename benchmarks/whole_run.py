@@ -1,9 +1,10 @@
 """With as many free slots as learning rates, what does a run cost beside plain training of the same steps?
 
 The workload is a convolutional net of about 50 ms a step on one thread, bound by computing and not by memory. On every side
-the clock runs from the call to the final state; Python and its imports are up already on this side, and so are the cluster
-and its workers' imports on that. `LRs = slots`: so many that every slot holds one, which is the promise; with fewer slots than
-learning rates a run takes longer, and the table says how much. Plain loops side by side tell what is due to the machine.
+the clock runs from the call to the final state; Python and its imports are up already on this side, and so are the cluster,
+a new one for every run, and the imports of its idle workers on that. `LRs = slots`: so many that every slot holds one, which
+is the promise; with fewer slots than learning rates a run takes longer, and the table says how much. Plain loops side by
+side tell what is due to the machine.
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ def _split(result: RunResult) -> str:
     return " + ".join(f"{part:.1f}" for part in parts)
 
 
-def _row(name: str, call: Callable[[int, str], Any], steps: int) -> tuple[float, float, str]:
-    """Seconds of one run, those of its start, and its split."""
-    with tempfile.TemporaryDirectory() as folder:
+def _row(call: Callable[[int, str], Any], steps: int, slots: int) -> tuple[float, float, str]:
+    """Seconds of one run on a new cluster, those of its start, and its split."""
+    with tempfile.TemporaryDirectory() as folder, cluster(slots, 1000, ready=True):
         began = time.perf_counter()
         result = call(steps, folder)
         seconds = time.perf_counter() - began
@@ -165,12 +166,11 @@ def measure(quick: bool, slots: int = 2) -> Section:
         f"paper, 10 LRs on {slots} slots": partial(automatic, policy="paper"),
     }
     found: dict[str, list[tuple[float, float, str]]] = {name: [] for name in (*runs, *more)}
-    with cluster(slots, 1000):
-        for _ in range(rounds):
-            for name, call in runs.items():
-                found[name].append(_row(name, call, steps))
-        for name, call in more.items():  # once: they take long
-            found[name].append(_row(name, call, steps))
+    for _ in range(rounds):
+        for name, call in runs.items():
+            found[name].append(_row(call, steps, slots))
+    for name, call in more.items():  # once: they take long
+        found[name].append(_row(call, steps, slots))
     base = [seconds for seconds, _, _ in found[reference]]
     rows, middle = [], {}
     for name, measured in found.items():

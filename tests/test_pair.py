@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from ray import tune
 
 import autolrs_ray
-from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, RunResult
+from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, AutoLRSTrainable, RunResult
+from autolrs_ray._ray import keep_actors_warm, use_idle_workers
 from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.local import run_local
@@ -55,6 +59,39 @@ def local_events(policy: str, total_steps: int, averaging: bool = False, **optio
     trainer = Trainer(lambda: build_tiny({}), 0, averaging)
     run = run_local(make_policy(policy, total_steps, seed=0, **options), trainer)
     return run, trainer
+
+
+def idle_processes(at_least: int) -> set[int]:
+    """Process ids of Ray's workers that nobody has used yet, once there are so many."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        processes = psutil.process_iter(["cmdline"])
+        found = {process.pid for process in processes if "ray::IDLE" in " ".join(process.info["cmdline"] or ())}
+        if len(found) >= at_least:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("own_variables", [True, False])
+def test_actors_begin_in_processes_that_ray_keeps_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_variables: bool
+) -> None:
+    if own_variables:  # which Tune passes on to the actors' environment: then they need processes of their own
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "none")
+    idle = idle_processes(2)  # Ray starts one a CPU, here 4, when the first program connects: these tests come first
+    autolrs_ray.run(build_tiny, 40, num_lrs=2, storage_path=tmp_path, name="run", slots=2, progress=False)
+    ours = actors(tmp_path / "run")
+    assert len(ours) == 2
+    assert ours.isdisjoint(idle) if own_variables else ours <= idle
+
+
+def test_another_ray_without_these_internals_is_not_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    other: Any = SimpleNamespace()
+    assert not keep_actors_warm(other, None, 2, 2)
+    assert not use_idle_workers(other, AutoLRSTrainable)
+    assert not use_idle_workers(other, ClassTrainable)  # does not ask for it: nothing to say
+    assert len(caplog.messages) == 2
 
 
 def test_tune_run_with_class_api_commits_every_stage(tmp_path: Path) -> None:

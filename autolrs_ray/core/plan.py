@@ -62,9 +62,10 @@ def envelope_factor(spec: EnvelopeSpec, step: int, total_steps: int) -> float:
     return factor
 
 
-def rise(warmup_steps: int, step: int) -> float:
-    """Factor of a linear warm-up over the first `warmup_steps` steps of a run (0: none) at `step`."""
-    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+def lr_factor(envelope: EnvelopeSpec, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """What a scale is multiplied by at `step`: the envelope's factor and, over the first `warmup_steps`, a linear rise."""
+    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return rise * envelope_factor(envelope, step, total_steps)
 
 
 def _is_int(value: object) -> bool:

@@ -16,10 +16,10 @@ from autolrs_ray.core.plan import (
     LogInterval,
     RacePlan,
     envelope_factor,
+    lr_factor,
     require_bool,
     require_float,
     require_int,
-    rise,
 )
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
 from autolrs_ray.core.race_state import RaceState
@@ -231,10 +231,6 @@ class AnchoredPolicy(RaceState):
     def _is_early(self, rung: int) -> bool:
         return rung < round(self.early * self.total_steps)
 
-    def _factor(self, step: int) -> float:
-        """What every trunk's scale is multiplied by at `step`."""
-        return rise(self.warmup_steps, step) * envelope_factor(self.envelope, step, self.total_steps)
-
     # -- the rule ------------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -268,7 +264,9 @@ class AnchoredPolicy(RaceState):
         late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
         since = None
         if self._is_early(rung) and self.lag < 1.0:
-            since = steps_of_progress(self.lag, rung, self._factor)
+            since = steps_of_progress(
+                self.lag, rung, lambda step: lr_factor(self.envelope, step, self.total_steps, self.warmup_steps)
+            )
         out = losers(field, rung, tolerance, self.below, self.finalists if late else None, since)
         for trunk in out:
             trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead
@@ -415,7 +413,8 @@ class AnchoredPolicy(RaceState):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("policy") != "anchored":
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'anchored'")
-        self.phase, self.decided, self.warmup_steps = state["phase"], state["decided"], state["warmup_steps"]
+        self.phase, self.decided = state["phase"], state["decided"]
+        self.warmup_steps = state.get("warmup_steps", 0)  # a race begun before there was a warm-up goes on without
         if state["extended"]:
             self._close_race()
         self.trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from autolrs_ray.core.plan import EnvelopeSpec, envelope_factor, rise
+from autolrs_ray.core.plan import EnvelopeSpec, lr_factor
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Segment:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update from `step` to `step + 1`."""
-        return self.lr * rise(self.warmup_steps, step) * envelope_factor(self.envelope, step, self.total_steps)
+        return self.lr * lr_factor(self.envelope, step, self.total_steps, self.warmup_steps)
 
 
 def next_report(segment: Segment, step: int) -> int:
