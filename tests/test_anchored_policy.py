@@ -652,6 +652,18 @@ def test_progress_says_where_the_run_stands():
     assert progress["lr"] == simulation.of("done")[0]["lr"]
 
 
+def test_a_leader_that_the_rise_had_flattered_gives_way_to_the_lr_it_displaced():
+    """At 4 steps of a rise over 20, LR 5.6 is at 1.1, ahead of all; at its full height it blows up, to finite losses."""
+    simulation = Simulation(anchored(200, warmup=0.1)).run()
+    assert [event["lr"] for event in simulation.of("trunk") if event["status"] == "diverged"] == pytest.approx(
+        [5.6234], rel=1e-3
+    )
+    assert "starts again" in simulation.of("warning")[0]["message"]
+    done = simulation.of("done")[0]
+    assert (done["lr"], done["step"]) == (pytest.approx(1.7783, rel=1e-3), 200)
+    assert done["loss"] < 0.11
+
+
 # -- a longer run ------------------------------------------------------------------------------------------------------
 
 

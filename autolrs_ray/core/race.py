@@ -55,7 +55,7 @@ class AnchoredPolicy(RaceState):
     lag: float = 0.1
     early: float = 0.32
     averaging: bool = True
-    reports: int = 4
+    reports: int = 2
     commits: int = 10
     branches: int = 0
     warmup: float = 0.2
@@ -258,7 +258,20 @@ class AnchoredPolicy(RaceState):
             if self.decided == 1 and self.infill:
                 self._fill_in()
 
+    def _blown_up(self, leader: Trunk, rung: int) -> bool:
+        """Whether even the leader is no better off than at its first report, and a lower LR, dropped since, was better:
+        then that one was dropped wrongly, for being slow while the rise hid that the leader's LR is too large."""
+        score = leader.scores[rung]
+        fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < leader.lr and t.parent is None]
+        return (
+            bool(leader.curve) and score >= leader.curve[0][1] and any(min(t.scores.values()) < score for t in fallen)
+        )
+
     def _drop(self, rung: int, tolerance: float, field: list[Trunk]) -> None:
+        while field and self._blown_up(leader := leader_of(field, rung), rung):
+            field.remove(leader)
+            if leader.status == "open":
+                self._end(self.trunks.index(leader), "diverged")
         if not field:
             return
         late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
