@@ -654,7 +654,7 @@ def test_progress_says_where_the_run_stands():
 
 def test_a_leader_that_the_rise_had_flattered_gives_way_to_the_lr_it_displaced():
     """At 4 steps of a rise over 20, LR 5.6 is at 1.1, ahead of all; at its full height it blows up, to finite losses."""
-    simulation = Simulation(anchored(200, warmup=0.1)).run()
+    simulation = Simulation(anchored(200, warmup=0.1, lag=1.0)).run()
     assert [event["lr"] for event in simulation.of("trunk") if event["status"] == "diverged"] == pytest.approx(
         [5.6234], rel=1e-3
     )

@@ -39,7 +39,7 @@ class AnchoredPolicy(RaceState):
     stays that has come as far as the leader had at this fraction of its progress (1: off): small LRs are slow, not bad.
     finalists: trunks that may go past 0.32 T.
     averaging: score trunks on averaged weights where they are reported. reports: validation points up to each boundary
-    before `early` * T; from there on one, as what lies between two boundaries decides nothing any more.
+    before `early` * T, twice as many up to the first; later one.
     commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
     times that, tried from the leader's own state after the first rung at or past 0.32 T; the rungs after it decide.
     warmup: fraction of the run over which a linear rise is a factor beside the envelope (0: none).
@@ -161,8 +161,16 @@ class AnchoredPolicy(RaceState):
 
     def _segment(self, index: int, trunk: Trunk) -> Segment:
         boundaries = tuple(boundary for boundary in self._boundaries if boundary > trunk.step)
-        return Segment(self._arm(index), "trunk", 0, trunk.lr, trunk.step, boundaries, self.reports, trunk.checkpoint,
-                       self.envelope, self.total_steps, self.warmup_steps, round(self.early * self.total_steps))  # fmt: skip
+        reports = tuple(self._reports_from(low) for low in (trunk.step, *boundaries[:-1]))
+        return Segment(self._arm(index), "trunk", 0, trunk.lr, trunk.step, boundaries, reports, trunk.checkpoint,
+                       self.envelope, self.total_steps, self.warmup_steps)  # fmt: skip
+
+    def _reports_from(self, step: int) -> int:
+        """Reports between the boundary `step` and the next: the first rung looks back to a point early in its stretch, and
+        what lies between two late boundaries decides nothing."""
+        if step >= round(self.early * self.total_steps):
+            return 1
+        return self.reports if step else 2 * self.reports
 
     # -- reports -------------------------------------------------------------------------------------------------------
 

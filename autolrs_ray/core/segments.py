@@ -14,9 +14,8 @@ class Segment:
     """A stretch of training: restore `source` (None: begin from scratch), train from `start` to the last boundary.
 
     lr: learning rate, multiplied by the envelope at every step. boundaries: steps at which a report must fall (the ends
-    of stages, or rungs). reports: how many reports are wanted up to each boundary. warmup_steps: if positive, a linear
-    rise over the first `warmup_steps` steps of the run is a further factor. sparse_from: from this step on, one report per
-    boundary is enough (None: `reports` everywhere).
+    of stages, or rungs). reports: how many reports are wanted up to each boundary, one number for all or one for each.
+    warmup_steps: if positive, a linear rise over the first `warmup_steps` steps of the run is a further factor.
     """
 
     arm: str
@@ -25,12 +24,11 @@ class Segment:
     lr: float
     start: int
     boundaries: tuple[int, ...]
-    reports: int
+    reports: int | tuple[int, ...]
     source: str | None = None
     envelope: EnvelopeSpec = None
     total_steps: int = 0
     warmup_steps: int = 0
-    sparse_from: int | None = None
 
     @property
     def end(self) -> int:
@@ -42,7 +40,9 @@ class Segment:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Segment:
-        return cls(**{**config, "boundaries": tuple(config["boundaries"])})
+        reports = config["reports"]
+        reports = reports if isinstance(reports, int) else tuple(reports)
+        return cls(**{**config, "boundaries": tuple(config["boundaries"]), "reports": reports})
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update from `step` to `step + 1`."""
@@ -52,9 +52,9 @@ class Segment:
 def next_report(segment: Segment, step: int) -> int:
     """First step after `step` at which `segment` wants a report: evenly spaced ones up to every boundary."""
     marks = [segment.start, *segment.boundaries]
-    for low, high in pairwise(marks):
+    for i, (low, high) in enumerate(pairwise(marks)):
         if step < high:
-            sparse = segment.sparse_from is not None and low >= segment.sparse_from
-            count = min(1 if sparse else segment.reports, high - low)
-            return next(mark for i in range(1, count + 1) if (mark := low + (high - low) * i // count) > step)
+            wanted = segment.reports if isinstance(segment.reports, int) else segment.reports[i]
+            count = min(wanted, high - low)
+            return next(mark for j in range(1, count + 1) if (mark := low + (high - low) * j // count) > step)
     return step + 1
