@@ -151,7 +151,7 @@ class Record:
         self.append([event])
 
     def append(self, events: list[dict[str, Any]]) -> None:
-        """Append `events`, each with the wall-clock time, and flush them to disk."""
+        """Append `events`, each with the wall-clock time unless it has one, and flush them to disk."""
         if not events:
             return
         now = time.time()

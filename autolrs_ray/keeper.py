@@ -170,15 +170,19 @@ class CheckpointKeeper:
             )
         if save.verdict is Verdict.PAUSE:
             search.policy.withdraw(arm)
-        search.persist()
-        if complete and search.fatal is None:
+        if complete:
             self.delete_unneeded()
 
     def delete_unneeded(self) -> None:
-        """Delete the checkpoints written so far that neither the policy nor a live trial needs."""
+        """Delete the checkpoints written so far that neither the policy nor a live trial needs, nor the record on disk."""
         needed = self._search.policy.checkpoints()
         needed |= {trial.checkpoint.path for trial in self._live.values() if trial.checkpoint is not None}
-        for path in self._written - needed:
+        doomed = self._written - needed
+        if doomed:
+            self._search.persist()  # first: a resumed run goes by the record
+        if self._search.fatal is not None:
+            return
+        for path in doomed:
             self._written.discard(path)
             try:
                 self._filesystem.delete_dir(path)

@@ -224,7 +224,6 @@ class AutoLRSScheduler(TrialScheduler):
             self._keeper.heard(trial, result)
             verdict = search.policy.report(arm, point, can_save=self._can_save(result))
             self._keep_time(search, trial_id, verdict, result)
-            search.persist()
         except (AutoLRSError, ValueError, TypeError) as error:
             search.fail(error)
             return self.NOOP
@@ -239,7 +238,7 @@ class AutoLRSScheduler(TrialScheduler):
             return
         del self._clocks[trial_id]
         segment = search.segments[search.arm_of[trial_id]]
-        search.note("segment", arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
+        search.note("segment", time=now, arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
                     start=segment.start, end=result[search.time_attr], began=clock.began, busy_s=clock.busy_s)  # fmt: skip
 
     def _can_save(self, result: dict[str, Any]) -> bool:

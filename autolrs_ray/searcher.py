@@ -304,7 +304,6 @@ class AutoLRSSearch(Searcher):
             return None
         known = set(self.arm_of.values())
         segment = next((s for s in self.policy.wanted() if s.arm not in known), None)
-        self.persist()
         if segment is None or (segment.role == "main" and self.promoting):
             return None
         self.policy.issue(segment.arm)

@@ -1,8 +1,8 @@
 """How long slots stand idle between segments, warm actors against new ones, and how much of it is ours.
 
 Medians in milliseconds: from a stage's end to its first probe's first step, from probe to probe on a slot, and from the
-last probe to the main trial's first step. Ours: the time per segment in the scheduler and the searcher, as Tune calls them,
-with policy, journal and state written to disk.
+last probe to the main trial's first step. Ours: what of a gap is spent in the scheduler and the searcher, as Tune calls them,
+with policy, journal and state written to disk, and with what they ask Tune to do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from autolrs_ray import AutoLRSScheduler, AutoLRSSearch
 from benchmarks.section import Section, cluster
 from experiments.digits_task import build
 
+Span = tuple[float, float]
+"""Begin and end, by the wall clock, in seconds."""
+
 KINDS = ("stage end to first probe", "probe to probe", "last probe to main")
 ENTRIES = {
     AutoLRSScheduler: (
@@ -35,23 +38,29 @@ ENTRIES = {
 
 
 class Stopwatch:
-    """The time inside any of several functions; one that another of them calls is not counted twice."""
+    """When any of several functions ran; one that another of them calls is not counted twice."""
 
     def __init__(self) -> None:
-        self.seconds, self._depth = 0.0, 0
+        self._spans: list[Span] = []
+        self._depth = 0
 
     def timed(self, function: Any) -> Any:
         @wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
             self._depth += 1
-            began = time.perf_counter()
+            began = time.time()
             try:
                 return function(*arguments, **named)
             finally:
                 self._depth -= 1
-                self.seconds += 0.0 if self._depth else time.perf_counter() - began
+                if not self._depth:
+                    self._spans.append((began, time.time()))
 
         return call
+
+    def within(self, gap: Span) -> float:
+        """Seconds of `gap` in which one of them ran."""
+        return sum(max(0.0, min(end, gap[1]) - max(began, gap[0])) for began, end in self._spans)
 
     @contextmanager
     def on_entries(self) -> Iterator[None]:
@@ -68,54 +77,60 @@ class Stopwatch:
                 one.stop()
 
 
-def gaps(result: autolrs_ray.RunResult) -> dict[str, list[float]]:
-    """Idle milliseconds by kind, from the segments of the journal; the first stage starts its actors and is left out."""
+def gaps(result: autolrs_ray.RunResult) -> dict[str, list[Span]]:
+    """Idle times by kind, from the segments of the journal; the first stage starts its actors and is left out."""
     segments = [event for event in result.events if event["event"] == "segment"]
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[Span]] = {kind: [] for kind in KINDS}
     for stage in sorted({segment["stage"] for segment in segments})[1:]:
         probes = sorted((s["began"], s["time"]) for s in segments if s["stage"] == stage and s["role"] == "probe")
         main = next(s for s in segments if s["stage"] == stage and s["role"] == "main")
         before = next(s for s in segments if s["stage"] == stage - 1 and s["role"] == "main")
-        found[KINDS[0]].append(probes[0][0] - before["time"])
-        found[KINDS[2]].append(main["began"] - max(end for _, end in probes))
+        found[KINDS[0]].append((before["time"], probes[0][0]))
+        found[KINDS[2]].append((max(end for _, end in probes), main["began"]))
         ends: list[float] = []
         for began, end in probes:
             free = [other for other in ends if other <= began]
             if free:
-                found[KINDS[1]].append(began - max(free))
+                found[KINDS[1]].append((max(free), began))
                 ends.remove(max(free))
             ends.append(end)
-    return {kind: [1000.0 * value for value in values] for kind, values in found.items()}
+    return found
 
 
-def _measure(stages: int, reuse: bool, num_lrs: int) -> tuple[dict[str, list[float]], float]:
-    """The gaps of a run, and the milliseconds per segment that are ours."""
+def _measure(stages: int, reuse: bool, num_lrs: int) -> dict[str, list[tuple[float, float]]]:
+    """The gaps of a run by kind: their length in milliseconds, and that of the part that is ours."""
     options: dict[str, Any] = dict(policy="paper", stage_steps=100, max_stage_steps=100, lr_interval=(1e-3, 1.0))
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder, watch.on_entries():
         result = autolrs_ray.run(build, 100 * stages, storage_path=folder, reuse_actors=reuse, progress=False,
                                  num_lrs=num_lrs, **options)  # fmt: skip
-    segments = sum(event["event"] == "segment" for event in result.events)
-    return gaps(result), 1000.0 * watch.seconds / segments
+    return {
+        kind: [(1000.0 * (span[1] - span[0]), 1000.0 * watch.within(span)) for span in spans]
+        for kind, spans in gaps(result).items()
+    }
 
 
 def measure(quick: bool, slots: int = 2) -> Section:
     with cluster(slots):
-        warm, ours_ms = _measure(3 if quick else 8, True, 4 if quick else 10)
-        cold, cold_ours_ms = _measure(2 if quick else 3, False, 4)
+        warm = _measure(3 if quick else 8, True, 4 if quick else 10)
+        cold = _measure(2 if quick else 3, False, 4)
     rows = []
     for kind in KINDS:
-        one, two = statistics.median(warm[kind]), statistics.median(cold[kind])
-        rows.append((kind, f"{one:.0f} ({len(warm[kind])})", f"{two:.0f} ({len(cold[kind])})", f"{two / one:.0f}"))
-    rows.append(("ours, mean per segment with all its reports", f"{ours_ms:.1f}", f"{cold_ours_ms:.1f}", ""))
+        one, ours, two = (
+            statistics.median(values)
+            for values in ([gap for gap, _ in warm[kind]], [ours for _, ours in warm[kind]], [g for g, _ in cold[kind]])
+        )
+        rows.append((kind, f"{one:.0f} ({len(warm[kind])})", f"{ours:.1f}", f"{two:.0f} ({len(cold[kind])})",
+                     f"{two / one:.0f}"))  # fmt: skip
+    every = [pair for kind in KINDS for pair in warm[kind]]
     return Section(
         f"Hand-over on {slots} slots: idle time between segments, ms, median (n)",
-        ("gap", "warm actors", "new actors", "ratio"),
+        ("gap", "warm actors", "of it ours", "new actors", "new / warm"),
         rows,
-        note="Ours: scheduler, searcher, policy, journal and state flushed to disk, from a segment's start to its end; the "
-        "rest of a gap is Tune's and the trial's.",
+        note="Ours: scheduler, searcher, policy, journal and state flushed to disk, and what they call of Tune's; the rest of "
+        "a gap is Tune's and the trial's.",
         figures={
-            "handover_ms": statistics.median([gap for kind in KINDS for gap in warm[kind]]),
-            "handover_ours_ms": ours_ms,
+            "handover_ms": statistics.median([gap for gap, _ in every]),
+            "handover_ours_ms": statistics.median([ours for _, ours in every]),
         },
     )
