@@ -2,7 +2,7 @@
 
 Medians in milliseconds: from a stage's end to its first probe's first step, from probe to probe on a slot, and from the
 last probe to the main trial's first step. Ours: what of a gap is spent in the scheduler and the searcher, as Tune calls them,
-with policy, journal and state written to disk, and with what they ask Tune to do.
+with policy, journal and state written to disk, without what they ask Tune to do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 from unittest.mock import patch
+
+from ray.tune.execution.tune_controller import TuneController
 
 import autolrs_ray
 from autolrs_ray import AutoLRSScheduler, AutoLRSSearch
@@ -35,6 +37,8 @@ ENTRIES = {
     ),
     AutoLRSSearch: ("suggest", "on_trial_result", "on_trial_complete"),
 }
+TUNES_OWN = {TuneController: ("stop_trial", "pause_trial", "_schedule_trial_save")}
+"""What ours call of Tune's."""
 
 
 class Stopwatch:
@@ -63,10 +67,12 @@ class Stopwatch:
         return sum(max(0.0, min(end, gap[1]) - max(began, gap[0])) for began, end in self._spans)
 
     @contextmanager
-    def on_entries(self) -> Iterator[None]:
-        """Time what Tune calls of ours."""
+    def on(self, functions: dict[type, tuple[str, ...]]) -> Iterator[None]:
+        """Time these methods."""
         patches = [
-            patch.object(owner, name, self.timed(getattr(owner, name))) for owner in ENTRIES for name in ENTRIES[owner]
+            patch.object(owner, name, self.timed(getattr(owner, name)))
+            for owner, names in functions.items()
+            for name in names
         ]
         for one in patches:
             one.start()
@@ -100,12 +106,12 @@ def gaps(result: autolrs_ray.RunResult) -> dict[str, list[Span]]:
 def _measure(stages: int, reuse: bool, num_lrs: int) -> dict[str, list[tuple[float, float]]]:
     """The gaps of a run by kind: their length in milliseconds, and that of the part that is ours."""
     options: dict[str, Any] = dict(policy="paper", stage_steps=100, max_stage_steps=100, lr_interval=(1e-3, 1.0))
-    watch = Stopwatch()
-    with tempfile.TemporaryDirectory() as folder, watch.on_entries():
+    ours, tunes = Stopwatch(), Stopwatch()
+    with tempfile.TemporaryDirectory() as folder, ours.on(ENTRIES), tunes.on(TUNES_OWN):
         result = autolrs_ray.run(build, 100 * stages, storage_path=folder, reuse_actors=reuse, progress=False,
                                  num_lrs=num_lrs, **options)  # fmt: skip
     return {
-        kind: [(1000.0 * (span[1] - span[0]), 1000.0 * watch.within(span)) for span in spans]
+        kind: [(1000.0 * (span[1] - span[0]), 1000.0 * (ours.within(span) - tunes.within(span))) for span in spans]
         for kind, spans in gaps(result).items()
     }
 
@@ -127,8 +133,7 @@ def measure(quick: bool, slots: int = 2) -> Section:
         f"Hand-over on {slots} slots: idle time between segments, ms, median (n)",
         ("gap", "warm actors", "of it ours", "new actors", "new / warm"),
         rows,
-        note="Ours: scheduler, searcher, policy, journal and state flushed to disk, and what they call of Tune's; the rest of "
-        "a gap is Tune's and the trial's.",
+        note="Ours: scheduler, searcher, policy, journal and state flushed to disk; the rest is Tune's and the trial's.",
         figures={
             "handover_ms": statistics.median([gap for gap, _ in every]),
             "handover_ours_ms": statistics.median([ours for _, ours in every]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -54,12 +55,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def _await_imports(slots: int, limit_s: float = 60.0) -> None:
     """Wait until the idle workers of all slots have begun and done their imports. Raises TimeoutError."""
-    deadline, before = time.monotonic() + limit_s, -1.0
+    deadline, before = time.monotonic() + limit_s, math.inf
     while time.monotonic() < deadline:
         processes = psutil.process_iter(["cmdline", "cpu_times"])
         idle = [found.info for found in processes if "ray::IDLE" in " ".join(found.info["cmdline"] or ())]
         spent = sum(info["cpu_times"].user for info in idle)
-        if len(idle) >= slots and spent == before:
+        if len(idle) >= slots and 0.0 <= spent - before < 0.1:  # a second's housekeeping
             return
         before = spent
         time.sleep(1.0)

@@ -664,6 +664,17 @@ def test_a_leader_that_the_rise_had_flattered_gives_way_to_the_lr_it_displaced()
     assert done["loss"] < 0.11
 
 
+def test_a_leader_that_learns_its_data_by_heart_later_on_stays():
+    policy = anchored(1000, num_lrs=2, warmup=0.1)
+    slow, fast = policy.trunks
+
+    def losses(lr, step):
+        return 1.4 if lr == slow.lr else 1.0 - step / 1000.0 if step <= 320 else 2.0
+
+    drive(policy, losses)
+    assert (slow.status, fast.status) == ("dropped", "won")
+
+
 # -- a longer run ------------------------------------------------------------------------------------------------------
 
 

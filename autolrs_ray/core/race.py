@@ -268,12 +268,13 @@ class AnchoredPolicy(RaceState):
 
     def _blown_up(self, leader: Trunk, rung: int) -> bool:
         """Whether even the leader is no better off than at its first report, and a lower LR, dropped since, was better:
-        then that one was dropped wrongly, for being slow while the rise hid that the leader's LR is too large."""
+        then that one was dropped wrongly, for being slow while the rise hid that the leader's LR is too large. Early on
+        only: later, a model that learns its data by heart is as badly off, at any LR."""
+        if not (self.warmup_steps and leader.curve and rung < round(FINALISTS_FROM * self.total_steps)):
+            return False
         score = leader.scores[rung]
         fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < leader.lr and t.parent is None]
-        return (
-            bool(leader.curve) and score >= leader.curve[0][1] and any(min(t.scores.values()) < score for t in fallen)
-        )
+        return score >= leader.curve[0][1] and any(min(t.scores.values()) < score for t in fallen)
 
     def _drop(self, rung: int, tolerance: float, field: list[Trunk]) -> None:
         while field and self._blown_up(leader := leader_of(field, rung), rung):
