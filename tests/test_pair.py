@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
+import os
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from ray import tune
 
 import autolrs_ray
-from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, AutoLRSTrainable, RunResult
+from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, AutoLRSTrainable, RunResult, TrainingTask
 from autolrs_ray._ray import keep_actors_warm, use_idle_workers
 from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core.policies import make_policy
@@ -61,16 +60,14 @@ def local_events(policy: str, total_steps: int, averaging: bool = False, **optio
     return run, trainer
 
 
-def idle_processes(at_least: int) -> set[int]:
-    """Process ids of Ray's workers that nobody has used yet, once there are so many."""
-    deadline = time.monotonic() + 60.0
-    while True:
-        processes = psutil.process_iter(["cmdline"])
-        found = {process.pid for process in processes if "ray::IDLE" in " ".join(process.info["cmdline"] or ())}
-        if len(found) >= at_least:
-            return found
-        assert time.monotonic() < deadline, found
-        time.sleep(0.1)
+class Environment(AutoLRSTrainable):
+    """Reports whether its process has the variable that Tune sets for Lightning: then it is not one of Ray's idle ones."""
+
+    def build(self, config: dict[str, Any]) -> TrainingTask:
+        return build_tiny(config)
+
+    def step(self) -> dict[str, Any]:
+        return {**super().step(), "own_process": "PL_DISABLE_FORK" in os.environ}
 
 
 @pytest.mark.parametrize("own_variables", [True, False])
@@ -79,11 +76,9 @@ def test_actors_begin_in_processes_that_ray_keeps_ready(
 ) -> None:
     if own_variables:  # which Tune passes on to the actors' environment: then they need processes of their own
         monkeypatch.setenv("AWS_SESSION_TOKEN", "none")
-    idle = idle_processes(2)  # Ray starts one a CPU, here 4, when the first program connects: these tests come first
-    autolrs_ray.run(build_tiny, 40, num_lrs=2, storage_path=tmp_path, name="run", slots=2, progress=False)
-    ours = actors(tmp_path / "run")
-    assert len(ours) == 2
-    assert ours.isdisjoint(idle) if own_variables else ours <= idle
+    autolrs_ray.run(Environment, 40, num_lrs=2, storage_path=tmp_path, name="run", slots=2, progress=False)
+    rows = [json.loads(row) for file in tmp_path.glob("run/*/result.json") for row in file.read_text().splitlines()]
+    assert {row["own_process"] for row in rows} == {own_variables}
 
 
 def test_another_ray_without_these_internals_is_not_an_error(caplog: pytest.LogCaptureFixture) -> None:
