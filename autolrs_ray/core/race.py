@@ -90,7 +90,7 @@ class AnchoredPolicy(RaceState):
     @property
     def _fork_step(self) -> int | None:
         """Where branches begin; None if there are to be none, or the last rung comes before."""
-        late = [rung for rung in self.plan.rungs if rung >= round(FINALISTS_FROM * self.total_steps)]
+        late = [rung for rung in self.plan.rungs if rung >= self._finalists_from]
         return late[0] if late and self.branches else None
 
     def _hold_end(self) -> int:
@@ -168,7 +168,7 @@ class AnchoredPolicy(RaceState):
     def _reports_from(self, step: int) -> int:
         """Reports between the boundary `step` and the next: the first rung looks back to a point early in its stretch, and
         what lies between two late boundaries decides nothing."""
-        if step >= round(self.early * self.total_steps):
+        if not self._is_early(step):
             return 1
         return self.reports if step else 2 * self.reports
 
@@ -236,8 +236,13 @@ class AnchoredPolicy(RaceState):
         self.emit("rung", arm=self._arm(index), probe=index, lr=trunk.lr, step=rung, score=trunk.scores[rung],
                   loss=last.loss, averaged_loss=last.averaged_loss)  # fmt: skip
 
-    def _is_early(self, rung: int) -> bool:
-        return rung < round(self.early * self.total_steps)
+    def _is_early(self, step: int) -> bool:
+        return step < round(self.early * self.total_steps)
+
+    @property
+    def _finalists_from(self) -> int:
+        """Step from which only finalists go on."""
+        return round(FINALISTS_FROM * self.total_steps)
 
     # -- the rule ------------------------------------------------------------------------------------------------------
 
@@ -270,7 +275,7 @@ class AnchoredPolicy(RaceState):
         """Whether even the leader is no better off than at its first report, and a lower LR, dropped since, was better:
         then that one was dropped wrongly, for being slow while the rise hid that the leader's LR is too large. Early on
         only: later, a model that learns its data by heart is as badly off, at any LR."""
-        if not (self.warmup_steps and leader.curve and rung < round(FINALISTS_FROM * self.total_steps)):
+        if not (self.warmup_steps and leader.curve and rung < self._finalists_from):
             return False
         score = leader.scores[rung]
         fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < leader.lr and t.parent is None]
@@ -283,7 +288,7 @@ class AnchoredPolicy(RaceState):
                 self._end(self.trunks.index(leader), "diverged")
         if not field:
             return
-        late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
+        late = rung >= self._finalists_from or rung == self.plan.rungs[-1]
         since = None
         if self._is_early(rung) and self.lag < 1.0:
             since = steps_of_progress(
