@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,24 @@ def mean_se(values: list[float | None]) -> Number:
     return [mean, math.sqrt(sum((v - mean) ** 2 for v in known) / (len(known) - 1) / len(known))]
 
 
-def summarise(cached: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[dict[str, Any]]:
+def summarise(
+    cached: list[dict[str, Any]], methods: Mapping[str, Any], earlier: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Rows of compare.json: one per task, setting and method. test_losses, lrs: by seed. minus_anchored: paired over the
     seeds both have.
 
     A method that has run on at most half of anchored's seeds is left out: its mean would not compare with the others'.
+    earlier: rows of an earlier compare.json; they stay where nothing newer of the task and method is cached.
     """
     by_task: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in cached:
         by_task[row["task"], row["setting"]][row["method"]].append(row)
+    before = {(row["task"], row["steps"]): row["test_losses"] for row in earlier if row["method"] == "anchored"}
     result = []
     for (task, _), found in by_task.items():
-        reference = {row["seed"]: row["outcome"]["test_loss"] for row in found.get("anchored", [])}
+        steps = next(iter(found.values()))[0]["steps"]
+        reference = dict(enumerate(before.get((task, steps), [])))
+        reference.update({row["seed"]: row["outcome"]["test_loss"] for row in found.get("anchored", [])})
         for method, rows in found.items():
             if 2 * len(rows) <= len(reference):
                 continue  # the few seeds of a run that was cut short say nothing beside the others
@@ -72,7 +78,8 @@ def summarise(cached: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[
                 test_losses=[o["test_loss"] for o in outcomes], lrs=[o["lr"] for o in outcomes],
                 hardware=rows[-1]["hardware"], date=max(row["date"] for row in rows),
             ))  # fmt: skip
-    return result
+    fresh = {(row["task"], row["method"]) for row in result}
+    return [row for row in earlier if (row["task"], row["method"]) not in fresh] + result
 
 
 def _plus_minus(value: Number, digits: int, sign: str = "", scale: float = 1.0) -> str:
@@ -149,12 +156,23 @@ decades. Methods share stretches that they train in common; results are those of
 """
 
 
+def _read(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of compare.json; losses that were not finite are null there."""
+    losses = {name: [math.inf if v is None else v for v in row[name]] for name in ("test_loss", "test_losses")}
+    return {**row, **losses}
+
+
 def write_report(
     cached: list[dict[str, Any]], out: Path, tasks: Mapping[str, Task], methods: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Write compare.json, compare.md, compare.png and compare.svg into `out`, and print the tables."""
+    """Write compare.json, compare.md, compare.png and compare.svg into `out`, and print the tables.
+
+    Rows of the compare.json that is there stay until newer ones of their task and method come.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    rows = summarise(cached, methods)
+    before = out / "compare.json"
+    earlier = [_read(row) for row in json.loads(before.read_text())] if before.exists() else []
+    rows = summarise(cached, methods, earlier)
     parts = ["# The comparison\n\nMade by `python -m experiments.compare`; numbers in compare.json.\n"]
     order = {name: i for i, name in enumerate(TITLES)}
     names = sorted({row["task"] for row in rows}, key=lambda name: order.get(name, 99))

@@ -217,6 +217,14 @@ def test_rows_pair_seeds_with_anchored_and_the_verdict_says_who_lost() -> None:
     assert "gap +0.5000 ± 0.0000 (paired): more than one" in verdict(list(summary.values()))
 
 
+def test_earlier_rows_stay_until_newer_ones_come_and_newer_ones_are_paired_with_them() -> None:
+    earlier = summarise([cached("digits", m, s, 1.0 + s) for m in ("anchored", "linear") for s in range(3)], METHODS)
+    fresh = [cached("digits", method, s, 2.0 + s) for method in ("linear", "PBT") for s in range(3)]
+    found = {row["method"]: row for row in summarise(fresh, METHODS, earlier)}
+    assert found["anchored"] == earlier[0]
+    assert found["linear"]["minus_anchored"] == found["PBT"]["minus_anchored"] == [1.0, 0.0]
+
+
 def test_a_line_cut_short_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
     cache = compare.Cache(tmp_path / "results.jsonl")
     cache.add(cached("digits", "linear", 0, 1.0))

@@ -13,7 +13,6 @@ from typing import Any
 
 from autolrs_ray.core.plan import (
     EnvelopeSpec,
-    LogInterval,
     RacePlan,
     envelope_factor,
     lr_factor,
@@ -22,8 +21,8 @@ from autolrs_ray.core.plan import (
     require_int,
 )
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
-from autolrs_ray.core.race_state import RaceState
-from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, infill, leader_of, losers, steps_of_progress
+from autolrs_ray.core.race_field import RaceField
+from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, leader_of, losers, steps_of_progress
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.core.surrogate import bin_centred_grid
 
@@ -32,7 +31,7 @@ HOLDS = {"wsd": 0.4, "constant": 1.0}
 
 
 @dataclass
-class AnchoredPolicy(RaceState):
+class AnchoredPolicy(RaceField):
     """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
 
     below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
@@ -45,11 +44,7 @@ class AnchoredPolicy(RaceState):
     warmup: fraction of the run over which a linear rise is a factor beside the envelope (0: none).
     """
 
-    lr_interval: tuple[float, float] = (1e-5, 10.0)
-    plan: RacePlan = field(default_factory=lambda: RacePlan.from_fractions(1000))
     envelope: EnvelopeSpec = "quadratic"
-    num_lrs: int = 12
-    infill: int = 0
     finalists: int = 3
     below: float = 4.0
     lag: float = 0.1
@@ -57,7 +52,6 @@ class AnchoredPolicy(RaceState):
     averaging: bool = True
     reports: int = 2
     commits: int = 10
-    branches: int = 0
     warmup: float = 0.2
 
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
@@ -86,12 +80,6 @@ class AnchoredPolicy(RaceState):
         rungs = self.plan.rungs
         late = {step for step in (*spaced, self._hold_end()) if not rungs or step > rungs[0]}
         return tuple(sorted(set(rungs) | late | {self.total_steps}))
-
-    @property
-    def _fork_step(self) -> int | None:
-        """Where branches begin; None if there are to be none, or the last rung comes before."""
-        late = [rung for rung in self.plan.rungs if rung >= self._finalists_from]
-        return late[0] if late and self.branches else None
 
     def _hold_end(self) -> int:
         """Last step up to which the envelope is 1 whatever the total is; 0 where it falls from the start."""
@@ -135,11 +123,6 @@ class AnchoredPolicy(RaceState):
 
     def _rungs_passed(self, trunk: Trunk) -> int:
         return sum(rung in trunk.scores for rung in self.plan.rungs)
-
-    @property
-    def breadth(self) -> int:
-        joining = self.infill if self.decided == 0 else 0
-        return len(self._open()) + (joining or (self.branches if self._parent() else 0))
 
     def cost(self, slots: int) -> tuple[float, float]:
         trunks, late = self.num_lrs + self.infill, min(self.finalists, self.num_lrs + self.infill)
@@ -239,11 +222,6 @@ class AnchoredPolicy(RaceState):
     def _is_early(self, step: int) -> bool:
         return step < round(self.early * self.total_steps)
 
-    @property
-    def _finalists_from(self) -> int:
-        """Step from which only finalists go on."""
-        return round(FINALISTS_FROM * self.total_steps)
-
     # -- the rule ------------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -302,63 +280,6 @@ class AnchoredPolicy(RaceState):
         self.emit("decision", step=rung, leader=leader.lr, score=leader.scores[rung], dropped=len(out), kept=kept)
         if len(kept) == 1 and len(field) > 1:
             self.emit("choice", stage=0, lr=kept[0], step=rung)
-
-    def _fill_in(self) -> None:
-        try:
-            xs = infill(self.trunks, self.plan.rungs[0], 1.0 / self.num_lrs, self.infill)
-        except Exception as error:  # numerical libraries raise many types, and no in-fill LR is worth the run
-            self.emit("warning", stage=0, message=f"surrogate failed ({error}); no in-fill LR")
-            return
-        for x in xs:
-            trunk = self._new_trunk(x, infill=True)
-            self.emit("proposal", stage=0, probe=len(self.trunks) - 1, arm=self._arm(len(self.trunks) - 1), lr=trunk.lr,
-                      infill=True)  # fmt: skip
-
-    def _forked(self) -> bool:
-        return any(trunk.parent is not None for trunk in self.trunks)
-
-    def _parent(self) -> tuple[int, Trunk] | None:
-        """The leader, from the decision at the fork until its branches have begun; None where there is nothing to wait for.
-
-        A leader that has a later checkpoint, but none at the fork, gets no branches: that one could not be written.
-        """
-        fork = self._fork_step
-        if fork is None or self.plan.rungs.index(fork) >= self.decided or self._forked():
-            return None
-        passed = [(number, trunk) for number, trunk in self._open() if fork in trunk.scores]
-        if not passed:  # all that led have diverged, and another has started again
-            return None
-        number, leader = min(passed, key=lambda item: item[1].scores[fork])
-        return None if leader.step > fork and number not in self.forks else (number, leader)
-
-    def _branch(self) -> None:
-        """Start the branches, once the fork's rung has been decided and the leader's checkpoint there is durable."""
-        parent = self._parent()
-        if parent is None or parent[0] not in self.forks:
-            return
-        number, leader = parent
-        for x in bin_centred_grid(self.branches):
-            lr = leader.lr * 4.0**x
-            self.trunks.append(leader.branch(number, lr, LogInterval(*self.lr_interval).x(lr), self.forks[number]))
-            self.emit("proposal", stage=0, probe=len(self.trunks) - 1, arm=self._arm(len(self.trunks) - 1), lr=lr,
-                      parent=self._arm(number), start=self.forks[number][0])  # fmt: skip
-        self.forks = {}
-
-    def _new_trunk(self, x: float, infill: bool = False) -> Trunk:
-        self.trunks.append(Trunk(LogInterval(*self.lr_interval).lr(x), x, infill=infill))
-        return self.trunks[-1]
-
-    def _revive(self) -> bool:
-        """All that were left have diverged: start the best of those dropped below them again, if there is one."""
-        bound = min((trunk.lr for trunk in self.trunks if trunk.status == "diverged"), default=0.0)
-        fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < bound and t.parent is None]
-        if not fallen:
-            return False
-        trunk = min(fallen, key=lambda trunk: (-max(trunk.scores), trunk.scores[max(trunk.scores)]))
-        trunk.restart()
-        arm = self._arm(self.trunks.index(trunk))
-        self.emit("warning", stage=0, arm=arm, message=f"all other trunks diverged; LR {trunk.lr:.3g} starts again")
-        return True
 
     def _fail(self) -> None:
         tried = ", ".join(f"{trunk.lr:.3g} ({trunk.status})" for trunk in self.trunks)
