@@ -1,6 +1,7 @@
 """With as many free slots as learning rates, what does a run cost beside plain training of the same steps?
 
-The workload is a convolutional net of about 50 ms a step on one thread, bound by computing and not by memory. On every side
+The workload is a convolutional net on one thread, bound by computing and not by memory, at the batch size at which a step
+takes about 50 ms on this machine. On every side
 the clock runs from the call to the final state; Python and its imports are up already on this side, and so are the cluster,
 a new one for every run, and the imports of its idle workers on that. `LRs = slots`: so many that every slot holds one, which
 is the promise; with fewer slots than learning rates a run takes longer, and the table says how much. Plain loops side by
@@ -31,8 +32,9 @@ from autolrs_ray.training import Data, Trainer
 from benchmarks.section import Section, cluster, spread
 
 COMMITS = 20
-CHANNELS, PIXELS, BATCH = 32, 16, 128
+CHANNELS, PIXELS = 32, 16
 TRAIN, HELD_OUT = 4096, 256
+STEP_MS = 50.0
 
 
 def build(config: dict[str, Any]) -> TrainingTask:
@@ -51,7 +53,7 @@ def build(config: dict[str, Any]) -> TrainingTask:
     return TrainingTask(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         loss=nn.functional.cross_entropy, train_data=(inputs[:TRAIN], targets[:TRAIN]),
-        val_data=(inputs[TRAIN:], targets[TRAIN:]), batch_size=BATCH, channels_last=True,
+        val_data=(inputs[TRAIN:], targets[TRAIN:]), batch_size=config.get("batch_size", 128), channels_last=True,
     )  # fmt: skip
 
 
@@ -81,11 +83,21 @@ class Timed(AutoLRSTrainable):
         return {**super().step(), "evaluation_s": self.trainer.evaluation_s}
 
 
-def _loop(steps: int, folder: str, ready: Barrier, seconds: Any) -> None:
-    build({})  # what torch imports at its first use
+def fitting_batch() -> int:
+    """The batch size at which a step takes `STEP_MS` here: a multiple of 16."""
+    trainer = Trainer(lambda: build({}))
+    trainer.train(10, lambda step: 0.1)
+    began = time.perf_counter()
+    trainer.train(50, lambda step: 0.1)
+    step_ms = 1000.0 * (time.perf_counter() - began) / 40
+    return 16 * max(1, round(trainer.task.batch_size * STEP_MS / step_ms / 16))
+
+
+def _loop(steps: int, config: dict[str, Any], folder: str, ready: Barrier, seconds: Any) -> None:
+    build(config)  # what torch imports at its first use
     ready.wait()
     began = time.perf_counter()
-    trainer = Trainer(lambda: build({}))
+    trainer = Trainer(lambda: build(config))
     for i in range(1, COMMITS + 1):
         trainer.train(steps * i // COMMITS, lambda step: 0.1)
         trainer.evaluate()
@@ -93,12 +105,12 @@ def _loop(steps: int, folder: str, ready: Barrier, seconds: Any) -> None:
     seconds.put(time.perf_counter() - began)
 
 
-def plain(steps: int, folder: str, side_by_side: int = 1) -> float:
+def plain(steps: int, config: dict[str, Any], folder: str, side_by_side: int = 1) -> float:
     """Seconds of the loop a user would write: fixed LR, evaluation and a checkpoint twenty times. The longest of several."""
     context = multiprocessing.get_context("spawn")
     ready, seconds = context.Barrier(side_by_side), context.SimpleQueue()
     loops = [
-        context.Process(target=_loop, args=(steps, f"{folder}/{i}", ready, seconds), daemon=True)
+        context.Process(target=_loop, args=(steps, config, f"{folder}/{i}", ready, seconds), daemon=True)
         for i in range(side_by_side)
     ]
     for loop in loops:
@@ -110,18 +122,18 @@ def plain(steps: int, folder: str, side_by_side: int = 1) -> float:
     return max(float(seconds.get()) for _ in loops)
 
 
-def under_tune(steps: int, folder: str) -> None:
+def under_tune(steps: int, config: dict[str, Any], folder: str) -> None:
     """The same as one trial of Tune's, first in, first out."""
-    tune.run(Timed, config={"lr": 0.1, "seed": 0, "report_every": steps // COMMITS},
+    tune.run(Timed, config={**config, "lr": 0.1, "seed": 0, "report_every": steps // COMMITS},
              stop={"step": steps}, storage_path=folder, name="fifo", verbose=0,
              checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1))  # fmt: skip
 
 
-def automatic(steps: int, folder: str, **options: Any) -> RunResult:
+def automatic(steps: int, config: dict[str, Any], folder: str, **options: Any) -> RunResult:
     if options["policy"] == "paper":
         options.update(stage_steps=steps // 5, max_stage_steps=steps // 5)
-    return autolrs_ray.run(Timed, steps, storage_path=folder, name="run", progress=False, lr_interval=(1e-3, 0.3),
-                           **options)  # fmt: skip
+    return autolrs_ray.run(Timed, steps, config=config, storage_path=folder, name="run", progress=False,
+                           lr_interval=(1e-3, 0.3), **options)  # fmt: skip
 
 
 def _split(result: RunResult) -> str:
@@ -135,11 +147,11 @@ def _split(result: RunResult) -> str:
     return " + ".join(f"{part:.1f}" for part in parts)
 
 
-def _row(call: Callable[[int, str], Any], steps: int, slots: int) -> tuple[float, str]:
+def _row(call: Callable[..., Any], steps: int, config: dict[str, Any], slots: int) -> tuple[float, str]:
     """Seconds of one run on a new cluster, and its split."""
     with tempfile.TemporaryDirectory() as folder, cluster(slots, 1000, ready=True):
         began = time.perf_counter()
-        result = call(steps, folder)
+        result = call(steps, config, folder)
         seconds = time.perf_counter() - began
         if isinstance(result, RunResult):
             return seconds, _split(result)
@@ -150,7 +162,7 @@ def measure(quick: bool, slots: int = 2) -> Section:
     steps, rounds = (100, 1) if quick else (700, 2)
     reference, both = "plain loop, fixed LR", f"{slots} plain loops side by side"
     race, paper = f"anchored, LRs = slots = {slots}", f"paper, LRs = slots = {slots}"
-    runs: dict[str, Callable[[int, str], Any]] = {
+    runs: dict[str, Callable[..., Any]] = {
         reference: plain,
         both: partial(plain, side_by_side=slots),
         "one Tune trial, fixed LR": under_tune,
@@ -158,16 +170,17 @@ def measure(quick: bool, slots: int = 2) -> Section:
         f"{race}, reports=1": partial(automatic, policy="anchored", num_lrs=slots, finalists=1, reports=1),
         paper: partial(automatic, policy="paper", num_lrs=slots),
     }
-    more: dict[str, Callable[[int, str], Any]] = {
+    more: dict[str, Callable[..., Any]] = {
         f"anchored, 12 LRs on {slots} slots": partial(automatic, policy="anchored"),
         f"paper, 10 LRs on {slots} slots": partial(automatic, policy="paper"),
     }
+    config = {"batch_size": fitting_batch()}
     found: dict[str, list[tuple[float, str]]] = {name: [] for name in (*runs, *more)}
     for _ in range(rounds):
         for name, call in runs.items():
-            found[name].append(_row(call, steps, slots))
+            found[name].append(_row(call, steps, config, slots))
     for name, call in more.items():  # once: they take long
-        found[name].append(_row(call, steps, slots))
+        found[name].append(_row(call, steps, config, slots))
     base, busy = ([seconds for seconds, _ in found[name]] for name in (reference, both))
     rows, middle = [], {}
     for name, measured in found.items():
@@ -176,9 +189,9 @@ def measure(quick: bool, slots: int = 2) -> Section:
         )
         middle[name] = statistics.median(alone), statistics.median(beside)
         rows.append((name, spread([s for s, _ in measured], 1), spread(alone, 3), spread(beside, 3), measured[-1][1]))
-    step_ms = 1000.0 * statistics.median(base) / steps
+    step = f"{1000.0 * statistics.median(base) / steps:.0f} ms (batch {config['batch_size']})"
     return Section(
-        f"Whole run: {steps} steps of {step_ms:.0f} ms on {slots} slots, {rounds} rounds, median (min-max)",
+        f"Whole run: {steps} steps of {step} on {slots} slots, {rounds} rounds, median (min-max)",
         ("run", "wall-clock, s", "ratio to the plain loop", f"to {slots} side by side",
          "start + training + evaluation + others only + rest, s"), rows,
         note="Start: from the call to the first step (actors, imports, data). Training, evaluation: of the main run. Rest: "
