@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from autolrs_ray.checkpoints import read_checkpoint, snapshot, write_checkpoint
+from autolrs_ray.core.plan import require_float
 
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
 """(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
 
-_EPOCH, _STEP, _AUGMENT = 0, 1, 2  # streams of the counter-based random numbers
+_EPOCH, _STEP, _AUGMENT, _VALIDATION = 0, 1, 2, 3  # streams of the counter-based random numbers
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -40,7 +42,8 @@ class TrainingTask:
     loss: (model output, target) -> scalar mean over the batch. metrics: further (output, target) -> scalar mean,
     reported on the validation data as "val_NAME". augment: (inputs, generator) -> inputs, on the device.
     autocast: run forward passes in bfloat16. compile: True, or a mode of torch.compile ("reduce-overhead": CUDA graphs).
-    val_data must not be the test set: learning rates are chosen on it.
+    val_data must not be the test set: learning rates are chosen on it. val_fraction: the part of its rows, in (0, 1], that
+    reports are taken on: the same ones, drawn by the run's seed, in every trial.
     """
 
     model: nn.Module
@@ -50,6 +53,7 @@ class TrainingTask:
     val_data: Data
     batch_size: int
     eval_batch_size: int = 1024
+    val_fraction: float = 1.0
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     clip_norm: float | None = None
@@ -63,10 +67,15 @@ class TrainingTask:
             raise ValueError(f"batch_size must be in [1, {_length(self.train_data)}], got {self.batch_size}")
         if _length(self.val_data) < 1:
             raise ValueError("val_data is empty: learning rates are chosen on it; hold out a part of the training data")
+        require_float("val_fraction", self.val_fraction, 0.0, 1.0, low_open=True)
 
 
 def _length(data: Data) -> int:
     return len(data[0]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
+
+
+def _rows(data: Data, rows: Tensor) -> Data:
+    return (data[0][rows], data[1][rows]) if isinstance(data, tuple) else Subset(data, rows.tolist())
 
 
 def _generator(seed: int, stream: int, index: int) -> torch.Generator:
@@ -123,7 +132,7 @@ class Trainer:
         mode = task.compile if isinstance(task.compile, str) else None
         self._forward = torch.compile(self.model, mode=mode) if task.compile else self.model
         self._train_forward: Any = self._forward
-        self.train_data, self.val_data = self._place(task.train_data), self._place(task.val_data)
+        self.train_data, self.val_data = self._place(task.train_data), self._place(self._drawn(task.val_data))
         base = task.optimizer.param_groups[0]["lr"]
         if not base > 0:
             raise ValueError(f"build the optimizer with lr > 0 in its first group, got {base}: ratios are kept to it")
@@ -146,6 +155,14 @@ class Trainer:
         if counters:
             torch._foreach_copy_(counters, new_counters)
         averaged.n_averaged += 1
+
+    def _drawn(self, data: Data) -> Data:
+        """`task.val_fraction` of the rows, in their order; all of them as they are."""
+        count = math.ceil(self.task.val_fraction * _length(data))
+        if count == _length(data):
+            return data
+        order = torch.randperm(_length(data), generator=_generator(self.seed, _VALIDATION, 0))
+        return _rows(data, order[:count].sort().values)
 
     def _place(self, data: Data) -> Data:
         if isinstance(data, tuple):
@@ -233,7 +250,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, data: Data | None = None, averaged: bool = False) -> dict[str, float]:
-        """Mean "loss" and metrics on `data` (default: the validation data), of the raw or the averaged weights."""
+        """Mean "loss" and metrics on `data`, of the raw or the averaged weights.
+
+        Default: on the rows of the validation data that reports are taken on.
+        """
         data = self.val_data if data is None else self._place(data)
         network: nn.Module | Any = self._forward
         if averaged:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -196,6 +197,22 @@ def test_a_map_style_dataset_gives_the_same_run_as_the_tensors():
         trainer.train(15, falling)
     assert_same(tensors.state_dict(), dataset.state_dict())
     assert tensors.evaluate() == dataset.evaluate()
+
+
+def test_reports_on_a_fraction_of_the_validation_data_use_the_same_rows_in_every_trial():
+    pairs = (X[64:], Y[64:])
+    trainers = [Trainer(partial(task, val_data=data, val_fraction=0.4), seed)
+                for data, seed in ((pairs, 3), (TensorDataset(*pairs), 3), (pairs, 4))]  # fmt: skip
+    rows = [torch.stack([x for x, _ in t.val_data]) if t is trainers[1] else t.val_data[0] for t in trainers]
+    assert [len(found) for found in rows] == [7, 7, 7]  # of 16
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+    places = [int((pairs[0] == row).all(1).nonzero()) for row in rows[0]]
+    assert places == sorted(set(places))
+    expected = trainers[0].evaluate((pairs[0][places], pairs[1][places]))
+    assert trainers[0].evaluate() == pytest.approx(expected)
+    assert trainers[1].evaluate() == pytest.approx(expected)
+    assert trainers[0].evaluate() != pytest.approx(trainers[0].evaluate(pairs), rel=1e-3)
 
 
 # -- learning rates ----------------------------------------------------------------------------------------------------
@@ -389,6 +406,8 @@ def test_compile_is_off_on_or_a_mode(asked, expected, monkeypatch):
         ({"batch_size": 0}, r"batch_size must be in \[1, 64\], got 0"),
         ({"batch_size": 65}, r"batch_size must be in \[1, 64\], got 65"),
         ({"val_data": (X[:0], Y[:0])}, "val_data is empty"),
+        ({"val_fraction": 0.0}, "val_fraction must be a finite number in .0.0, 1.0., got 0.0"),
+        ({"val_fraction": 1.5}, "val_fraction .* got 1.5"),
     ],
 )
 def test_a_task_that_cannot_be_trained_is_refused(options, message):
