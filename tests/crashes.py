@@ -1,12 +1,23 @@
-"""A process that dies in the middle of writing, pretended in this one."""
+"""A process that dies in the middle of writing, pretended in this one; and a file that executes code when it is unpickled."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+
+
+class Malice:
+    """Unpickling it creates the file `flag`."""
+
+    def __init__(self, flag: os.PathLike[str]) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.flag}",)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.crashes import Malice
 from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk
 
 pytest.importorskip("transformers")
@@ -89,6 +91,25 @@ def test_a_restored_trial_goes_on_exactly_where_it_was(tmp_path: Path, monkeypat
     assert [report["step"] for report in trial.reports] == [3, 8, 8]
     assert trial.reports[1]["val_loss"] == trial.reports[2]["val_loss"] != trial.reports[0]["val_loss"]
     assert trial.reports[1]["train_loss"] == pytest.approx(trial.reports[2]["train_loss"], rel=1e-5)
+
+
+def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autolrs_ray.integrations.huggingface import fit
+
+    trial = TrialStub(tmp_path, monkeypatch)
+    fit(trainer_with(tmp_path / "unused"), trunk(0, 3, 8))
+    trial.source = trial.checkpoint(3)
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+    for name in names:
+        assert (trial.source / name).exists()
+        torch.save(Malice(tmp_path / "executed"), trial.source / name)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        fit(trainer_with(tmp_path / "unused"), trunk(3, 8))
+    for name in names[:2]:
+        (trial.source / name).unlink()
+    with pytest.raises(Exception, match="Weights only load failed"):  # the random numbers' state
+        fit(trainer_with(tmp_path / "unused"), trunk(3, 8))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_no_validation_data_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from tests.crashes import Malice
 from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk
 
 pytest.importorskip("lightning")
@@ -174,3 +175,15 @@ def test_a_restored_trial_goes_on_with_the_same_weights_and_averages(
     losses = [torch.nn.functional.cross_entropy(module.network(x), y).item() for x, y in validation]
     assert sum(losses) / len(losses) == pytest.approx(trial.reports[2]["val_loss"], rel=1e-5)
     assert ("current_model_state" in saved) == averaging
+
+
+def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autolrs_ray.integrations.lightning import fit
+
+    parts, trial = lightning_parts(), TrialStub(tmp_path, monkeypatch)
+    torch.save({"state_dict": Malice(tmp_path / "executed")}, tmp_path / "trainer.ckpt")
+    trial.source = tmp_path
+    data = parts["loader"](slice(0, 64), False)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        fit(parts["trainer"], parts["Classifier"](), trunk(6, 20), train_dataloaders=data, val_dataloaders=data)
+    assert not (tmp_path / "executed").exists()

@@ -26,7 +26,7 @@ from autolrs_ray.checkpoints import (
     write_checkpoint,
 )
 from autolrs_ray.training import Trainer, TrainingTask, accuracy
-from tests.crashes import dies_after_renames
+from tests.crashes import Malice, dies_after_renames
 
 GENERATOR = torch.Generator().manual_seed(5)
 X = torch.randn(80, 6, generator=GENERATOR)
@@ -479,14 +479,6 @@ def test_a_damaged_manifest_is_refused(checkpoint, text):
 
 def test_a_missing_folder_is_refused(tmp_path):
     refused(tmp_path / "nowhere")
-
-
-class Malice:
-    def __init__(self, flag):
-        self.flag = flag
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.flag}",)
 
 
 @pytest.mark.parametrize("through_torch", [True, False])

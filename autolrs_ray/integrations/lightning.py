@@ -86,7 +86,9 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
 
     data: what `trainer.fit` takes (train_dataloaders, val_dataloaders, datamodule). Under the pair the trial's segment
     decides how far training goes, and the trainer's max_steps, max_epochs and validation interval are not used. Build the
-    trainer with `logger=False, enable_checkpointing=False`: Tune keeps reports and checkpoints.
+    trainer with `logger=False, enable_checkpointing=False`: Tune keeps reports and checkpoints. They are loaded with
+    `weights_only=True`; a module that saves objects of other kinds needs `weights_only=False` here, which executes what they
+    hold.
 
     Raises ValueError where there is no validation data, or more than one optimizer.
     """
@@ -97,4 +99,5 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
     checkpoint = tune.get_checkpoint()
     with ExitStack() as stack:
         folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
-        trainer.fit(module, ckpt_path=os.path.join(folder, FILE) if folder else None, **data)
+        path = os.path.join(folder, FILE) if folder else None
+        trainer.fit(module, ckpt_path=path, **{"weights_only": True, **data})
