@@ -17,6 +17,8 @@ from autolrs_ray.journal import fsync_folder
 
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
+PICKLE_FILE = "_dict_checkpoint.pkl"
+"""Where Tune keeps what a `save_checkpoint` returned as a dict. Tune unpickles it, and so executes it, wherever it lies."""
 
 
 class CheckpointError(RuntimeError):
@@ -39,34 +41,75 @@ class _HashingFile(io.RawIOBase):
         return len(data)
 
 
-def write_checkpoint(state: dict[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Write `state` to `folder`/state.pt and its manifest: temporary name, fsync, rename, the manifest last."""
+def write_checkpoint(state: dict[str, Any], folder: str | os.PathLike[str], flush: bool = True) -> None:
+    """Write `state` to `folder`/state.pt and its manifest: temporary name, fsync, rename, the manifest last.
+
+    flush: False where the files are copied from here at once, and it is the copy that must last: nothing is flushed to disk.
+    """
     path = Path(folder)
+    new = [path, *path.parents][: sum(not parent.exists() for parent in (path, *path.parents))]
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / (STATE_FILE + ".tmp")
     with open(temporary, "wb") as file:
         hashing = _HashingFile(file)
         torch.save(state, cast(BinaryIO, hashing))
         file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            os.fsync(file.fileno())
     os.replace(temporary, path / STATE_FILE)
     manifest = {"size": hashing.size, "sha256": hashing.sha256.hexdigest(), "step": state["step"]}
     temporary = path / (MANIFEST_FILE + ".tmp")
     with open(temporary, "w") as text:
         json.dump(manifest, text)
         text.flush()
-        os.fsync(text.fileno())
+        if flush:
+            os.fsync(text.fileno())
     os.replace(temporary, path / MANIFEST_FILE)
-    fsync_folder(path)
+    if flush:
+        for changed in (path, *(made.parent for made in new)):
+            fsync_folder(changed)
 
 
-def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
-    """Return the step of the checkpoint in `folder`; raise CheckpointError if it does not match its manifest."""
+def flush_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Make the files below `folder` durable, whoever wrote them, and their names, with that of `folder` itself and of the
+    one it lies in, which Tune makes for a trial. Raises CheckpointError where the disk refuses."""
     path = Path(folder)
+    try:
+        found = [*path.rglob("*"), path]
+        for file in found:
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        above = [parent for parent in path.parents[:2] if os.access(parent, os.R_OK)]
+        for changed in (*(place for place in found if place.is_dir()), *above):
+            fsync_folder(changed)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be flushed to disk: {error}") from error
+
+
+def refuse_pickle(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError if `folder` holds a file that Tune would unpickle."""
+    if Path(folder, PICKLE_FILE).exists():
+        raise CheckpointError(
+            f"checkpoint {folder} holds {PICKLE_FILE}, which would be executed when it is loaded, and which AutoLRSTrainable "
+            "never writes: delete the file if you do not know where it comes from. A save_checkpoint of your own must write "
+            "its files into the folder it is given, and return None, not a dict"
+        )
+
+
+def verify_checkpoint(folder: str | os.PathLike[str], content: bool = True) -> int:
+    """Return the step of the checkpoint in `folder`; raise CheckpointError if it does not match its manifest, or if it holds
+    a file that Tune would unpickle.
+
+    content: False compares the size only, and takes well under a millisecond, whatever the size.
+    """
+    path = Path(folder)
+    refuse_pickle(path)
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text())
         size, digest, step = manifest["size"], manifest["sha256"], int(manifest["step"])
-        if (path / STATE_FILE).stat().st_size != size or _sha256(path / STATE_FILE) != digest:
+        whole = (path / STATE_FILE).stat().st_size == size
+        if not whole or (content and _sha256(path / STATE_FILE) != digest):
             raise CheckpointError(f"checkpoint {path} is cut short or altered: it does not match its manifest")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error

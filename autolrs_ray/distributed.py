@@ -175,9 +175,9 @@ class WorkerGroup:
         self._all("load_state_dict", ray.put(state))
         self.step = state["step"]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], flush: bool = True) -> None:
         """As Trainer.save."""
-        write_checkpoint(self.state_dict(), folder)
+        write_checkpoint(self.state_dict(), folder, flush)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """As Trainer.load."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from autolrs_ray.checkpoints import BackgroundWriter
+from autolrs_ray.checkpoints import MANIFEST_FILE, BackgroundWriter, flush_checkpoint, refuse_pickle, verify_checkpoint
 from autolrs_ray.core.plan import require_int
 from autolrs_ray.core.segments import Segment, next_report
 from autolrs_ray.shared import LEAST_BYTES, SharedCheckpoint, pack, state_bytes
@@ -18,6 +21,20 @@ if TYPE_CHECKING:
     from autolrs_ray.distributed import WorkerGroup
 
 Build = Callable[[dict[str, Any]], TrainingTask]
+
+
+class _Inert(tune.Checkpoint):  # type: ignore[misc]
+    """A checkpoint that is refused, once its files are here and before Tune looks at them, if Tune would unpickle one."""
+
+    def __init__(self, checkpoint: tune.Checkpoint) -> None:
+        super().__init__(checkpoint.path, filesystem=checkpoint.filesystem)
+        self._checkpoint = checkpoint
+
+    @contextmanager
+    def as_directory(self) -> Iterator[str]:
+        with self._checkpoint.as_directory() as folder:
+            refuse_pickle(folder)
+            yield folder
 
 
 class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
@@ -90,10 +107,16 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
             self.trainer.reset()
 
     def restore(self, checkpoint_path: Any) -> None:
-        checkpoint = getattr(checkpoint_path, "checkpoint", None)
-        self._taken = checkpoint.take() if isinstance(checkpoint, SharedCheckpoint) else None
+        """As Tune's; raises CheckpointError for a checkpoint that holds a pickle of Tune's, before that is loaded."""
+        given = tune.Checkpoint.from_directory(checkpoint_path) if isinstance(checkpoint_path, str) else checkpoint_path
+        if isinstance(given, tune.Checkpoint):
+            given = _Inert(given)
+        else:
+            result, given = given, copy.copy(given)
+            given.checkpoint = _Inert(result.checkpoint)
+            self._taken = result.checkpoint.take() if isinstance(result.checkpoint, SharedCheckpoint) else None
         try:
-            super().restore(checkpoint_path)
+            super().restore(given)
         finally:
             self._taken = None  # or the object stays in use
 
@@ -113,10 +136,23 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         size = state_bytes(state)
         return (size, pack(state)) if LEAST_BYTES <= size <= most else (0, None)
 
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """As Tune's, which copies what `save_checkpoint` writes; returns when the copy is whole and, in a local folder, on
+        disk. Raises CheckpointError where it is not."""
+        saved = super().save(checkpoint_dir)
+        checkpoint = saved.checkpoint
+        if checkpoint.filesystem.type_name == "local":
+            refuse_pickle(checkpoint.path)
+            flush_checkpoint(checkpoint.path)
+            if os.path.exists(os.path.join(checkpoint.path, MANIFEST_FILE)):
+                verify_checkpoint(checkpoint.path)
+        return saved
+
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Write the state into `checkpoint_dir`. A method of your own writes its files there, and returns None."""
         self._reset_if_due()
         self._writer.wait()
-        self.trainer.save(checkpoint_dir)
+        self.trainer.save(checkpoint_dir, flush=False)  # `save` flushes what is copied from there
 
     def commit(self, folder: str) -> None:
         """Begin to write the state to `folder`; "durable_step" of a later report tells that it is whole on disk."""
@@ -153,6 +189,11 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         if trainer.averaging:
             result.update({f"averaged_{name}": value for name, value in trainer.evaluate(averaged=True).items()})
         return result
+
+
+def writes_manifests(trainable: type) -> bool:
+    """True if every checkpoint of `trainable` has a manifest: an AutoLRSTrainable's has, unless it writes its own."""
+    return getattr(trainable, "save_checkpoint", None) is AutoLRSTrainable.save_checkpoint
 
 
 def lr_at(config: dict[str, Any], step: int) -> float:

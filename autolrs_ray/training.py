@@ -311,9 +311,10 @@ class Trainer:
         if _addresses(state["model"]) & _addresses(self.model.state_dict()):  # a model that keeps what it is given
             self.load_state_dict(snapshot(state))
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the state into `folder`, flushed to disk, with a manifest of its size and SHA-256."""
-        write_checkpoint(self.state_dict(), folder)
+    def save(self, folder: str | os.PathLike[str], flush: bool = True) -> None:
+        """Write the state into `folder`, flushed to disk (unless it is copied from there), with a manifest of its size and
+        SHA-256."""
+        write_checkpoint(self.state_dict(), folder, flush)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from `folder`. Raises CheckpointError if it is missing, cut short or altered."""

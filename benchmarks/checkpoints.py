@@ -16,7 +16,7 @@ from torch import nn
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, TrainingTask
-from autolrs_ray.checkpoints import BackgroundWriter, write_checkpoint
+from autolrs_ray.checkpoints import BackgroundWriter, flush_checkpoint, verify_checkpoint, write_checkpoint
 from benchmarks.section import Section, cluster
 
 PROBES = 8
@@ -80,9 +80,11 @@ def _writing(megabytes: int, repeats: int) -> list[tuple[str, ...]]:
             staged, stored, own = (Path(folder, f"{name}{i}").as_posix() for name in ("staged", "stored", "own"))
 
             def through_tune(staged: str = staged, stored: str = stored) -> None:
-                write_checkpoint(state, staged)
+                write_checkpoint(state, staged, flush=False)
                 local.create_dir(stored)
                 pyarrow.fs.copy_files(staged, stored, source_filesystem=local, destination_filesystem=local)
+                flush_checkpoint(stored)
+                verify_checkpoint(stored)
 
             writer = BackgroundWriter()
             times["tune"].append(_ms(through_tune))
