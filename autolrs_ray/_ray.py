@@ -38,6 +38,19 @@ def set_source(trial: Trial, checkpoint: Checkpoint | None, metrics: dict[str, A
     manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics=metrics)
 
 
+def starting_actor(controller: TuneController, trial: Trial) -> Any:
+    """The actor that pending `trial` has resources for, and which is being made or reset; None while it waits for those."""
+    try:
+        tracked = controller._trial_to_actor.get(trial)
+        manager = controller._actor_manager
+        if tracked is None or not manager.is_actor_started(tracked):
+            return None
+        return manager._live_actors_to_ray_actors_resources[tracked][0]
+    except (AttributeError, KeyError, TypeError) as error:
+        logger.debug("this version of Ray does not let AutoLRS see which actors are being made (%s)", error)
+        return None
+
+
 def sent_by_ray() -> bool:
     """True while Ray pickles a value to send it, and counts the references in it; False for any other pickling."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,3 +88,12 @@ def _number(result: dict[str, Any], key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f'"{key}" must be a float, got {value!r} ({type(value).__name__}); call .item() on tensors')
     return float(value)
+
+
+def error_of(trial: Any) -> str:
+    """The last line of a Tune trial's error file, where the exception stands."""
+    try:
+        lines = Path(trial.error_file).read_text().split("\n")
+    except (OSError, TypeError):
+        return "it raised an error"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it raised an error")

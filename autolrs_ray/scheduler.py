@@ -6,9 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,13 +14,16 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
-from autolrs_ray._ray import keep_actors_warm, set_source, use_idle_workers
+from autolrs_ray._ray import keep_actors_warm, set_source, starting_actor, use_idle_workers
+from autolrs_ray.clocks import Clocks
 from autolrs_ray.core import surrogate
 from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.keeper import CheckpointKeeper
+from autolrs_ray.reports import error_of
 from autolrs_ray.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSearch
 from autolrs_ray.storage import Mirror
+from autolrs_ray.trainable import writes_manifests
 from autolrs_ray.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -32,23 +33,6 @@ logger = logging.getLogger(__name__)
 
 HOLD_S = 20.0  # longest a finished trial keeps its actor while another waits for one of its own
 RECOUNT_S = 2.0  # how often the cluster is asked for its size
-
-
-@dataclass
-class _Clock:
-    """When a segment's first step began, by the wall clock, and the seconds its trial has trained and evaluated."""
-
-    began: float
-    busy_s: float = 0.0
-
-
-def _error_of(trial: Trial) -> str:
-    """The last line of a trial's error file, where the exception stands."""
-    try:
-        lines = Path(trial.error_file).read_text().split("\n")
-    except (OSError, TypeError):
-        return "it raised an error"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it raised an error")
 
 
 class AutoLRSScheduler(TrialScheduler):
@@ -68,9 +52,12 @@ class AutoLRSScheduler(TrialScheduler):
         self._watchdog: Watchdog
         self._reported: set[str] = set()
         self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
-        self._clocks: dict[str, _Clock] = {}
+        self._damage = ""  # of the checkpoint that a trial was to start from
+        self._went_back = 0
+        self._clocks = Clocks()
         self._actors: dict[tuple[str, int], str] = {}  # node and process -> the trial last seen there
         self._resources: Any = None
+        self._max_failures = 0
         self._function_api = False
         self._counts: tuple[int, int, float] = (0, 0, 0.0)
         self._recounted = 0.0
@@ -111,7 +98,7 @@ class AutoLRSScheduler(TrialScheduler):
 
     def _open(self, controller: TuneController, search: AutoLRSSearch, trial: Trial) -> None:
         """First trial of this process: open the run folder, count the slots, pin the actors."""
-        self._resources = trial.placement_group_factory
+        self._resources, self._max_failures = trial.placement_group_factory, trial.max_failures
         self._function_api = issubclass(trial.get_trainable_cls(), FunctionTrainable)
         search.slots = self._count_slots(search)
         search.policy.set_concurrency(search.slots)
@@ -121,7 +108,8 @@ class AutoLRSScheduler(TrialScheduler):
         if not local and search.mirror is None:
             search.mirror = Mirror(storage.storage_filesystem, storage.experiment_fs_path)
         self._keeper = CheckpointKeeper(search, self._live, storage, trial.get_trainable_cls())
-        self._watchdog = Watchdog(search, self._live, self._resources)
+        self._watchdog = Watchdog(search, self._live, self._resources, partial(starting_actor, controller))
+        search.manifests = writes_manifests(trial.get_trainable_cls())
         if search.open_record(folder):
             search.active = 0
             self._keeper.adopt(folder)
@@ -177,16 +165,23 @@ class AutoLRSScheduler(TrialScheduler):
 
     def _drop_traces(self, trial_id: str) -> None:
         self._held.pop(trial_id, None)
-        self._clocks.pop(trial_id, None)
+        self._clocks.drop(trial_id)
         self._reported.discard(trial_id)
         if self._search is not None:
             self._keeper.drop(trial_id)
             self._watchdog.drop(trial_id)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        if self._search is not None:
-            self._search.reasons[trial.trial_id] = _error_of(trial)
-        if trial.status == Trial.PENDING:  # it was given an idle actor, which had died, or which cannot be reset
+        search, trial_id, damage = self._search, trial.trial_id, ""
+        if search is not None:
+            search.reasons[trial_id] = error_of(trial)
+            if trial_id in search.arm_of and trial_id not in self._reported:
+                damage = self._keeper.damage_of_source(trial)
+        if search is not None and damage:
+            self._damage = damage
+            if trial.status != Trial.ERROR:  # not to be recovered by Tune: it is not the arm that has failed
+                search.forget(trial_id)
+        elif trial.status == Trial.PENDING:  # it was given an idle actor, which had died, or which cannot be reset
             self._actors.clear()
             self._start_again(trial)
         self._actors = {actor: last for actor, last in self._actors.items() if last != trial.trial_id}
@@ -223,23 +218,11 @@ class AutoLRSScheduler(TrialScheduler):
             self._reported.add(trial_id)
             self._keeper.heard(trial, result)
             verdict = search.policy.report(arm, point, can_save=self._can_save(result))
-            self._keep_time(search, trial_id, verdict, result)
+            self._clocks.heard(search, trial_id, verdict, result)
         except (AutoLRSError, ValueError, TypeError) as error:
             search.fail(error)
             return self.NOOP
         return self._carry_out(tune_controller, search, trial, verdict, point.step, result)
-
-    def _keep_time(self, search: AutoLRSSearch, trial_id: str, verdict: Verdict, result: dict[str, Any]) -> None:
-        """Journal when a segment ran and how long it was busy, once it ends."""
-        now, busy_s = time.time(), float(result.get("time_this_iter_s") or 0.0)
-        clock = self._clocks.setdefault(trial_id, _Clock(now - busy_s))
-        clock.busy_s += busy_s
-        if verdict in (Verdict.CONTINUE, Verdict.SAVE):
-            return
-        del self._clocks[trial_id]
-        segment = search.segments[search.arm_of[trial_id]]
-        search.note("segment", time=now, arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
-                    start=segment.start, end=result[search.time_attr], began=clock.began, busy_s=clock.busy_s)  # fmt: skip
 
     def _can_save(self, result: dict[str, Any]) -> bool:
         """Class trainables save when asked; function trainables only by what they attached to this report."""
@@ -302,6 +285,8 @@ class AutoLRSScheduler(TrialScheduler):
             return
         try:
             self._keeper.collect()
+            if self._damage and set(search.arm_of) <= set(self._live):  # or Tune is in the middle of adding trials
+                self._go_back(controller, search)
             self._reconcile(controller, search)
             self._recount_slots(controller, search)
             self._watchdog.look(self._held, len(self._keeper))
@@ -315,6 +300,21 @@ class AutoLRSScheduler(TrialScheduler):
             for trial_id, trial in self._live.items()
         )
 
+    def _go_back(self, controller: Any, search: AutoLRSSearch) -> None:
+        """A checkpoint was damaged after it had been found whole: as often as a trial may fail, end all trials, and go on
+        from the last good one as a run does that is resumed."""
+        damage, self._damage = self._damage, ""
+        self._went_back += 1
+        if 0 <= self._max_failures < self._went_back:
+            raise AutoLRSError(
+                f"{damage}. No trial can start from it: look at the storage, and run the same command again with "
+                'resume="auto" to go on from the last good checkpoint'
+            )
+        for trial in list(self._live.values()):
+            if not trial.is_finished():
+                self._stop(controller, search, trial)
+        search.go_back()
+
     def _reconcile(self, controller: Any, search: AutoLRSSearch) -> None:
         """Some of Tune's failure paths notify nobody: look at the trials themselves."""
         for trial_id, trial in list(self._live.items()):
@@ -322,7 +322,7 @@ class AutoLRSScheduler(TrialScheduler):
                 if trial.status == Trial.PAUSED and not search.policy.is_open(search.arm_of[trial_id]):
                     self._stop(controller, search, trial)  # dropped while it waited
                 continue
-            error = _error_of(trial) if trial.status == Trial.ERROR else "it ended early"
+            error = error_of(trial) if trial.status == Trial.ERROR else "it ended early"
             if "reset_config" in error:
                 raise AutoLRSError(
                     f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new "

@@ -22,7 +22,7 @@ from autolrs_ray.core.policy import AutoLRSError, Point, Policy
 from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.environment import environment
-from autolrs_ray.journal import Record
+from autolrs_ray.journal import Record, finite
 from autolrs_ray.nodes import require_shared
 from autolrs_ray.reports import ReportKeys, point_of
 from autolrs_ray.storage import Mirror, RunTakenError
@@ -48,7 +48,7 @@ class AutoLRSSearch(Searcher):
     resume: False refuses a folder with an earlier run, "auto" continues it where there is one, True demands one.
     extend: a run found there, of fewer steps, finished or not, goes on to `total_steps` (envelopes "wsd", "constant").
     report_timeout_s: a probe silent for so long, and for four times as long as the pace of the run so far lets expect, is given
-    up; the main trial's silence ends the run.
+    up, and so is one that has its resources and takes longer than that to start; the main trial's silence ends the run.
     resource_timeout_s: how long trials may wait for resources nobody has.
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
@@ -107,6 +107,7 @@ class AutoLRSSearch(Searcher):
         self.active = 0  # trials that hold a slot; the scheduler keeps it
         self.reconcile: Callable[[], None] | None = None  # the scheduler's look at trials that ended unnoticed
         self.reasons: dict[str, str] = {}  # trial -> the last line of its error
+        self.manifests = False  # checkpoints have one, or are damaged; the scheduler sets it
         self.promoting = False  # a probe's end state is being written; the scheduler keeps it
         self._restored: dict[str, Any] | None = None
         self.mirror: Mirror | None = None  # the run's folder, where that is not a local one
@@ -227,17 +228,32 @@ class AutoLRSSearch(Searcher):
         record.write_state(self.describe(), self.policy.state_dict())
         return True
 
+    def damage(self, path: str) -> str:
+        """What is wrong on storage with the checkpoint at `path`; "" if nothing. Raises OSError if a store does not answer."""
+        try:
+            if self.mirror is not None:
+                self.mirror.verify(path, self.manifests)
+            elif self.manifests or Path(path, MANIFEST_FILE).exists() or not Path(path).is_dir():
+                verify_checkpoint(path)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
     def _verify_checkpoints(self) -> None:
         """Let go of checkpoints that were cut short or altered since they were written."""
         for path in sorted(self.policy.checkpoints()):
-            try:
-                if self.mirror is not None:
-                    self.mirror.verify(path)
-                elif Path(path, MANIFEST_FILE).exists() or not Path(path).is_dir():
-                    verify_checkpoint(path)
-            except CheckpointError as error:
-                logger.warning("%s", error)
+            if damage := self.damage(path):
+                logger.warning("%s", damage)
                 self.policy.lost(path)
+
+    def go_back(self) -> None:
+        """A checkpoint was damaged while the run was under way, and no trial is left: go on as a run does that is resumed."""
+        self.persist()
+        self.policy.load_state_dict(finite(self.policy.state_dict()))
+        self._verify_checkpoints()
+        self.arm_of.clear()
+        self.segments.clear()
+        self.persist()
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the run's course, as JSON values."""

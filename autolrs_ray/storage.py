@@ -247,15 +247,15 @@ class Mirror:
                 continue
             (folder / name).write_bytes(content)
 
-    def verify(self, path: str) -> None:
+    def verify(self, path: str, manifests: bool = False) -> None:
         """Raise CheckpointError unless the checkpoint at `path` on this store is whole. One without a manifest, of a
-        trainable that is not ours, has only to be there."""
+        trainable that is not ours, has only to be there. manifests: none is of such a trainable. Raises OSError."""
         from pyarrow.fs import FileType
 
         from autolrs_ray.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 
         files = self._filesystem.get_file_info([path, f"{path}/{MANIFEST_FILE}"])
-        if files[0].type is FileType.Directory and files[1].type is FileType.NotFound:
+        if not manifests and files[0].type is FileType.Directory and files[1].type is FileType.NotFound:
             return
         with tempfile.TemporaryDirectory() as folder:
             try:

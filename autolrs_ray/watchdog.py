@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,11 +18,17 @@ PATIENCE = 4.0  # a report may take so many times as long as the pace so far let
 
 
 class Watchdog:
-    """Looks at the live trials once per loop of Tune's; raises AutoLRSError when nothing can make progress."""
+    """Looks at the live trials once per loop of Tune's; raises AutoLRSError when nothing can make progress.
 
-    def __init__(self, search: AutoLRSSearch, live: dict[str, Trial], resources: Any) -> None:
-        self._search, self._live, self._resources = search, live, resources
+    actor_of: the actor that is being made for a trial that has its resources, or made ready for it; None if there is none.
+    """
+
+    def __init__(
+        self, search: AutoLRSSearch, live: dict[str, Trial], resources: Any, actor_of: Callable[[Trial], Any]
+    ) -> None:
+        self._search, self._live, self._resources, self._actor_of = search, live, resources, actor_of
         self._seen: dict[str, float] = {}
+        self._starting: dict[str, tuple[Any, float]] = {}  # trial -> the actor that it waits for, and since when
         self._steps: dict[str, int] = {}  # at the last report
         self._pace_s = 0.0  # seconds per step of the slowest stretch between two reports so far
         self._idle_since: float | None = None
@@ -38,6 +45,7 @@ class Watchdog:
         self._seen[trial_id] = now
 
     def drop(self, trial_id: str) -> None:
+        self._starting.pop(trial_id, None)
         self._seen.pop(trial_id, None)
         self._steps.pop(trial_id, None)
 
@@ -54,24 +62,41 @@ class Watchdog:
         for trial_id, trial in self._live.items():
             if trial.status != Trial.RUNNING:
                 self._seen.pop(trial_id, None)
+                self._look_at_start(trial, now)
                 continue
             running += 1
+            self._starting.pop(trial_id, None)
             silent = now - self._seen.setdefault(trial_id, now)
             if trial_id not in held and silent > self._search.report_timeout_s and silent > self._timeout_s(trial_id):
-                self._give_up(trial, silent)
+                self.heard(trial_id)
+                self._give_up(trial, trial.temporary_state.ray_actor, f"has reported nothing for {silent:.0f} s")
         pending = any(trial.status == Trial.PENDING for trial in self._live.values())
         self._check_resources(pending and not running, now)
         self._check_standstill(not running and not saving and not pending, now)
 
-    def _give_up(self, trial: Trial, silent: float) -> None:
+    def _look_at_start(self, trial: Trial, now: float) -> None:
+        """Give up a trial that has its resources, and whose setup() does not return. (Tune waits for it for ever.)"""
+        actor = self._actor_of(trial) if trial.status == Trial.PENDING else None
+        before, since = self._starting.get(trial.trial_id, (None, now))
+        if actor is None or actor is not before:
+            since = now
+        self._starting[trial.trial_id] = actor, since
+        if actor is not None and now - since > self._search.report_timeout_s:
+            del self._starting[trial.trial_id]
+            self._give_up(
+                trial, actor, f"has not started {now - since:.0f} s after it got its resources: see its setup()"
+            )
+
+    def _give_up(self, trial: Trial, actor: Any, what: str) -> None:
         search, arm = self._search, self._search.arm_of[trial.trial_id]
-        message = f"{arm} has reported nothing for {silent:.0f} s (report_timeout_s={search.report_timeout_s:g})"
+        message = f"{arm} {what} (report_timeout_s={search.report_timeout_s:g})"
         if arm == "main":
-            raise AutoLRSError(f"the main trial {message}. {search.policy.progress()}")
+            raise AutoLRSError(
+                f"the main trial {message}. The {search.policy.last_good(arm)}. {search.policy.progress()}"
+            )
         search.note("warning", message=message)
-        self.heard(trial.trial_id)
-        if trial.temporary_state.ray_actor is not None:
-            ray.kill(trial.temporary_state.ray_actor)  # Tune retries or ends the trial; its actor is not reused
+        if actor is not None:
+            ray.kill(actor)  # Tune retries or ends the trial; its actor is not reused
 
     def _check_resources(self, waiting: bool, now: float) -> None:
         cluster, needed = (ray.cluster_resources(), self._resources.required_resources) if waiting else ({}, {})

@@ -9,7 +9,7 @@ import pytest
 from ray.tune.experiment import Trial
 
 from autolrs_ray import watchdog
-from autolrs_ray.core.policy import AutoLRSError
+from autolrs_ray.core.policy import AutoLRSError, way_on
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.watchdog import Watchdog
 
@@ -25,12 +25,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def dog() -> Watchdog:
-    policy = SimpleNamespace(done=False, progress=dict)
+    policy = SimpleNamespace(done=False, progress=dict, last_good=lambda arm: way_on("/run/c", 100, ""), wanted=list)
     search: Any = SimpleNamespace(
         report_timeout_s=10.0, arm_of={"a": "main"}, segments={"main": SEGMENT}, policy=policy
     )
-    trial: Any = SimpleNamespace(status=Trial.RUNNING, trial_id="a")
-    return Watchdog(search, {"a": trial}, None)
+    trial: Any = SimpleNamespace(status=Trial.RUNNING, trial_id="a", temporary_state=SimpleNamespace(ray_actor=None))
+    resources: Any = SimpleNamespace(required_resources={})
+    return Watchdog(search, {"a": trial}, resources, lambda trial: trial.actor)
 
 
 def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock: SimpleNamespace) -> None:
@@ -38,8 +39,10 @@ def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock:
     clock.s = 10.0
     dog.look({}, 0)
     clock.s = 10.5
-    with pytest.raises(AutoLRSError, match=r"reported nothing for 10 s \(report_timeout_s=10\)"):
+    with pytest.raises(AutoLRSError, match=r"reported nothing for 10 s \(report_timeout_s=10\)") as raised:
         dog.look({}, 0)
+    assert "last good checkpoint is /run/c (step 100)" in str(raised.value)
+    assert 'resume="auto"' in str(raised.value)
 
 
 def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(dog: Watchdog, clock: SimpleNamespace) -> None:
@@ -49,4 +52,34 @@ def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(dog: Watchdog,
     dog.look({}, 0)
     clock.s += 0.5
     with pytest.raises(AutoLRSError, match="reported nothing for 360 s"):
+        dog.look({}, 0)
+
+
+def test_a_trial_that_never_starts_is_given_up_once_it_has_its_resources(
+    dog: Watchdog, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog.ray, "cluster_resources", dict)
+    trial: Any = dog._live["a"]
+    trial.status, trial.actor = Trial.PENDING, None
+    for clock.s in (0.0, 1000.0):  # others have the resources
+        dog.look({}, 0)
+    for clock.s, trial.actor in ((1001.0, "first"), (1011.0, "first"), (1012.0, "second"), (1022.0, "second")):
+        dog.look({}, 0)
+    clock.s = 1022.5
+    with pytest.raises(AutoLRSError, match=r"has not started 10 s after it got its resources: see its setup\(\)"):
+        dog.look({}, 0)
+
+
+def test_time_to_start_does_not_count_as_silence(
+    dog: Watchdog, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog.ray, "cluster_resources", dict)
+    trial: Any = dog._live["a"]
+    trial.status, trial.actor = Trial.PENDING, "actor"
+    for clock.s, trial.status in (
+        (0.0, Trial.PENDING),
+        (9.0, Trial.PENDING),
+        (10.0, Trial.RUNNING),
+        (20.0, Trial.RUNNING),
+    ):
         dog.look({}, 0)

@@ -319,9 +319,7 @@ class PaperPolicy(PaperState):
     def failed(self, arm: str, reason: str) -> None:
         if arm == MAIN:
             raise AutoLRSError(
-                f"the main trial failed for good ({reason}). The last good checkpoint is "
-                f"{self.checkpoint or 'none: the run was in its first stage'} (step {self.step}); run the same "
-                'command again with resume="auto" to go on from there, or allow more max_failures.'
+                f"the main trial failed for good ({reason}). The {self.last_good(arm)}, or allow more max_failures."
             )
         for i, probe in enumerate(self.probes):
             if self._arm(i) == arm and probe.status == "open":

@@ -7,7 +7,7 @@ from typing import Any
 
 from autolrs_ray.core.outcomes import best_of
 from autolrs_ray.core.plan import Stage
-from autolrs_ray.core.policy import Point, Policy
+from autolrs_ray.core.policy import Point, Policy, way_on
 from autolrs_ray.core.proposals import Probe
 
 
@@ -53,6 +53,9 @@ class PaperState(Policy):
         if self.previous is not None:
             paths.add(self.previous["checkpoint"])
         return {path for path in paths if path is not None}
+
+    def last_good(self, arm: str) -> str:
+        return way_on(self.checkpoint, self.step, "the run was in its first stage")
 
     def _remember_stage(self, lr: float, forecast: float | None) -> None:
         """The stage that is being committed is the one to go back to, should the checkpoint at its end be lost."""

@@ -19,6 +19,14 @@ class AutoLRSError(RuntimeError):
     """The run cannot go on; the message says why, and what to do."""
 
 
+def way_on(checkpoint: str | None, step: int, none: str) -> str:
+    """How an error of the main training ends: where that stands on storage, and how to go on. none: why there is nothing."""
+    return (
+        f"last good checkpoint is {checkpoint or f'none: {none}'} (step {step}); run the same command again with "
+        'resume="auto" to go on from there'
+    )
+
+
 def refuse_ignored_lr(results: list[tuple[float, float, float | None, bool]]) -> None:
     """Raise AutoLRSError if three or more learning rates gave the very same losses.
 
@@ -124,6 +132,10 @@ class Policy(ABC):
     @abstractmethod
     def lost(self, path: str) -> None:
         """Take note that the checkpoint at `path` cannot be read, and go back to the one before it."""
+
+    @abstractmethod
+    def last_good(self, arm: str) -> str:
+        """For the errors that end a run in `arm`: its last good checkpoint, and how to go on from there."""
 
     @abstractmethod
     def checkpoints(self) -> set[str]:

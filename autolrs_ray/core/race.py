@@ -333,9 +333,8 @@ class AnchoredPolicy(RaceField):
                 if other.status == "failed" and self.decided == 0:
                     other.restart()
             raise AutoLRSError(
-                f"the last trunk of the race (LR {trunk.lr:.3g}) failed for good ({reason}). Its last good checkpoint is "
-                f"{trunk.checkpoint or 'none: it had not reached its first rung'} (step {trunk.step}); run the same "
-                'command again with resume="auto" to go on from there, or allow more max_failures.'
+                f"the last trunk of the race (LR {trunk.lr:.3g}) failed for good ({reason}). Its {self.last_good(arm)}, or "
+                "allow more max_failures."
             )
         self.emit("warning", stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._end(index, "failed")

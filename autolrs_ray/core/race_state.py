@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from autolrs_ray.core.policy import Point, Policy
+from autolrs_ray.core.policy import Point, Policy, way_on
 from autolrs_ray.core.rungs import Trunk
 
 
@@ -65,6 +65,10 @@ class RaceState(Policy):
                     trunk.status, self.phase = "open", "race"
                 self._forget(self._arm(index))
                 self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
+
+    def last_good(self, arm: str) -> str:
+        trunk = self.trunks[int(arm[1:])]
+        return way_on(trunk.checkpoint, trunk.step, "it had not reached its first rung")
 
     def checkpoints(self) -> set[str]:
         alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]

@@ -44,20 +44,23 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize(("event", "leave", "message"), [
-    ('"event":"choice","stage":1', 0, "cannot write the record of the run"),
-    ('"arm":"s001p01","lr"', 12288, "cannot write the record of the run|failed for good"),  # some writes still succeed
+@pytest.mark.parametrize(("policy", "event", "leave", "message"), [
+    ("paper", '"event":"choice","stage":1', 0, "cannot write the record of the run"),
+    # some writes still succeed
+    ("paper", '"arm":"s001p01","lr"', 12288, "cannot write the record of the run|failed for good"),
+    ("anchored", '"event":"decision","step":48', 0, "cannot write the record of the run"),
 ])  # fmt: skip
 def test_full_disk_is_a_clear_error_and_the_run_resumes(
     small_disk: Path,
     tmp_path: Path,
     cluster: str,
     undisturbed: Callable[[str], dict[str, Any]],
+    policy: str,
     event: str,
     leave: int,
     message: str,
 ) -> None:
-    command = ("--address", cluster, "--config", json.dumps({"pause_s": 0.1}))
+    command = ("--policy", policy, "--address", cluster, "--config", json.dumps({"pause_s": 0.1}))
     with Driver(small_disk, command, outputs=tmp_path) as driver:
         assert driver.wait_until(lambda: event in journal_text(small_disk))
         ballast, began = fill(small_disk, leave), time.monotonic()
@@ -67,4 +70,4 @@ def test_full_disk_is_a_clear_error_and_the_run_resumes(
         assert re.search(f"AutoLRSError: .*({message}).*No space left on device", last), last
         os.remove(ballast)
     with Driver(small_disk, command, outputs=tmp_path) as driver:
-        compare(driver.outcome(), undisturbed("paper"))
+        compare(driver.outcome(), undisturbed(policy))

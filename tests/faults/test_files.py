@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from autolrs_ray import AutoLRSSearch
+from autolrs_ray.checkpoints import PICKLE_FILE
 from autolrs_ray.journal import JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from tests.faults.harness import COUNTS, SCALE, Driver, compare, journal_text
+from tests.faults.trainables import flip as flipped
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -36,12 +38,6 @@ def truncated(file: Path) -> None:
 
 def emptied(file: Path) -> None:
     os.truncate(file, 0)
-
-
-def flipped(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def hostile(file: Path) -> None:
@@ -194,6 +190,51 @@ def test_hostile_checkpoints_with_matching_manifests_are_refused(run: Path, clus
         assert driver.finish() == 1
         assert "cannot be loaded" in driver.errors.read_text()
     assert not marker.exists()
+
+
+def test_a_pickle_planted_in_every_checkpoint_is_not_executed(
+    run: Path, cluster: str, undisturbed: Undisturbed
+) -> None:
+    """Tune unpickles a file of that name wherever it lies."""
+    last, _ = main_checkpoints(run)
+    for folder in run.glob("*/checkpoint_*"):
+        hostile(folder / PICKLE_FILE)
+        COUNTS["corrupt_files"] += 1
+    said = finish(run, cluster, undisturbed("paper"), rows=False)
+    assert f"{last} holds {PICKLE_FILE}, which would be executed" in said
+    assert "starting from scratch" in journal_text(run.parent)
+
+
+def damaged(folder: Path, cluster: str, *moments: str) -> tuple[str, ...]:
+    config = json.dumps({"flag": str(folder / "flag"), "damage_at": moments})
+    COUNTS["corrupt_files"] += len(moments)
+    return ("--address", cluster, "--config", config)
+
+
+def test_checkpoints_damaged_while_the_run_is_under_way(tmp_path: Path, cluster: str, undisturbed: Undisturbed) -> None:
+    """A copy of Tune's with a flipped bit: the segment is trained again. One that was whole, and is not when a probe is to
+    start from it: the run goes back a stage, and chooses what it had chosen."""
+    moments = ("copy main 80", "restore s003p01 120")
+    with Driver(tmp_path, damaged(tmp_path, cluster, *moments)) as driver:
+        compare(driver.outcome(), undisturbed("paper"), rows=False)
+    assert (tmp_path / "flag").read_text().splitlines() == list(moments)
+    assert "unreadable; going back a stage" in journal_text(tmp_path)
+    ends = [json.loads(line)["end"] for line in journal_text(tmp_path).splitlines() if '"event":"commit"' in line]
+    assert ends == [40, 80, 120, 120, 160, 200]
+
+
+def test_a_checkpoint_cut_short_at_a_stage_s_end_is_a_clear_error_and_the_run_resumes(
+    tmp_path: Path, cluster: str, undisturbed: Undisturbed
+) -> None:
+    again = damaged(tmp_path, cluster, "saved main 120")
+    with Driver(tmp_path, again) as driver:
+        assert driver.finish() == 1
+        message = driver.errors.read_text().splitlines()[-1]
+    assert "the main trial ended its segment at step 120, but its checkpoint is no good" in message
+    assert "is cut short or altered" in message
+    assert "(step 80); run the same command again" in message
+    with Driver(tmp_path, again) as driver:
+        compare(driver.outcome(), undisturbed("paper"))
 
 
 def test_hostile_files_of_tune_are_not_read(

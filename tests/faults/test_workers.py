@@ -55,6 +55,24 @@ def test_actors_killed_between_two_trials_change_nothing(
     assert count_kills(tmp_path)
 
 
+def test_a_probe_whose_setup_hangs_is_given_up_and_a_silent_main_trial_names_its_checkpoint(
+    tmp_path: Path, cluster: str, undisturbed: Undisturbed
+) -> None:
+    config = json.dumps({"flag": str(tmp_path / "flag"), "hang_at": ["s000p00", "main 144"]})
+    options = json.dumps({"report_timeout_s": 10.0})
+    again = ("--address", cluster, "--config", config, "--options", options)
+    with Driver(tmp_path, again) as driver:
+        assert driver.finish() == 1
+        message = driver.errors.read_text().splitlines()[-1]
+    assert "the main trial main has reported nothing for 10 s (report_timeout_s=10)" in message
+    checkpoint = message.split("last good checkpoint is ")[1].split(" (step 120)")[0]
+    assert (Path(checkpoint) / "state.pt").exists()
+    warnings = [event["message"] for event in read_journal(tmp_path / "run") if event["event"] == "warning"]
+    assert any(text.startswith("s000p00 has not started 10 s after it got its resources") for text in warnings)
+    with Driver(tmp_path, again) as driver:
+        compare(driver.outcome(), undisturbed("paper"))
+
+
 def test_probe_killed_for_good_is_booked_and_the_run_ends(tmp_path: Path, cluster: str) -> None:
     plan = {"kill_at": ["probe report 84 s002p01", "probe report 84 s002p02"]}
     with Driver(tmp_path, command(tmp_path, cluster, **plan)) as driver:

@@ -1,4 +1,4 @@
-"""Trainables whose process is killed, by a plan that does not depend on timing."""
+"""Trainables whose process is killed or hangs, or whose checkpoints are damaged, by a plan that does not depend on timing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from ray import tune
 
 from autolrs_ray import AutoLRSTrainable, TrainingTask
+from autolrs_ray.checkpoints import STATE_FILE
 from tests.tasks import build_tiny
 
 
@@ -33,11 +34,61 @@ def strike(config: dict[str, Any], moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def flip(file: Path) -> None:
+    """Change one bit in the middle of `file`."""
+    with open(file, "r+b") as opened:  # not a new file: others may be reading it
+        middle = opened.seek(0, os.SEEK_END) // 2
+        opened.seek(middle)
+        old = opened.read(1)
+        opened.seek(middle)
+        opened.write(bytes([old[0] ^ 1]))
+
+
+def due(config: dict[str, Any], plan: str, moment: str) -> bool:
+    """Whether `moment` is among those in config[plan], each of which comes once and leaves a line in config["flag"]."""
+    if moment not in config.get(plan, ()):
+        return False
+    flag = Path(config["flag"])
+    if flag.exists() and moment in flag.read_text().splitlines():
+        return False
+    with open(flag, "a") as file:
+        file.write(moment + "\n")
+    return True
+
+
 class Fragile(AutoLRSTrainable):
     """The tiny torch task; waits config["pause_s"] before every report and may be killed at a report or in a save.
 
     config["trace"]: a folder in which the file named like its arm holds its process id while it trains.
+    config["hang_at"]: arms whose setup never returns, or "ARM STEP" for a report that never comes. config["damage_at"]: "copy
+    ARM STEP" flips a bit of a checkpoint in the moment in which Tune has copied it, "saved ARM STEP" cuts one short that has
+    been found whole, "restore ARM STEP" flips a bit of the one that a trial is about to start from.
     """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        if due(config, "hang_at", config["autolrs"]["arm"]):
+            time.sleep(3600)
+        super().setup(config)
+
+    def restore(self, checkpoint_path: Any) -> None:
+        assert self._segment is not None
+        if due(self.config, "damage_at", f"restore {self._segment.arm} {self._segment.start}"):
+            flip(Path(checkpoint_path.checkpoint.path, STATE_FILE))
+        super().restore(checkpoint_path)
+
+    def _report_class_trainable_checkpoint(self, checkpoint_dir: str, given: Any) -> Any:
+        copied = super()._report_class_trainable_checkpoint(checkpoint_dir, given)
+        assert self._segment is not None
+        if due(self.config, "damage_at", f"copy {self._segment.arm} {self.trainer.step}"):
+            flip(Path(copied.checkpoint.path, STATE_FILE))
+        return copied
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        saved = super().save(checkpoint_dir)
+        assert self._segment is not None
+        if due(self.config, "damage_at", f"saved {self._segment.arm} {self.trainer.step}"):
+            os.truncate(Path(saved.checkpoint.path, STATE_FILE), 100)
+        return saved
 
     def build(self, config: dict[str, Any]) -> TrainingTask:
         return build_tiny(config)
@@ -63,6 +114,9 @@ class Fragile(AutoLRSTrainable):
     def _step(self) -> dict[str, Any]:
         time.sleep(self.config.get("pause_s", 0.0))
         result = super().step()
+        assert self._segment is not None
+        if due(self.config, "hang_at", f"{self._segment.arm} {self.trainer.step}"):
+            time.sleep(3600)
         strike(self.config, self._moment("report"))
         return result
 
