@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,8 +77,9 @@ def lr_range_test(
     Parameter groups keep the ratios of their LRs. The test ends early where the loss is not finite, or its moving average is
     above `stop_factor` times its least value so far (and above its start).
 
-    Afterwards, also after an exception, the model, its mode and gradients, the optimizer and torch's random numbers are as
-    they were. A range test sees a hundred steps: what it suggests is where losses fall at first, not what trains best.
+    Afterwards, also after an exception, the model (with all its buffers), its mode and gradients, the optimizer and the random
+    numbers of torch, NumPy, Python and the DataLoader's own generator are as they were. A range test sees a hundred steps:
+    what it suggests is where losses fall at first, not what trains best.
 
     Raises ValueError for options out of range or batches that are empty, and whatever model, loss and batches raise.
     """
@@ -90,7 +93,7 @@ def lr_range_test(
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     losses: list[float] = []
     average = _MovingAverage()
-    with _put_back(model, optimizer):
+    with _put_back(model, optimizer), _random_numbers_put_back(batches):
         model.train()
         for lr, (inputs, target) in zip(lrs, _endless(batches), strict=False):
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
@@ -119,19 +122,41 @@ def _endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor,
 
 @contextmanager
 def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Model and optimizer as they were, afterwards: also the buffers that no state_dict holds."""
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, mode, named in modules:
+            module.training = mode
+            module._buffers.update(named)  # where forward assigned another tensor
+        with torch.no_grad():
+            for buffer, content in buffers:
+                buffer.copy_(content)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+
+@contextmanager
+def _random_numbers_put_back(batches: object) -> Iterator[None]:
+    """The generators that a step may draw from as they were, afterwards; `batches` may be a DataLoader with its own."""
+    python, numpy = random.getstate(), np.random.get_state()
+    sources = (batches, getattr(batches, "sampler", None))
+    own = {getattr(source, "generator", None) for source in sources}
+    states = [(generator, generator.get_state()) for generator in own if isinstance(generator, torch.Generator)]
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            model.load_state_dict(weights)
-            optimizer.load_state_dict(state)
-            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter.grad = gradient
-            for module, mode in modes:
-                module.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for generator, state in states:
+                generator.set_state(state)
 
 
 class _MovingAverage:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from autolrs_ray import lr_range_test
 from tests.doc_blocks import blocks
@@ -27,9 +31,23 @@ def quadratic() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[Tensor, Ten
     return model, optimizer, lambda output, target: 0.5 * (output - target).square().mean(), batches
 
 
+class Restless(nn.Module):
+    """Draws from every global generator, and keeps two buffers outside its state_dict: one written to, one replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.register_buffer("last", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.detach().mean()
+        return x * (1.0 + 0.01 * random.random() + 0.01 * np.random.rand())
+
+
 def network() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[Tensor, Tensor], Tensor], list[Batch]]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1), Restless())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
     return model, optimizer, nn.functional.mse_loss, batches
@@ -39,9 +57,9 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> bytes:
     buffer = io.BytesIO()
     modes = [module.training for module in model.modules()]
     gradients = [parameter.grad for parameter in model.parameters()]
-    values = [model.state_dict(), optimizer.state_dict(), modes, gradients, torch.get_rng_state()]
-    torch.save(copy.deepcopy(values), buffer)
-    return buffer.getvalue()
+    states = [model.state_dict(), optimizer.state_dict(), list(model.buffers()), torch.get_rng_state()]
+    torch.save(copy.deepcopy([states, modes, gradients]), buffer)
+    return buffer.getvalue() + pickle.dumps([random.getstate(), np.random.get_state()])
 
 
 def test_a_quadratic_has_its_known_range() -> None:
@@ -104,6 +122,19 @@ def test_everything_is_put_back_after_an_exception() -> None:
         lr_range_test(model, optimizer, failing, batches)
     assert calls == 7
     assert snapshot(model, optimizer) == before
+
+
+def test_a_loader_with_a_generator_of_its_own_gives_the_batches_that_it_would_have_given() -> None:
+    model, optimizer, loss, batches = network()
+    data = TensorDataset(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+    def first_batch(tested: bool) -> Tensor:
+        loader = DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1))
+        if tested:
+            lr_range_test(model, optimizer, loss, loader)
+        return next(iter(loader))[0]
+
+    assert torch.equal(first_batch(True), first_batch(False))
 
 
 def test_groups_keep_their_ratios() -> None:
