@@ -175,13 +175,21 @@ class LearnedSchedule:
 
 
 class LearnedLRScheduler(LRScheduler):
-    """Replays a learned schedule: step it once per optimizer step. Groups keep the ratios of their initial LRs."""
+    """Replays a learned schedule: step it once per optimizer step. Groups keep the ratios of their initial LRs.
+
+    So do groups that are added later, whose initial LR is the one they come with. Raises ValueError where the first group's is
+    not positive, and what the schedule raises at steps that it does not cover.
+    """
 
     def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, last_epoch: int = -1) -> None:
         self.schedule = schedule
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Any]:
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:
+            shared = next(other for other in groups if other["lr"] is group["lr"])  # a tensor as the default of both
+            self.base_lrs.append(group.setdefault("initial_lr", float(shared.get("initial_lr", group["lr"]))))
         lr, first = self.schedule.lr_at(max(0, self.last_epoch)), float(self.base_lrs[0])
         if not first > 0:
             raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")

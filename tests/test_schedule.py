@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR, LambdaLR, SequentialLR
 
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.journal import Record
@@ -227,7 +230,7 @@ def optimizer(*lrs):
 def replay(optim, scheduler, steps):
     seen = []
     for _ in range(steps):
-        seen.append([group["lr"] for group in optim.param_groups])
+        seen.append([float(group["lr"]) for group in optim.param_groups])
         optim.step()
         scheduler.step()
     return seen
@@ -271,6 +274,8 @@ def test_its_state_loads_with_weights_only_and_a_resumed_replay_goes_on_where_it
 
 def test_last_epoch_resumes_in_torchs_own_way():
     optim = optimizer(0.1)
+    with pytest.raises(KeyError, match="'initial_lr' is not specified in param_groups\\[0\\]"):
+        LearnedLRScheduler(optim, STAGES, last_epoch=28)
     for group in optim.param_groups:
         group["initial_lr"] = 0.1
     scheduler = LearnedLRScheduler(optim, STAGES, last_epoch=28)
@@ -278,15 +283,105 @@ def test_last_epoch_resumes_in_torchs_own_way():
     optim.step()
     scheduler.step()
     assert scheduler.get_last_lr() == [pytest.approx(STAGES.lr_at(30))]
+    with pytest.warns(UserWarning, match="epoch parameter"):  # torch's deprecated way to jump
+        scheduler.step(4)
+    assert (scheduler.get_last_lr(), scheduler.last_epoch) == ([0.25], 4)
 
 
-def test_it_works_behind_another_torch_scheduler():
+# Torch's own LambdaLR with the values written into it is the twin: whatever torch does with that, it must do with ours.
+BEHIND = {
+    "alone": lambda optim, scheduler: scheduler,
+    "chained": lambda optim, scheduler: ChainedScheduler([scheduler, ExponentialLR(optim, 0.9)], optim),
+    "first": lambda optim, scheduler: SequentialLR(optim, [scheduler, ConstantLR(optim, 0.5, 100)], [12]),
+    "second": lambda optim, scheduler: SequentialLR(optim, [ConstantLR(optim, 0.5, 100), scheduler], [12]),
+}
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND.keys())
+def test_it_does_what_torchs_own_scheduler_of_the_same_values_does(behind, tensor):
+    sequences = []
+    for ours in (True, False):
+        optim = optimizer(*((torch.tensor(lr) if tensor else lr) for lr in (0.1, 0.02)))
+        tensors = [group["lr"] for group in optim.param_groups]
+        scheduler = LearnedLRScheduler(optim, STAGES) if ours else LambdaLR(optim, lambda t: STAGES.lr_at(t) / 0.1)
+        whole = behind(optim, scheduler)
+        seen = []
+        for _ in range(60):
+            assert whole.get_last_lr() == [group["lr"] for group in optim.param_groups]
+            seen += [float(group["lr"]) for group in optim.param_groups]
+            optim.step()
+            whole.step()
+        sequences.append(seen)
+        assert not tensor or all(group["lr"] is lr for group, lr in zip(optim.param_groups, tensors, strict=True))
+    assert sequences[0] == pytest.approx(sequences[1], rel=1e-6)
+    assert len(set(sequences[0])) >= 20
+
+
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND.keys())
+def test_its_state_comes_back_from_behind_other_schedulers(behind):
+    def build(schedule):
+        optim = optimizer(0.1, 0.02)
+        return optim, behind(optim, LearnedLRScheduler(optim, schedule))
+
+    whole = replay(*build(STAGES), 40)
+    optim, scheduler = build(STAGES)
+    seen, buffer = replay(optim, scheduler, 20), io.BytesIO()
+    torch.save([optim.state_dict(), scheduler.state_dict()], buffer)
+    buffer.seek(0)
+    optim, scheduler = build(RACE)
+    for target, state in zip((optim, scheduler), torch.load(buffer, weights_only=True), strict=True):
+        target.load_state_dict(state)
+    assert seen + replay(optim, scheduler, 20) == whole
+
+
+def test_a_copy_goes_on_by_itself():
+    optim = optimizer(0.1, 0.02)
+    scheduler = LearnedLRScheduler(optim, STAGES)
+    replay(optim, scheduler, 7)
+    twin = copy.deepcopy(scheduler)
+    assert twin.optimizer is not optim
+    ahead = replay(twin.optimizer, twin, 20)
+    assert (scheduler.last_epoch, optim.param_groups[0]["lr"]) == (7, STAGES.lr_at(7))
+    assert replay(optim, scheduler, 20) == ahead
+
+
+def test_steps_in_the_wrong_order_are_warned_of():
+    with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
+        LearnedLRScheduler(optimizer(0.1), STAGES).step()
     optim = optimizer(0.1)
-    warm = torch.optim.lr_scheduler.ConstantLR(optim, factor=0.5, total_iters=100)
-    both = torch.optim.lr_scheduler.SequentialLR(optim, [warm, LearnedLRScheduler(optim, STAGES)], milestones=[5])
-    seen = replay(optim, both, 20)
-    assert seen[4] == [pytest.approx(0.05)]
-    assert seen[5:8] == [[pytest.approx(STAGES.lr_at(step))] for step in range(3)]
+    scheduler = LearnedLRScheduler(optim, STAGES)
+    optim.step = lambda: None
+    with pytest.warns(UserWarning, match=r"`optimizer.step\(\)` has been overridden"):
+        scheduler.step()
+
+
+@pytest.mark.parametrize("given", [{"lr": 0.02}, {}], ids=["own LR", "default LR"])
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+def test_a_group_that_is_added_later_follows_with_the_ratio_of_the_lr_it_comes_with(given, tensor):
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optim = torch.optim.SGD(weights[:1], lr=torch.tensor(0.1) if tensor else 0.1)
+    scheduler = LearnedLRScheduler(optim, STAGES)
+    replay(optim, scheduler, 7)
+    optim.add_param_group({"params": weights[1:], **given})
+    optim.step()
+    scheduler.step()
+    ratio = given.get("lr", 0.1) / 0.1
+    for step, lrs in enumerate(replay(optim, scheduler, 30), 8):
+        assert [float(lr) for lr in lrs] == pytest.approx([STAGES.lr_at(step), ratio * STAGES.lr_at(step)])
+    state = scheduler.state_dict()
+    again = LearnedLRScheduler(optim, RACE)
+    again.load_state_dict(state)
+    assert [float(lr) for lr in again.get_lr()] == pytest.approx([STAGES.lr_at(38), ratio * STAGES.lr_at(38)])
+
+
+def test_it_holds_no_cycle_that_would_keep_model_and_optimizer_alive():
+    optim = optimizer(0.1)
+    scheduler = LearnedLRScheduler(optim, STAGES)
+    replay(optim, scheduler, 2)
+    gone = weakref.ref(optim)
+    del optim, scheduler
+    assert gone() is None  # at once, without the garbage collector
 
 
 def test_replaying_needs_no_ray():
