@@ -8,7 +8,7 @@ export RAY_AUTH_MODE = disabled
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lint faults hosts docs image-check clean
+.PHONY: run test lint faults hosts docs browser image-check clean
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard tools/torchvision-cpu-shim/*)
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,13 @@ hosts: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --site-dir build/site
+
+# Chromium, which a test of the report's page needs. As root, on Debian and its like; without it that test is skipped, or
+# fails where CI=true.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install \
+		-qy --no-install-recommends chromium; }
 
 # Needs root and buildah, and about 5 minutes. BASE_IMAGE and pip's settings are taken from the environment.
 image-check:

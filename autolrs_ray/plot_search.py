@@ -170,7 +170,7 @@ def forecast_figure(data: RunData) -> Any | None:
     added = _square(axes, values)
     axes.set(xlabel=f"forecast at the start of the stage{added}", title="Forecast and outcome of the chosen learning rates",
              ylabel=f"realised: {NAMES.get(data.metric, data.metric)} at the stage's end{added}")  # fmt: skip
-    bar = figure.colorbar(drawn, ax=axes, label="stage")
+    bar = figure.colorbar(drawn, cax=axes.inset_axes((1.04, 0.0, 0.06, 1.0)), label="stage")  # as high as the square
     bar.locator = whole_numbers(8)
     bar.update_ticks()
     legend_below(figure, columns=2)

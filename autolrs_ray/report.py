@@ -92,7 +92,8 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
     elif data.anchored:
         envelope = data.config["options"].get("envelope", "quadratic")
         ramp = data.result.schedule.pieces[0].warmup_steps
-        lr = (number(lrs[0], 3), "peak learning rate", f"times the envelope {envelope}, after {ramp} steps of warm-up")
+        found_lrs = ", then ".join(number(lr, 3) for lr in lrs)  # more than one where a branch with another went on
+        lr = (found_lrs, "peak learning rate", f"times the envelope {envelope}, after {ramp} steps of warm-up")
     else:
         lr = (f"{number(min(lrs), 3)} to {number(max(lrs), 3)}", "learning rates", f"{len(lrs)} pieces")
     value = (number(found["value"]), data.metric, "final" if found["done"] else "so far")

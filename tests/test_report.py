@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from autolrs_ray.cli import app
@@ -19,7 +21,6 @@ from autolrs_ray.report import number, render, save_report, seconds
 from autolrs_ray.schedule import LearnedSchedule
 from tests.test_plots import PAPER, write_reports, write_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>alert('$x_{')</script>"
 
 
@@ -30,14 +31,18 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
-        self._style = False
+        self.code: list[str] = []
+        self._style = self._code = False
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        self._style = tag == "style"
+        self._style, self._code = tag == "style", tag == "pre"
 
     def handle_data(self, data: str) -> None:
+        if self._code:
+            self.code.append(data)
+            self._code = False
         if not self._style:
             self.words += data.split()
 
@@ -120,6 +125,35 @@ def test_the_schedule_in_the_report_is_the_learned_one(anchored: Path) -> None:
     assert LearnedSchedule.from_json(json.dumps(schedule)) == LearnedSchedule.load(anchored)
 
 
+def test_the_code_that_it_gives_for_a_replay_runs(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_torch, under_tune, _ = Page(render(RunData.load(paper))).code
+    names: dict[str, Any] = {"optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)}
+    exec(in_torch, names)
+    schedule = LearnedSchedule.load(paper)
+    assert names["scheduler"].get_last_lr() == [schedule.lr_at(0)]
+    called: list[Any] = []
+    monkeypatch.setattr("ray.tune.run", lambda *arguments, **options: called.append((arguments, options)))
+    exec(under_tune, {**names, "trainable": "mine"})
+    ((arguments, options),) = called
+    assert (arguments, options["config"]) == (("mine",), {"seed": 1})
+    assert options["scheduler"].debug_string() == f"AutoLRS replay: {len(schedule.pieces)} pieces, 60 steps"
+
+
+def test_a_branch_with_another_learning_rate_is_named_too(tmp_path: Path) -> None:
+    config: dict[str, Any] = dict(total_steps=20, policy="anchored", lr_interval=[1e-3, 1.0], metric="val_loss", mode="min",
+                                  time_attr="step", seed=0, options={})  # fmt: skip
+    record = Record(tmp_path)
+    record.append([
+        {"event": "start", "config": config},
+        dict(event="proposal", arm="t00", lr=0.25), dict(event="commit", arm="t00", lr=0.25, end=10, loss=1.0, checkpoint="a"),
+        dict(event="proposal", arm="t01", lr=0.5, parent="t00", start=10),
+        dict(event="commit", arm="t01", lr=0.5, end=20, loss=0.5, checkpoint="b"),
+        dict(event="done", arm="t01", lr=0.5, step=20, loss=0.5, checkpoint="b"),
+    ])  # fmt: skip
+    record.close()
+    assert "0.25, then 0.5 peak learning rate" in Page(render(RunData.load(tmp_path))).text
+
+
 def test_it_fetches_nothing_and_runs_nothing(paper: Path) -> None:
     page = Page(render(RunData.load(paper)))
     assert {name for name, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed"})
@@ -186,33 +220,72 @@ def test_numbers_and_durations_are_short() -> None:
 # -- in a browser --------------------------------------------------------------------------------------------------------
 
 
+def chromium() -> str:
+    """Its path. A machine without it skips the test, but fails it under CI=true, where `make browser` has to come first."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        message = "no Chromium on the PATH: `make browser` installs it (as root, with apt-get)"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    return found
+
+
 def browse(file: Path, *arguments: str) -> str:
     """What headless Chromium prints."""
-    assert CHROMIUM is not None
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
              "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
     profile = f"--user-data-dir={file.parent / 'profile'}"
-    command = [CHROMIUM, *flags, profile, *arguments, file.as_uri()]
+    command = [chromium(), *flags, profile, *arguments, file.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_on_a_phone_nothing_is_wider_than_the_screen_and_all_images_load(paper: Path, tmp_path: Path) -> None:
-    save_report(paper, tmp_path / "report.html")
+PROBE = """<iframe id="phone" src="report.html" width="390" height="800"></iframe><pre id="told"></pre><script>
+  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => numbers(colour).slice(0, 3).map(part => part / 255)
+    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element, style) => {
+    const colour = style(element).backgroundColor;
+    return numbers(colour)[3] === 0 ? behind(element.parentElement, style) : colour; };
+  const contrast = (element, style) => {
+    const [low, high] = [light(style(element).color), light(behind(element, style))].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05); };
+  onload = () => {
+    const page = document.getElementById("phone").contentDocument, style = page.defaultView.getComputedStyle;
+    const texts = [...page.body.querySelectorAll("*")].filter(element =>
+      [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim()));
+    const tables = [...page.querySelectorAll(".scroll")];
+    document.getElementById("told").textContent = JSON.stringify({
+      width: page.documentElement.scrollWidth, tables: tables.every(table => table.scrollWidth <= table.clientWidth),
+      images: [...page.images].map(image => image.naturalWidth > 0 && image.complete),
+      narrow: [...page.images].every(image => image.currentSrc !== image.src),
+      dark: matchMedia("(prefers-color-scheme: dark)").matches, page: style(page.body).backgroundColor,
+      legible: texts.every(element => contrast(element, style) >= 4.5),
+      large: texts.every(element => parseFloat(style(element).fontSize) >= 12)}); };
+</script>"""
+
+
+@pytest.mark.parametrize("policy", ["paper", "anchored"])
+def test_on_a_phone_all_fits_and_can_be_read_in_the_light_and_in_the_dark(
+    policy: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    save_report(request.getfixturevalue(policy), tmp_path / "report.html")
     probe = tmp_path / "probe.html"
-    probe.write_text("""<iframe id="phone" src="report.html" width="390" height="800"></iframe><pre id="told"></pre><script>
-        onload = () => { const page = document.getElementById("phone").contentDocument;
-          const images = [...page.images].map(image => image.naturalWidth > 0 && image.complete);
-          const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-          document.getElementById("told").textContent = JSON.stringify({width: page.documentElement.scrollWidth, images,
-            narrow: [...page.images].every(image => image.currentSrc !== image.src), dark,
-            page: getComputedStyle(page.body).backgroundColor}); };
-        </script>""")
+    probe.write_text(PROBE)
     flags = ("--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom")
     told = [
         json.loads(browse(probe, *flags, *scheme).split('<pre id="told">')[1].split("</pre>")[0])
         for scheme in ((), ("--blink-settings=preferredColorScheme=0",))
     ]
     light, dark = ({"dark": False, "page": "rgb(255, 255, 255)"}, {"dark": True, "page": "rgb(20, 23, 26)"})
-    common = {"width": 390, "images": [True] * 4, "narrow": True}
+    common = {"width": 390, "tables": True, "images": [True] * 4, "narrow": True, "legible": True, "large": True}
     assert told == [{**common, **light}, {**common, **dark}]
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_a_missing_browser_is_no_silent_pass_where_it_counts(
+    ci: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="`make browser` installs it"):
+        chromium()
