@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,36 @@ def check_every_update(folder: Path) -> None:
         assert len(lrs) <= segment["boundaries"][-1] - segment["start"]
 
 
+@contextmanager
+def updates_here() -> Iterator[list[float]]:
+    """The LR of every update of an optimizer in this process."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    lrs: list[float] = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: lrs.append(float(optimizer.param_groups[0]["lr"])))
+    try:
+        yield lrs
+    finally:
+        hook.remove()
+
+
 def run_section(section: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
-    """Execute the blocks of `section` in one namespace, which is returned; their runs are watched, on one slot."""
+    """Execute the blocks of `section` in one namespace, which is returned; their runs are watched, on one slot.
+
+    "replayed" in it: the LR of every update made in this process, which is where the blocks replay.
+    """
     run, log = autolrs_ray.run, folder / "updates"
     log.mkdir()
 
     def watched_run(train: Any, **given: Any) -> Any:
-        train = train if isinstance(train, type) else watched(train, log)
-        return run(train, **{**given, "slots": 1, **options})
+        builds = isinstance(train, type) or "return" in train.__annotations__  # a TrainingTask: not the loop itself
+        return run(train if builds else watched(train, log), **{**given, "slots": 1, **options})
 
     monkeypatch.setattr(autolrs_ray, "run", watched_run, raising=False)
     namespace: dict[str, Any] = {"STORAGE": str(folder)}
-    for block in blocks(section):
-        exec(compile(block, str(PAGE), "exec"), namespace)
+    with updates_here() as namespace["replayed"]:
+        for block in blocks(section):
+            exec(compile(block, str(PAGE), "exec"), namespace)
     return namespace
 
 
@@ -95,7 +113,7 @@ class TrialStub:
         return self._folder / f"step-{step}"
 
 
-def trunk(start: int, *boundaries: int) -> dict[str, Any]:
-    """The config of a trial that trains from `start` to the last of `boundaries` at LR 0.1."""
-    segment = dict(arm="t00", role="trunk", stage=0, lr=0.1, start=start, boundaries=boundaries, reports=1)
-    return {"lr": 0.1, "seed": 0, "autolrs": segment}
+def trunk(start: int, *boundaries: int, lr: float = 0.1) -> dict[str, Any]:
+    """The config of a trial that trains from `start` to the last of `boundaries` at `lr`."""
+    segment = dict(arm="t00", role="trunk", stage=0, lr=lr, start=start, boundaries=boundaries, reports=1)
+    return {"lr": lr, "seed": 0, "autolrs": segment}

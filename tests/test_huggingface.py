@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.crashes import Malice
-from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk
+from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk, updates_here
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # hints of transformers about pinned memory and checkpoints
@@ -29,7 +29,7 @@ def test_every_update_has_the_learning_rate_of_its_step_also_after_a_restore(
     check_every_update(tmp_path / "updates")
     assert json.loads(Path(result.checkpoint, "trainer_state.json").read_text())["global_step"] == 100
     assert namespace["scheduler"].last_epoch == 100
-    assert namespace["scheduler"].get_last_lr() == [result.schedule.lr_at(100)]
+    assert namespace["replayed"] == [result.schedule.lr_at(step) for step in range(100)]
 
 
 @pytest.mark.slow
@@ -110,6 +110,28 @@ def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Exception, match="Weights only load failed"):  # the random numbers' state
         fit(trainer_with(tmp_path / "unused"), trunk(3, 8))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_restored_trial_trains_at_its_own_lr_and_without_us_at_that_of_the_trainers_scheduler(
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autolrs_ray.integrations.follower import Follower
+    from autolrs_ray.integrations.huggingface import fit
+
+    trial = TrialStub(tmp_path, monkeypatch)
+
+    def lrs(config: dict[str, Any]) -> list[float]:
+        with updates_here() as seen:
+            fit(trainer_with(tmp_path / "unused"), config)
+        return seen
+
+    assert lrs(trunk(0, 3, lr=0.4)) == [0.4] * 3
+    trial.source = trial.checkpoint(3)
+    if not written:
+        monkeypatch.setattr(Follower, "write_lr", lambda *_: None)
+    found = lrs(trunk(3, 6, lr=0.7))
+    assert found == [0.7] * 3 if written else max(found) <= 5e-5
 
 
 def test_no_validation_data_is_refused(tmp_path: Path) -> None:

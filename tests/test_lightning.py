@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from tests.crashes import Malice
-from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk
+from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk, updates_here
 
 pytest.importorskip("lightning")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's hints about workers, loggers and intervals
@@ -30,8 +30,8 @@ def test_every_update_has_the_learning_rate_of_its_step_also_after_a_restore(
     assert result.done
     check_every_update(tmp_path / "updates")
     assert state(result)["global_step"] == 100
-    assert replay.global_step == 100
-    assert replay.optimizers[0].param_groups[0]["lr"] == result.schedule.lr_at(100)
+    assert replay.global_step == replay.lr_scheduler_configs[0].scheduler.last_epoch == 100
+    assert namespace["replayed"] == [result.schedule.lr_at(step) for step in range(100)]
 
 
 @pytest.mark.slow
@@ -140,6 +140,33 @@ def test_no_validation_data_and_two_optimizers_are_refused(tmp_path: Path, monke
     )
     with pytest.raises(ValueError, match="one optimizer is supported, got 2"):
         fit(trainer, TwoOptimizers(), {"lr": 0.1}, train_dataloaders=train, val_dataloaders=train)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_restored_trial_trains_at_its_own_lr_and_without_us_at_the_checkpoints(
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autolrs_ray.integrations.follower import Follower
+    from autolrs_ray.integrations.lightning import fit
+
+    trial = TrialStub(tmp_path, monkeypatch)
+
+    def lrs(config: dict[str, Any]) -> list[float]:
+        parts = lightning_parts()
+        trainer = parts["L"].Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        with updates_here() as seen:
+            fit(trainer, parts["Classifier"](), config, train_dataloaders=parts["loader"](slice(0, 256), True),
+                val_dataloaders=parts["loader"](slice(256, 320), False))  # fmt: skip
+        return seen
+
+    assert lrs(trunk(0, 3, lr=0.4)) == [0.4] * 3
+    trial.source = trial.checkpoint(3)
+    if not written:
+        monkeypatch.setattr(Follower, "write_lr", lambda *_: None)
+    assert lrs(trunk(3, 6, lr=0.7)) == [0.7 if written else 0.4] * 3  # the module was built with 0.1
 
 
 @pytest.mark.parametrize("averaging", [False, True])

@@ -32,6 +32,23 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
     assert lines[9] == "  and 1 more"
 
 
+def test_the_time_left_is_what_the_steps_since_the_view_began_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("autolrs_ray.live.time.monotonic", lambda: clock[0])
+    search = AutoLRSSearch(1000, num_lrs=2, slots=1)
+    search.bound = True
+    policy, screen = search.policy, StringIO()
+    assert isinstance(policy, AnchoredPolicy)
+    live = LiveProgress(search)
+    monkeypatch.setattr(live, "_console", Console(file=screen))  # no terminal: a line per change
+    for seconds, step in ((10.0, 200), (30.0, 200), (130.0, 300), (3730.0, 400)):  # resumed at step 200
+        clock[0], policy.trunks[0].step = 1000.0 + seconds, step
+        policy.trunks[0].scores = {step: 1.0}
+        live.on_step_end(1, [])
+    shown = [line.rpartition("slots | ")[2] for line in screen.getvalue().splitlines()[1:]]
+    assert shown == ["0:10 gone", "2:10 gone, 15:10 left", "1:02:10 gone, 3:06:30 left"]
+
+
 def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     search = AutoLRSSearch(100, policy="paper", stage_steps=50)
     search.bound = True
