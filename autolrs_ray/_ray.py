@@ -30,12 +30,15 @@ for _name in ("ray.tune.logger.logger", "ray.tune.analysis.experiment_analysis")
 def set_source(trial: Trial, checkpoint: Checkpoint | None, metrics: dict[str, Any]) -> None:
     """Let `trial` restore from `checkpoint` when it starts next (None: from nothing), as PBT does."""
     from ray.train._internal.checkpoint_manager import _TrainingResult
+    from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
     manager = trial.run_metadata.checkpoint_manager
     if checkpoint is None:
         manager._latest_checkpoint_result = None
         return
-    manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics=metrics)
+    # Tune's counts go on from here; loggers draw against the number of reports, and W&B drops what is not above the last.
+    counts = {key: trial.last_result[key] for key in (TRAINING_ITERATION, TIME_TOTAL_S) if key in trial.last_result}
+    manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics={**counts, **metrics})
 
 
 def starting_actor(controller: TuneController, trial: Trial) -> Any:

@@ -1,18 +1,25 @@
-"""A run in TensorBoard and in MLflow. On Ray."""
+"""What comes after a run or beside it: a replay by Tune itself, TensorBoard, MLflow and W&B. On Ray."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray import tune
 from ray.tune.logger.mlflow import MLflowLoggerCallback
 
 import autolrs_ray
-from autolrs_ray import RunResult
+from autolrs_ray import RunResult, trainable_for
 from autolrs_ray.plot_data import RunData
+from autolrs_ray.replay import ReplayScheduler
+from autolrs_ray.schedule import LearnedSchedule, Piece
 from autolrs_ray.tensorboard import save_tensorboard
+from tests.doc_blocks import run_section
 from tests.tasks import build_tiny
+from tests.trainables import NotesUpdates, Quadratic, notes_updates
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -71,3 +78,120 @@ def test_mlflow_gets_every_trial_through_tunes_own_callback(run: RunResult) -> N
     assert len(logged) == 1 + len(RunData.load(run.folder).lrs())  # the main trial, and every probe
     losses = [entry.data.metrics["val_loss"] for entry in logged if entry.data.metrics["step"] == 40]
     assert losses == [pytest.approx(run.loss)]
+    (main,) = (entry for entry in logged if entry.info.run_name.startswith("main"))
+    assert float(main.data.params["lr"]) == run.rows[-1]["lr"] != run.rows[0]["lr"]  # logged at the end: it has changed
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterator[dict[str, Any]]:
+    """What the page's blocks leave behind: an anchored run on one slot, with the callbacks of MLflow and W&B."""
+    folder = tmp_path_factory.mktemp("documented")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_ALLOW_FILE_STORE", "WANDB_MODE"):
+            patch.setenv(name, "")  # the block sets them; undone with the patch
+        yield {**run_section("MLflow, Weights & Biases", folder, patch), "folder": folder}
+
+
+def test_the_documented_callback_gives_mlflow_one_run_per_trunk(documented: dict[str, Any]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, result = MlflowClient(documented["uri"]), documented["result"]
+    runs = client.search_runs([client.get_experiment_by_name("race").experiment_id])
+    assert len(runs) == 3
+    lrs = {run.info.run_name.partition("_")[0]: float(run.data.params["autolrs/lr"]) for run in runs}
+    assert lrs == RunData.load(result.folder).lrs()
+    (winner,) = (run for run in runs if run.data.metrics["step"] == 100)
+    assert winner.data.metrics["averaged_loss"] == result.loss
+
+
+def test_the_documented_callback_gives_wandb_one_offline_run_per_trunk(documented: dict[str, Any]) -> None:
+    folder, data = documented["folder"] / "wandb", RunData.load(documented["result"].folder)
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in folder.glob("wandb/offline-run-*/*.wandb"):
+        entries = wandb_entries(file)
+        (start,) = (entry.run for entry in entries if entry.WhichOneof("record_type") == "run")
+        assert (start.project, start.run_group) == ("race", "race")
+        history = [
+            {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in entry.history.item}
+            for entry in entries if entry.WhichOneof("record_type") == "history"
+        ]  # fmt: skip
+        found[start.display_name.partition("_")[0]] = [(row["step"], row["averaged_loss"]) for row in history]
+    reported = {arm: [(row["step"], row["averaged_loss"]) for row in data.reports[arm]] for arm in data.lrs()}
+    assert len(found) == 3
+    assert found == reported
+    assert found[data.arm][-1] == (100, documented["result"].loss)
+
+
+def wandb_entries(file: Path) -> list[Any]:
+    """The protocol buffers in a file of W&B: LevelDB's log format, blocks of 32 KiB, behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, data, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:  # padding: no header fits
+            at += left
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        data += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole entry, or the last part of one
+            found.append(Record.FromString(data))
+            data = b""
+    return found
+
+
+def test_tensorboard_shows_the_winner_as_one_curve_and_the_other_trunks_under_it(documented: dict[str, Any]) -> None:
+    result = documented["result"]
+    target, data = save_tensorboard(result.folder, documented["folder"] / "tensorboard"), RunData.load(result.folder)
+    others = {arm: lr for arm, lr in data.lrs().items() if arm != data.arm}
+    names = {file.parent.relative_to(target).as_posix() for file in target.rglob("events.out.tfevents.*")}
+    assert names == {"main"} | {f"trunks/lr_{lr:.3g}_{arm}" for arm, lr in others.items()}
+    assert len(others) == 2
+    curve = {tag: [(step, value) for step, name, value in events(target / "main") if name == tag]
+             for tag in ("averaged_loss", "val_loss", "lr")}  # fmt: skip
+    rows = data.main_rows()
+    for tag, points in curve.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), tag
+        assert (steps[0], steps[-1], len(steps)) == (rows[0]["step"], 100, len(rows)), tag
+        assert [value for _, value in points] == pytest.approx([row[tag] for row in rows]), tag
+    assert curve["averaged_loss"][-1][1] == pytest.approx(result.loss)
+    assert [lr for _, lr in curve["lr"]] == pytest.approx([result.schedule.lr_at(step - 1) for step, _ in curve["lr"]])
+    for arm, lr in others.items():
+        points = [step for step, tag, _ in events(target / f"trunks/lr_{lr:.3g}_{arm}") if tag == "averaged_loss"]
+        assert points == [row["step"] for row in data.rows(arm)]
+
+
+# -- replay --------------------------------------------------------------------------------------------------------------
+
+SCHEDULE = LearnedSchedule(60, (Piece(0, 20, 1.0, None, 5), Piece(20, 30, 0.5), Piece(30, 60, 2.0, "linear")))
+
+
+@pytest.mark.parametrize("trainable", [NotesUpdates, notes_updates], ids=["class", "function"])
+def test_every_step_is_trained_once_at_the_learning_rate_of_the_schedule(trainable: Any, tmp_path: Path) -> None:
+    logs = [tmp_path / "first", tmp_path / "second"]
+    analysis = tune.run(
+        trainable, scheduler=ReplayScheduler(SCHEDULE), config={"log": tune.grid_search([str(log) for log in logs])},
+        reuse_actors=True, storage_path=str(tmp_path), name="replay", verbose=0,
+    )  # fmt: skip
+    expected = [[step, SCHEDULE.lr_at(step)] for step in range(60)]
+    assert [lr for step, lr in expected if step in (0, 4, 5, 19, 20, 29, 30, 45)] == pytest.approx(
+        [0.2, 1.0, 1.0, 1.0, 0.5, 0.5, 1.0, 0.5]
+    )
+    for log in logs:
+        assert [json.loads(line) for line in log.read_text().splitlines()] == expected
+    twin = Quadratic()
+    for _, lr in expected:
+        twin.train(lr, 1)
+    assert [trial.last_result["val_loss"] for trial in analysis.trials] == [twin.loss] * 2
+
+
+def test_a_paper_run_of_several_pieces_replays_to_its_own_loss(run: RunResult, tmp_path: Path) -> None:
+    assert len(run.schedule.pieces) == 2
+    analysis = tune.run(
+        trainable_for(build_tiny), scheduler=ReplayScheduler(run.schedule), config={"seed": 0}, reuse_actors=True,
+        storage_path=str(tmp_path), name="replay", verbose=0,
+    )  # fmt: skip
+    assert analysis.trials[0].last_result["step"] == 40
+    assert analysis.trials[0].last_result["val_loss"] == run.loss

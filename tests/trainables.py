@@ -175,6 +175,37 @@ class Enveloped(ClassTrainable):
         return {"step": self.problem.step, "val_loss": loss, "lr": self.lr}
 
 
+def noted(problem: Quadratic, config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train `steps` steps, each noted with its learning rate in the file config["log"], and return the report."""
+    with open(config["log"], "a") as log:
+        for _ in range(steps):
+            lr = autolrs_ray.lr_at(config, problem.step)
+            print(json.dumps([problem.step, lr]), file=log)
+            problem.train(lr, 1)
+    return {"step": problem.step, "val_loss": problem.loss, "lr": lr}
+
+
+class NotesUpdates(ClassTrainable):
+    """The class API, with a note of every update."""
+
+    def step(self) -> dict[str, Any]:
+        return noted(self.problem, self.config, 10)
+
+
+def notes_updates(config: dict[str, Any]) -> None:
+    """The function API, with a note of every update: a report every 5 steps, and a checkpoint at every second one."""
+    problem = Quadratic()
+    if tune.get_checkpoint():
+        with tune.get_checkpoint().as_directory() as folder:
+            problem.load(folder)
+    while True:
+        report = noted(problem, config, 5)
+        with tempfile.TemporaryDirectory() as folder:
+            problem.save(folder)
+            due = problem.step % 10 == 0
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder) if due else None)
+
+
 class NoLR(ClassTrainable):
     def step(self) -> dict[str, Any]:
         result = super().step()
