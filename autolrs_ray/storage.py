@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ BEAT_S = 5.0  # how often the driver of a run renews its lock on the store
 LEASE_S = 15.0  # a lock that has not changed for so long is that of a driver that died
 SETTLE_S = 1.0  # two drivers that take a lock at once: the later write wins, and is seen after this
 LOCK_FILE = "autolrs.lock"
+SECRET = re.compile("key|secret|token|passw|ticket|^sig", re.IGNORECASE)  # in the name of a query's value
 
 
 class RunTakenError(RuntimeError):
@@ -54,11 +56,28 @@ def join(base: str, *parts: str) -> str:
     return urlunsplit((scheme, host, "/".join([path.rstrip("/"), *parts]), query, fragment))
 
 
+def refuse_secrets(uri: str) -> None:
+    """Raise ValueError, with the secrets blotted out, if `uri` holds any: it is printed, and seen in lists of processes."""
+    scheme, host, path, query, fragment = urlsplit(uri)
+    login, _, place = host.rpartition("@")
+    values = parse_qsl(query, keep_blank_values=True)
+    if ":" not in login and not any(SECRET.search(name) for name, _ in values):
+        return
+    shown = "&".join(f"{name}={'***' if SECRET.search(name) else value}" for name, value in values)
+    blotted = urlunsplit((scheme, f"***@{place}" if login else place, path, shown, fragment))
+    raise ValueError(
+        f"{blotted} holds a secret: give it in the environment of the driver and of the workers (for s3:// "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or use the machine's role, and leave it out of the URI"
+    )
+
+
 def open_store(uri: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of `uri` and the path on it. Raises ValueError for a URI that pyarrow does not know."""
+    """The pyarrow filesystem of `uri` and the path on it. Raises ValueError for a URI that pyarrow does not know, and for one
+    with a password or a key in it."""
     from pyarrow import ArrowException
     from pyarrow.fs import FileSystem
 
+    refuse_secrets(uri)
     try:
         filesystem, path = FileSystem.from_uri(uri)
     except ArrowException as error:

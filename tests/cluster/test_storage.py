@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import autolrs_ray
-from autolrs_ray import LearnedSchedule, storage
+from autolrs_ray import LearnedSchedule, RunResult, storage
 from autolrs_ray.checkpoints import CheckpointError, write_checkpoint
 from autolrs_ray.cli import app
 from autolrs_ray.core.policies import make_policy
@@ -222,3 +224,29 @@ def journalled(uri: str, event: str) -> bool:
         return any(line["event"] == event for line in read_journal(uri))
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://AKIA:hushhush@b/x?region=eu-west-1", "s3://***@b/x?region=eu-west-1"),
+        ("s3://b/x?access_key=hushhush&region=eu-west-1", "s3://b/x?access_key=***&region=eu-west-1"),
+        ("s3://b/x?Secret_Key=hushhush", "s3://b/x?Secret_Key=***"),
+        ("abfs://:hushhush@account.blob.core.windows.net/c/x", "abfs://***@account.blob.core.windows.net/c/x"),
+        ("abfs://c@account/x?sig=hushhush", "abfs://***@account/x?sig=***"),
+        ("gs://b/x?access_token=hushhush", "gs://b/x?access_token=***"),
+    ],
+)
+def test_secrets_in_a_uri_are_refused_and_not_printed(uri: str, shown: str) -> None:
+    for use in (open_store, Mirror.at, RunResult.load, lambda uri: autolrs_ray.run(build_tiny, 10, storage_path=uri)):
+        with pytest.raises(ValueError, match="holds a secret: give it in the environment") as raised:
+            use(uri)
+        assert str(raised.value).startswith(shown.split("/x")[0])
+        assert "hushhush" not in "".join(traceback.format_exception(raised.value, limit=0))
+    with pytest.raises(ValueError, match=re.escape(shown)):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://b/x?region=eu-west-1&scheme=https", "gs://anonymous@b/x", "abfs://c@account/x"])
+def test_uris_without_secrets_are_not_refused(uri: str) -> None:
+    storage.refuse_secrets(uri)
