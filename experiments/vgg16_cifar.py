@@ -4,6 +4,7 @@
     python -m experiments.vgg16_cifar --data-dir DIR --policy paper --dataset cifar10 cifar100   # as published: 700 epochs
     python -m experiments.vgg16_cifar --data-dir DIR --policy linear constant --epochs 50 --seeds 3 --peaks .03 .1 .3
     python -m experiments.vgg16_cifar --report
+    ray job submit --working-dir . -- python -m experiments.vgg16_cifar --data-dir /shared/data --out /shared/runs/vgg16
 
 SGD, momentum 0.9, weight decay 5e-4, batch size 128, cross-entropy; 45,000 images to train on, 5,000 to choose on; the
 accuracy of the last model, whose test images are read once. `paper`: LRs in [1e-3, 1e-1], 10 probes a stage, tau 1,000
@@ -216,8 +217,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus-per-trial", type=float, default=0.1 if on_gpu else 0.0)
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
     parser.add_argument("--slots", type=int, help="trials at the same time (default: as many as fit)")
-    parser.add_argument("--address", default="local", help='of the Ray cluster (default: a new "local" one)')
-    parser.add_argument("--out", type=Path, default=Path("runs/vgg16"))
+    in_cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
+    parser.add_argument("--address", default="auto" if in_cluster else "local",
+                        help='of the Ray cluster ("auto": the one whose job this is, which is the default there; else "local": '
+                        "a new one on this machine)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/vgg16"),
+                        help="folder of the runs, on a cluster one that all nodes share (default runs/vgg16)")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write the tables of all finished runs to --results")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"))
     return parser.parse_args(argv)

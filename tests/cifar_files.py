@@ -1,9 +1,13 @@
-"""Small random files in CIFAR's own format, and the experiment's task on them for Ray's workers."""
+"""Small random files in CIFAR's own format, and the experiment's task on them for Ray's workers.
+
+python -m tests.cifar_files --data-dir DIR ... is python -m experiments.vgg16_cifar on such files, which it writes to DIR.
+"""
 
 from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import numpy as np
 import torchvision.datasets.cifar
 
 from autolrs_ray.training import TrainingTask
-from experiments import vgg16_task
+from experiments import vgg16_cifar, vgg16_task
 
 
 def write_cifar(folder: Path, seed: int = 0) -> None:
@@ -44,3 +48,10 @@ def build_trusting(config: dict[str, Any]) -> TrainingTask:
     """The experiment's task, in Ray's workers: they do not see the fixture's patch."""
     torchvision.datasets.cifar.check_integrity = trusting
     return vgg16_task.build(config)
+
+
+if __name__ == "__main__":
+    torchvision.datasets.cifar.check_integrity = trusting
+    vgg16_cifar.build = build_trusting
+    write_cifar(Path(sys.argv[sys.argv.index("--data-dir") + 1]))
+    vgg16_cifar.main()

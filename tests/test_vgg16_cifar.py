@@ -321,6 +321,24 @@ def test_the_races_options_are_told_apart_in_the_table() -> None:
     ]
 
 
+@pytest.mark.parametrize(("variable", "address"), [(None, "local"), ("RAY_ADDRESS", "auto"), ("RAY_JOB_ID", "auto")])
+def test_in_a_clusters_job_it_joins_the_cluster(
+    variable: str | None, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "127.0.0.1:6379")
+    assert vgg16_cifar.parse([]).address == address
+    assert vgg16_cifar.parse(["--address", "other:6379"]).address == "other:6379"
+
+
+def test_the_data_sets_folder_stays_out_of_git_and_out_of_jobs() -> None:
+    """`ray job submit --working-dir .` leaves out what .gitignore names."""
+    ignored = (Path(vgg16_cifar.__file__).parent.parent / ".gitignore").read_text().splitlines()
+    assert {f"{vgg16_cifar.parse([]).data_dir}/", "runs/", ".venv/"} <= set(ignored)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_both_policies_train_report_and_draw_on_ray(

@@ -158,7 +158,7 @@ SHORT = " --steps 120 --num-lrs 5"
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_the_page_from_the_token_to_the_schedule(machine: Machine) -> None:
-    submit = command("ray job submit") + SHORT
+    submit = command("ray job submit --working-dir . -- autolrs") + SHORT
     began = time.time()
     accepted, submitted = machine.follow(submit, "submitted successfully")
     assert submitted.returncode == 0, submitted.stdout
@@ -187,7 +187,7 @@ def test_the_page_from_the_token_to_the_schedule(machine: Machine) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_stopped_job_submitted_again_resumes(machine: Machine) -> None:
-    submit = command("ray job submit") + " --name stopped --steps 600 --num-lrs 5"
+    submit = command("ray job submit --working-dir . -- autolrs") + " --name stopped --steps 600 --num-lrs 5"
     no_wait = submit.replace(" --working-dir", " --submission-id=first --no-wait --working-dir")
     assert machine.run(no_wait).returncode == 0
     deadline = time.monotonic() + 120
@@ -207,9 +207,30 @@ def test_a_stopped_job_submitted_again_resumes(machine: Machine) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_failed_run_is_a_failed_job(machine: Machine) -> None:
-    failed = machine.run(command("ray job submit") + " --name failed --steps 0")
+    failed = machine.run(command("ray job submit --working-dir . -- autolrs") + " --name failed --steps 0")
     assert failed.returncode == 1
     assert "total_steps must be at least 2, got 0" in failed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_vgg16_experiment_is_a_job_on_the_cluster(machine: Machine) -> None:
+    """On small files instead of CIFAR's own. It joins the cluster: a Ray of its own would not hold two GPUs per trial."""
+    line = command("ray job submit --working-dir . -- python -m experiments.vgg16_cifar")
+    small = (
+        " --policy anchored --width .125 --train-images 256 --val-images 40 --epochs 5 --reports 1 --slots 1 --no-autocast"
+        " --gpus-per-trial 2 --cpus-per-trial 1"
+    )
+    data = machine.storage.parent / "data"
+    line = line.replace("experiments.vgg16_cifar", "tests.cifar_files").replace("/shared/data", str(data))
+    submitted = machine.run(line + small, limit_s=400)
+    assert submitted.returncode == 0, submitted.stdout
+    (file,) = (machine.storage / "vgg16" / "outcomes").glob("*.json")
+    outcome = json.loads(file.read_text())
+    assert (outcome["policy"], outcome["steps"], outcome["epochs"]) == ("anchored", 10, 5)
+    assert 0.0 <= outcome["test_accuracy"] <= 1.0
+    assert f"test accuracy {outcome['test_accuracy']:.2%}" in submitted.stdout
 
 
 @pytest.mark.slow
@@ -234,7 +255,7 @@ def test_a_node_that_does_not_share_the_folder_is_named(machine: Machine) -> Non
     options = (f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={machine.folder}/third")
     with replace(machine, prefix=alone).serving(command("ray start --address"), *options) as node:
         machine.wait_for(f"ray status --address 127.0.0.1:{machine.port}", "/6.0 GPU", node)
-        submitted = machine.run(command("ray job submit") + " --name unshared" + SHORT)
+        submitted = machine.run(command("ray job submit --working-dir . -- autolrs") + " --name unshared" + SHORT)
     assert submitted.returncode == 1
     assert re.search(r"RuntimeError: the run folder \S+ is not there on 1 of the cluster's nodes", submitted.stdout), (
         submitted.stdout
