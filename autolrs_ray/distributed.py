@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autolrs_ray.checkpoints import read_checkpoint, snapshot, write_checkpoint
 from autolrs_ray.training import Batch, Data, Trainer, TrainingTask
+
+LOOPBACK = "127.0.0.1"
 
 
 class DistributedTrainer(Trainer):
@@ -73,6 +76,15 @@ class DistributedTrainer(Trainer):
         return digest.hexdigest()
 
 
+def rendezvous(host: str, world: int) -> TCPStore:
+    """The store through which `world` processes find each other. It listens at `host` alone, at a free port; one that torch
+    opens by itself listens at all addresses of the machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port: int = listener.getsockname()[1]
+    return TCPStore(host, port, world, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
 class _Worker:
     """The actor of one rank."""
 
@@ -80,15 +92,21 @@ class _Worker:
         self.rank, self.world = rank, world
         self.trainer: DistributedTrainer
 
-    def serve(self) -> tuple[str, int]:
-        """Open the rendezvous, on rank 0; its address."""
-        host = ray.util.get_node_ip_address()
-        self._store = TCPStore(host, 0, self.world, is_master=True, wait_for_workers=False)
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def serve(self, near: bool) -> tuple[str, int]:
+        """Open the rendezvous, on rank 0; its address. near: all ranks are on this node."""
+        host = LOOPBACK if near else ray.util.get_node_ip_address()
+        self._store = rendezvous(host, self.world)
         return host, self._store.port
 
     def join(self, address: tuple[str, int], backend: str | None) -> None:
         if self.rank:
             self._store = TCPStore(*address, self.world, is_master=False)
+        if address[0] == LOOPBACK:
+            names = [name for _, name in socket.if_nameindex()]
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", next(name for name in names if name in ("lo", "lo0")))
         backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world)
 
@@ -141,7 +159,8 @@ class WorkerGroup:
             actor.options(**_placed(group, len(bundles) - workers + rank)).remote(rank, workers)
             for rank in range(workers)
         ]
-        address = ray.get(self._workers[0].serve.remote())
+        near = len(set(self._all("node"))) == 1
+        address = ray.get(self._workers[0].serve.remote(near))
         self._all("join", address, backend)
         self.steps_per_epoch: int = self._all("build", build, seed, averaging)[0]
 

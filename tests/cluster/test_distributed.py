@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
+from torch.distributed import TCPStore
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask, trainable_for
-from autolrs_ray.distributed import WorkerGroup, worker_resources
+from autolrs_ray.distributed import WorkerGroup, rendezvous, worker_resources
 from autolrs_ray.training import Trainer
 from tests.tasks import build_tiny
 
@@ -136,21 +139,24 @@ def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
 
 
 class Noted(torch.optim.SGD):
-    """Writes down the learning rate of every step, one file per process. Rank 1 dies once at `dies_at` steps, if not 0."""
+    """Writes down every step's learning rate and a hash of the weights after it, one file per process. Rank 1 dies once at
+    `dies_at` steps, if not 0."""
 
     def __init__(self, parameters: Any, folder: str, dies_at: int) -> None:
         super().__init__(parameters, lr=0.1, momentum=0.9)
         self.left, self.flag = dies_at, Path(folder) / "died"
-        self.file = f"{folder}/{ray.get_runtime_context().get_placement_group_id()}.{torch.distributed.get_rank()}"
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.file = f"{folder}/{ray.get_runtime_context().get_placement_group_id()}.{self.rank}"
 
     def step(self, closure: Any = None) -> None:
         super().step(closure)
         self.left -= 1
-        if self.left == 0 and torch.distributed.get_rank() == 1 and not self.flag.exists():
+        if self.left == 0 and self.rank == 1 and not self.flag.exists():
             self.flag.touch()
             os._exit(1)
+        weights = b"".join(weight.detach().numpy().tobytes() for weight in self.param_groups[0]["params"])
         with open(self.file, "a") as file:
-            file.write(f"{self.param_groups[0]['lr']!r}\n")
+            file.write(f"{self.param_groups[0]['lr']!r} {hashlib.sha256(weights).hexdigest()}\n")
 
 
 def build_noted(config: dict[str, Any]) -> TrainingTask:
@@ -184,7 +190,7 @@ def test_a_run_of_trials_with_two_workers_each(tmp_path: Path) -> None:
     noted = {path.name: path.read_text() for path in (tmp_path / "calm" / "trace").iterdir()}
     first = {name: text for name, text in noted.items() if name.endswith(".0")}
     assert len(noted) == 2 * len(first) == 4
-    assert all(noted[f"{name[:-2]}.1"] == text for name, text in first.items())  # both ranks, the same LR at every step
+    assert all(noted[f"{name[:-2]}.1"] == text for name, text in first.items())  # both ranks, the same at every step
     assert sum(text.count("\n") for text in first.values()) == result.main_steps + result.search_steps
     assert {f"{row['lr']!r}" for row in result.rows} <= set("".join(first.values()).split())
 
@@ -194,3 +200,59 @@ def test_a_run_of_trials_with_two_workers_each(tmp_path: Path) -> None:
     weights = result.model_state()
     assert set(weights) == set(build_tiny({}).model.state_dict())
     assert all(torch.equal(value, weights[name]) for name, value in disturbed.model_state().items())
+
+
+def build_plain_noted(config: dict[str, Any]) -> TrainingTask:
+    task = plain_task()
+    task.optimizer = Noted(task.model.parameters(), config["trace"], dies_at=0)
+    return task
+
+
+@pytest.mark.slow
+def test_a_race_with_two_workers_a_trial_is_that_with_one(tmp_path: Path) -> None:
+    """But for the order in which gradients and losses are summed: the same arms at the same rungs, LRs to 1e-3."""
+
+    def race(workers: int) -> tuple[RunResult, list[str], dict[str, str]]:
+        trace = tmp_path / str(workers) / "trace"
+        trace.mkdir(parents=True)
+        result = autolrs_ray.run(
+            build_plain_noted,
+            120,
+            num_lrs=4,
+            infill=1,
+            slots=2,
+            workers=workers,
+            config={"trace": str(trace)},
+            storage_path=tmp_path / str(workers),
+            name="run",
+            progress=False,
+        )
+        told = [event for event in result.events if event["event"] in ("rung", "trunk", "done")]
+        decided = sorted(f"{event['event']} {event['arm']} {event.get('step')}" for event in told)
+        return result, decided, {path.name: path.read_text() for path in trace.iterdir()}
+
+    (one, decided, _), (two, decided_by_two, noted) = race(1), race(2)
+    assert one.done
+    assert two.done
+    assert decided_by_two == decided
+    assert [row["end"] for row in two.rows] == [row["end"] for row in one.rows]
+    assert [row["lr"] for row in two.rows] == pytest.approx([row["lr"] for row in one.rows], rel=1e-3)
+    assert two.loss == pytest.approx(one.loss, rel=1e-3)
+    for name, value in one.model_state().items():
+        torch.testing.assert_close(two.model_state()[name], value, rtol=1e-2, atol=1e-3)
+    first = {name[:-2]: text for name, text in noted.items() if name.endswith(".0")}
+    second = {name[:-2]: text for name, text in noted.items() if name.endswith(".1")}
+    assert second == first  # LRs and weights at every step
+    assert len("".join(first.values()).splitlines()) >= 120
+
+
+def listening() -> set[tuple[str, int]]:
+    return {tuple(c.laddr) for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+
+
+def test_the_rendezvous_listens_at_its_address_alone() -> None:
+    before = listening()
+    store = rendezvous("127.0.0.1", 1)
+    assert listening() - before == {("127.0.0.1", store.port)}
+    store.set("word", "given")
+    assert TCPStore("127.0.0.1", store.port, 1, is_master=False).get("word") == b"given"
