@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -94,3 +96,27 @@ def use_idle_workers(controller: TuneController, trainable: type) -> bool:
         logger.warning("this version of Ray does not let AutoLRS use idle processes (%s)", error)
         return False
     return True
+
+
+def nodes_starting() -> int | None:
+    """How many nodes the cluster's autoscaler is starting just now. None where there is none, where it has said nothing yet,
+    in the first seconds of a cluster, and where this Ray does not tell."""
+    try:
+        from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+        from ray.autoscaler.v2.sdk import get_cluster_status
+        from ray.autoscaler.v2.utils import is_autoscaler_v2
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        if is_autoscaler_v2():
+            status = get_cluster_status(ray.get_runtime_context().gcs_address)
+            types = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
+            starting = len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
+        else:
+            report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
+            types = [*report.get("active_nodes", ()), *(report.get("node_type_mapping") or {}).values()]
+            starting = len(report.get("pending_nodes", ())) + sum(report.get("pending_launches", {}).values())
+    except Exception as error:  # whatever another Ray says instead: the run goes on with the nodes that are there
+        logger.debug("what the autoscaler does cannot be read: %s", error)
+        return None
+    # Ray's monitor runs on every cluster: where it starts no nodes, each has a type of its own, "node_" and its id
+    return starting if any(not re.fullmatch("node_[0-9a-f]{56}", kind) for kind in types) else None

@@ -1,14 +1,66 @@
-"""What the driver has to know of the cluster's other nodes."""
+"""What the driver has to know of the cluster's nodes: what they hold, and which folders they see."""
 
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER_S = 60.0  # longest to wait for a node's answer; a worker process starts there first
+MOST_TRIALS = 1000  # more side by side than any policy has
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What every live node of the cluster has in all, free or not."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def trials_that_fit(trial: Any, nodes: list[dict[str, float]], most: int = MOST_TRIALS) -> int:
+    """How many trials `nodes` hold at the same time, `most` at most. trial: the PlacementGroupFactory of each.
+
+    A bundle is never split over nodes; all bundles of a trial lie on one node with STRICT_PACK, on different ones with
+    STRICT_SPREAD. They are packed first fit, largest first: where trials have bundles of several sizes, a trial more might fit.
+    """
+    bundles, free = sorted(packed(trial), key=lambda bundle: -sum(bundle.values())), [dict(node) for node in nodes]
+    apart = trial.strategy == "STRICT_SPREAD"
+    for count in range(most):
+        if apart:  # the nodes with the most room first, so that they do not remain alone
+            free.sort(key=lambda node: -sum(node.get(name, 0.0) for name in trial.required_resources))
+        taken: set[int] = set()
+        for bundle in bundles:
+            fits = (i for i, node in enumerate(free) if _fits(bundle, node) and not (apart and i in taken))
+            found = next(fits, None)
+            if found is None:
+                return count
+            taken.add(found)
+            for name, amount in bundle.items():
+                free[found][name] -= amount
+    return most
+
+
+def packed(trial: Any) -> list[dict[str, float]]:
+    """What has to lie on one node: the trial's bundles, or the sum of them."""
+    return [trial.required_resources] if trial.strategy == "STRICT_PACK" else list(trial.bundles)
+
+
+def _fits(bundle: dict[str, float], node: dict[str, float]) -> bool:
+    return all(node.get(name, 0.0) >= amount - 1e-6 for name, amount in bundle.items())
+
+
+def describe_shortage(trial: Any, nodes: list[dict[str, float]]) -> str:
+    """What each trial asks for, and what the nodes have of it."""
+    bundles = packed(trial)
+    asked = Counter(str(bundle) for bundle in bundles)
+    bundle = " and ".join(f"{count} x {bundle}" if count > 1 else bundle for bundle, count in asked.items())
+    each = "each on a node of its own" if trial.strategy == "STRICT_SPREAD" else "each on one node"
+    has = Counter(str({name: node.get(name, 0.0) for name in trial.required_resources}) for node in nodes)
+    there = ", ".join(f"{count} node{'s' * (count > 1)} with {node}" for node, count in has.items())
+    where = f", {each}" if len(bundles) > 1 else " on one node"
+    return f"each trial asks for {bundle}{where}, but the cluster has {there or 'no node'}"
 
 
 def _exists(path: str) -> bool:

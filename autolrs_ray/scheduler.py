@@ -9,7 +9,6 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable.function_trainable import FunctionTrainable
@@ -22,6 +21,7 @@ from autolrs_ray.core.segments import Segment
 from autolrs_ray.keeper import CheckpointKeeper
 from autolrs_ray.reports import error_of
 from autolrs_ray.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSearch
+from autolrs_ray.slots import Slots
 from autolrs_ray.storage import Mirror
 from autolrs_ray.trainable import writes_manifests
 from autolrs_ray.watchdog import Watchdog
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HOLD_S = 20.0  # longest a finished trial keeps its actor while another waits for one of its own
-RECOUNT_S = 2.0  # how often the cluster is asked for its size
 
 
 class AutoLRSScheduler(TrialScheduler):
@@ -48,8 +47,9 @@ class AutoLRSScheduler(TrialScheduler):
         self._properties: tuple[str | None, str | None] = (None, None)
         self._live: dict[str, Trial] = {}
         self._held: dict[str, Trial] = {}
-        self._keeper: CheckpointKeeper  # these two from the first trial on
+        self._keeper: CheckpointKeeper  # these three from the first trial on
         self._watchdog: Watchdog
+        self._slots: Slots
         self._reported: set[str] = set()
         self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
         self._damage = ""  # of the checkpoint that a trial was to start from
@@ -60,7 +60,6 @@ class AutoLRSScheduler(TrialScheduler):
         self._max_failures = 0
         self._function_api = False
         self._counts: tuple[int, int, float] = (0, 0, 0.0)
-        self._recounted = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -100,8 +99,7 @@ class AutoLRSScheduler(TrialScheduler):
         """First trial of this process: open the run folder, count the slots, pin the actors."""
         self._resources, self._max_failures = trial.placement_group_factory, trial.max_failures
         self._function_api = issubclass(trial.get_trainable_cls(), FunctionTrainable)
-        search.slots = self._count_slots(search)
-        search.policy.set_concurrency(search.slots)
+        self._slots = Slots(search, self._resources)
         storage = trial.storage
         local = storage.storage_filesystem.type_name == "local"
         folder = storage.experiment_fs_path if local else storage.experiment_driver_staging_path
@@ -113,27 +111,12 @@ class AutoLRSScheduler(TrialScheduler):
         if search.open_record(folder):
             search.active = 0
             self._keeper.adopt(folder)
+        self._slots.ask()
         keep_actors_warm(controller, self._resources, search.slots, more=search.slots)
         use_idle_workers(controller, trial.get_trainable_cls())
         if getattr(search.policy, "infill", True):  # a race without in-fill LRs proposes none
             # a second, while the actors start; after the record, whose warnings it would silence
             threading.Thread(target=surrogate.preload, daemon=True).start()
-
-    def _recount_slots(self, controller: Any, search: AutoLRSSearch) -> None:
-        """Follow the cluster as nodes are lost and join. The policy's proposals do not depend on it."""
-        now, before = time.monotonic(), search.slots
-        if now - self._recounted < RECOUNT_S:
-            return
-        self._recounted, search.slots = now, self._count_slots(search)
-        if search.slots != before:
-            search.note("warning", message=f"room for {search.slots} trials at a time now, for {before} before")
-            keep_actors_warm(controller, self._resources, search.slots, more=search.slots - before)
-
-    def _count_slots(self, search: AutoLRSSearch) -> int:
-        cluster, needed = ray.cluster_resources(), self._resources.required_resources
-        fits = [int(cluster.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items() if amount > 0]
-        slots = min(fits, default=1)
-        return max(1, min(slots, search.max_slots) if search.max_slots else slots)
 
     # -- Tune's notices ------------------------------------------------------------------------------------------------
 
@@ -288,7 +271,8 @@ class AutoLRSScheduler(TrialScheduler):
             if self._damage and set(search.arm_of) <= set(self._live):  # or Tune is in the middle of adding trials
                 self._go_back(controller, search)
             self._reconcile(controller, search)
-            self._recount_slots(controller, search)
+            if more := self._slots.recount():
+                keep_actors_warm(controller, self._resources, search.slots, more=more)
             self._watchdog.look(self._held, len(self._keeper))
         except AutoLRSError as error:
             search.fail(error)

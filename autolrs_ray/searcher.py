@@ -43,13 +43,14 @@ class AutoLRSSearch(Searcher):
     default. metric, mode: the validation metric ("val_loss", "min"); None takes TuneConfig's.
     time_attr: result key with the optimizer steps done, restored from checkpoints. train_metric, averaged_metric: result
     keys of the mean training loss and of the loss of averaged weights, used where they are reported.
-    slots: trials at the same time; None: as many as the cluster holds. policy="paper" plans its probes for the slots a run
-    began with, whatever nodes come and go; resumed with another value of `slots`, it plans them anew.
+    slots: trials at the same time; None: as many as the cluster holds, and where it starts nodes by itself, as many as the
+    policy can use. policy="paper" plans its probes for the slots a run began with, or may grow to, whatever nodes come and go;
+    resumed with another value of `slots`, it plans them anew.
     resume: False refuses a folder with an earlier run, "auto" continues it where there is one, True demands one.
     extend: a run found there, of fewer steps, finished or not, goes on to `total_steps` (envelopes "wsd", "constant").
     report_timeout_s: a probe silent for so long, and for four times as long as the pace of the run so far lets expect, is given
     up, and so is one that has its resources and takes longer than that to start; the main trial's silence ends the run.
-    resource_timeout_s: how long trials may wait for resources nobody has.
+    resource_timeout_s: how long trials may wait for resources no node has. While an autoscaler starts nodes, it does not count.
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
     num_lrs (k), kappa, initial, fit, series, probe_reports, main_reports, promote, envelope.
@@ -100,12 +101,14 @@ class AutoLRSSearch(Searcher):
         self.resource_timeout_s = require_float("resource_timeout_s", resource_timeout_s, 0.0, math.inf)
         self.max_slots = slots
         self.slots = 1  # until the scheduler has seen the resources of a trial
+        self.later_slots: int | None = None  # how many a cluster that grows may come to have
         self.bound = False  # the scheduler has found us
         self.fatal: Exception | None = None
         self.arm_of: dict[str, str] = {}
         self.segments: dict[str, Segment] = {}
         self.active = 0  # trials that hold a slot; the scheduler keeps it
         self.reconcile: Callable[[], None] | None = None  # the scheduler's look at trials that ended unnoticed
+        self.at_end: Callable[[], None] | None = None  # the scheduler's withdrawal of what it asked the cluster for
         self.reasons: dict[str, str] = {}  # trial -> the last line of its error
         self.manifests = False  # checkpoints have one, or are damaged; the scheduler sets it
         self.promoting = False  # a probe's end state is being written; the scheduler keeps it
@@ -215,7 +218,7 @@ class AutoLRSSearch(Searcher):
             raise ValueError(f"cannot resume the run in {record} with other settings ({changes})")
         self.policy.load_state_dict(saved["state"])
         if ours["slots"] != theirs.get("slots"):
-            self.policy.set_concurrency(self.slots)
+            self.policy.set_concurrency(self.slots, self.later_slots)
         self._verify_checkpoints()
         if extending:
             if not isinstance(self.policy, AnchoredPolicy):
@@ -293,6 +296,8 @@ class AutoLRSSearch(Searcher):
             )
 
     def close(self) -> None:
+        if self.at_end is not None:
+            self.at_end()
         if self._record is not None:
             self._record.close()
 
@@ -387,4 +392,4 @@ class AutoLRSSearch(Searcher):
         self.policy.load_state_dict(saved["state"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_record": None, "reconcile": None, "mirror": None}
+        return {**self.__dict__, "_record": None, "reconcile": None, "at_end": None, "mirror": None}

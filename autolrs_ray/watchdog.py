@@ -9,11 +9,14 @@ from typing import Any
 import ray
 from ray.tune.experiment import Trial
 
+from autolrs_ray._ray import nodes_starting
 from autolrs_ray.core.policy import AutoLRSError
 from autolrs_ray.core.segments import next_report
+from autolrs_ray.nodes import describe_shortage, node_resources, trials_that_fit
 from autolrs_ray.searcher import AutoLRSSearch
 
 IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
+START_S = 1800.0  # longest an autoscaler may be said to start nodes without one that a trial fits on
 PATIENCE = 4.0  # a report may take so many times as long as the pace so far lets expect
 
 
@@ -33,6 +36,7 @@ class Watchdog:
         self._pace_s = 0.0  # seconds per step of the slowest stretch between two reports so far
         self._idle_since: float | None = None
         self._infeasible_since: float | None = None
+        self._counted_since = 0.0  # as that, or when an autoscaler was last seen to start nodes
 
     def heard(self, trial_id: str, step: int | None = None) -> None:
         """A sign of life; step: optimizer steps done, if it was a report."""
@@ -99,17 +103,21 @@ class Watchdog:
             ray.kill(actor)  # Tune retries or ends the trial; its actor is not reused
 
     def _check_resources(self, waiting: bool, now: float) -> None:
-        cluster, needed = (ray.cluster_resources(), self._resources.required_resources) if waiting else ({}, {})
-        missing = {name: amount for name, amount in needed.items() if cluster.get(name, 0.0) < amount - 1e-6}
-        if not missing:
+        """`waiting`: trials are pending and none runs. While an autoscaler starts nodes, the time does not count."""
+        nodes = node_resources() if waiting else []
+        if not waiting or trials_that_fit(self._resources, nodes, most=1):
             self._infeasible_since = None
-        elif self._infeasible_since is None:
-            self._infeasible_since = now
-        elif now - self._infeasible_since > self._search.resource_timeout_s:
-            raise AutoLRSError(
-                f"each trial asks for {needed}, but the cluster has { ({name: cluster.get(name, 0.0) for name in needed}) }. "
-                "Ask for less per trial, add nodes, or raise resource_timeout_s if the cluster is still growing."
-            )
+            return
+        if self._infeasible_since is None:
+            self._infeasible_since = self._counted_since = now
+        if now - self._infeasible_since < START_S and nodes_starting():
+            self._counted_since = now
+        if now - self._counted_since <= self._search.resource_timeout_s:
+            return
+        raise AutoLRSError(
+            f"{describe_shortage(self._resources, nodes)}. Ask for less per trial, add nodes, or raise resource_timeout_s "
+            f"(now {self._search.resource_timeout_s:g}) if the cluster is still growing."
+        )
 
     def _check_standstill(self, stuck: bool, now: float) -> None:
         if not stuck or self._search.policy.done or self._search.policy.wanted():

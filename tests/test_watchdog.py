@@ -1,4 +1,4 @@
-"""How long a trial may be silent: no Ray runs here, and no time passes."""
+"""How long a trial may be silent, or wait for a node: no Ray runs here, and no time passes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
 from autolrs_ray import watchdog
@@ -30,8 +31,7 @@ def dog() -> Watchdog:
         report_timeout_s=10.0, arm_of={"a": "main"}, segments={"main": SEGMENT}, policy=policy
     )
     trial: Any = SimpleNamespace(status=Trial.RUNNING, trial_id="a", temporary_state=SimpleNamespace(ray_actor=None))
-    resources: Any = SimpleNamespace(required_resources={})
-    return Watchdog(search, {"a": trial}, resources, lambda trial: trial.actor)
+    return Watchdog(search, {"a": trial}, PlacementGroupFactory([{"CPU": 1}]), lambda trial: trial.actor)
 
 
 def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock: SimpleNamespace) -> None:
@@ -58,7 +58,7 @@ def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(dog: Watchdog,
 def test_a_trial_that_never_starts_is_given_up_once_it_has_its_resources(
     dog: Watchdog, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog.ray, "cluster_resources", dict)
+    monkeypatch.setattr(watchdog, "node_resources", lambda: [{"CPU": 1.0}])
     trial: Any = dog._live["a"]
     trial.status, trial.actor = Trial.PENDING, None
     for clock.s in (0.0, 1000.0):  # others have the resources
@@ -73,7 +73,7 @@ def test_a_trial_that_never_starts_is_given_up_once_it_has_its_resources(
 def test_time_to_start_does_not_count_as_silence(
     dog: Watchdog, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog.ray, "cluster_resources", dict)
+    monkeypatch.setattr(watchdog, "node_resources", lambda: [{"CPU": 1.0}])
     trial: Any = dog._live["a"]
     trial.status, trial.actor = Trial.PENDING, "actor"
     for clock.s, trial.status in (
@@ -82,4 +82,58 @@ def test_time_to_start_does_not_count_as_silence(
         (10.0, Trial.RUNNING),
         (20.0, Trial.RUNNING),
     ):
+        dog.look({}, 0)
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> tuple[Watchdog, SimpleNamespace]:
+    """Trials of two CPUs that wait on two nodes with one each."""
+    cluster = SimpleNamespace(nodes=[{"CPU": 1.0}, {"CPU": 1.0}], starting=None)
+    monkeypatch.setattr(watchdog, "node_resources", lambda: cluster.nodes)
+    monkeypatch.setattr(watchdog, "nodes_starting", lambda: cluster.starting)
+    search: Any = SimpleNamespace(report_timeout_s=10.0, resource_timeout_s=60.0)
+    trial: Any = SimpleNamespace(status=Trial.PENDING, trial_id="a")
+    return Watchdog(search, {"a": trial}, PlacementGroupFactory([{"CPU": 2}]), lambda trial: None), cluster
+
+
+def test_a_trial_that_fits_on_no_node_ends_the_run(
+    waiting: tuple[Watchdog, SimpleNamespace], clock: SimpleNamespace
+) -> None:
+    dog, cluster = waiting
+    dog.look({}, 0)
+    clock.s, cluster.nodes = 50.0, [{"CPU": 2.0}]  # a node that is large enough joins, and is lost
+    dog.look({}, 0)
+    clock.s, cluster.nodes = 60.0, [{"CPU": 1.0}, {"CPU": 1.0}]
+    dog.look({}, 0)
+    clock.s = 120.0
+    dog.look({}, 0)
+    clock.s = 120.5
+    with pytest.raises(
+        AutoLRSError, match=r"asks for {'CPU': 2.0} on one node, but the cluster has 2 nodes with {'CPU'"
+    ):
+        dog.look({}, 0)
+
+
+def test_the_time_in_which_nodes_are_started_does_not_count_up_to_half_an_hour(
+    waiting: tuple[Watchdog, SimpleNamespace], clock: SimpleNamespace
+) -> None:
+    dog, cluster = waiting
+    cluster.starting = 1
+    for clock.s in range(0, 600, 7):
+        dog.look({}, 0)
+    cluster.starting = 0  # the node has failed to start
+    clock.s += 60
+    dog.look({}, 0)
+    cluster.starting = 1  # and another is tried
+    for clock.s in range(664, 1800, 7):
+        dog.look({}, 0)
+    clock.s = 1900.0
+    with pytest.raises(AutoLRSError, match="raise resource_timeout_s"):
+        dog.look({}, 0)
+    cluster.starting = 0
+    dog._infeasible_since = None
+    for clock.s in (2000.0, 2059.0):
+        dog.look({}, 0)
+    clock.s = 2061.0
+    with pytest.raises(AutoLRSError, match="add nodes"):
         dog.look({}, 0)

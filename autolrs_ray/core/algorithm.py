@@ -126,8 +126,8 @@ class PaperPolicy(PaperState):
 
     # -- proposals -----------------------------------------------------------------------------------------------------
 
-    def set_concurrency(self, slots: int) -> None:
-        super().set_concurrency(slots)
+    def set_concurrency(self, slots: int, later: int | None = None) -> None:
+        super().set_concurrency(max(slots, later or 0))
         if self.phase == "search" and len(self.probes) <= 1:  # the first proposal is the same for every q
             self.q = min(self.concurrency, self.num_lrs)
 

@@ -101,8 +101,11 @@ class Policy(ABC):
     def wanted(self) -> list[Segment]:
         """Segments that may start now and have not been issued, the most urgent first."""
 
-    def set_concurrency(self, slots: int) -> None:
-        """Note how many trials can run at the same time. Proposals made before stay as they are."""
+    def set_concurrency(self, slots: int, later: int | None = None) -> None:
+        """Note how many trials can run at the same time. Proposals made before stay as they are.
+
+        later: how many may come to, on a cluster that grows; what is planned once is planned for these.
+        """
         self.concurrency = max(1, slots)
 
     def issue(self, arm: str) -> None:

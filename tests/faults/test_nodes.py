@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+import autolrs_ray
+from autolrs_ray import AutoLRSError
 from tests.faults.harness import COUNTS, Driver, compare, journal_text
+from tests.tasks import build_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -73,3 +76,20 @@ def test_lost_nodes_change_nothing(tmp_path: Path, cluster: Any, undisturbed: Ca
         kill_node_that_runs(cluster, driver, "main")
         compare(driver.outcome(), undisturbed("paper"))
     print(time.monotonic() - began)
+
+
+def test_a_trial_larger_than_any_node_ends_the_run_in_seconds(tmp_path: Path, cluster: Any) -> None:
+    import ray
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        began = time.monotonic()
+        with pytest.raises(
+            AutoLRSError, match=r"{'CPU': 2.0} on one node, but the cluster has .*2 nodes with {'CPU': 1.0}"
+        ):
+            autolrs_ray.run(
+                build_tiny, 60, resources={"cpu": 2}, resource_timeout_s=1.0, storage_path=tmp_path, progress=False
+            )
+        assert time.monotonic() - began < 30.0
+    finally:
+        ray.shutdown()
