@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask, trainable_for
-from autolrs_ray.distributed import WorkerGroup, rendezvous, worker_resources
+from autolrs_ray.distributed import WorkerGroup, _Worker, rendezvous, worker_resources
 from autolrs_ray.training import Trainer
 from tests.tasks import build_tiny
 
@@ -253,9 +253,17 @@ def listening() -> set[tuple[str, int]]:
     return {tuple(c.laddr) for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
 
 
-def test_the_rendezvous_listens_at_its_address_alone() -> None:
+def test_workers_on_one_node_listen_on_the_loopback_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = listening()
     store = rendezvous("127.0.0.1", 1)
     assert listening() - before == {("127.0.0.1", store.port)}
     store.set("word", "given")
     assert TCPStore("127.0.0.1", store.port, 1, is_master=False).get("word") == b"given"
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # as it is now, after the test
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    worker = _Worker(0, 1)
+    worker.join(worker.serve(near=True), "gloo")
+    assert {host for host, _ in listening() - before} == {"127.0.0.1"}
+    assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+    torch.distributed.destroy_process_group()
