@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.tune import PlacementGroupFactory
 
-from autolrs_ray import AutoLRSSearch, slots
+from autolrs_ray import AutoLRSSearch, _ray, slots
 from autolrs_ray.nodes import describe_shortage, trials_that_fit
 from autolrs_ray.slots import Slots
 
@@ -164,3 +166,41 @@ def test_a_cluster_that_cannot_be_asked_ends_no_run(
     search, _ = begun()
     search.close()
     assert "could not be asked to make room for" in caplog.text
+
+
+ALONE = "node_" + "0f" * 28  # what Ray calls the type of a node on a cluster that starts none
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"autoscaler_report": {"active_nodes": {ALONE: 1}, "pending_nodes": [], "pending_launches": {}}}, None),
+        ({"autoscaler_report": {"active_nodes": {ALONE: 1}, "node_type_mapping": {"a": ALONE}}}, None),
+        ({"autoscaler_report": {"active_nodes": {}, "node_type_mapping": {"a": "ray.head.default"}}}, 0),
+        ({"autoscaler_report": {"active_nodes": {"head": 1}, "pending_nodes": [["a", "gpu", "setting-up"]],
+                                "pending_launches": {"gpu": 2, "cpu": 1}}}, 4),
+        ({"autoscaler_report": {"active_nodes": 7}}, None),  # of another Ray
+    ],
+)  # fmt: skip
+def test_what_the_autoscaler_says_of_the_nodes_it_starts(
+    report: dict[str, Any] | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.autoscaler.v2.utils.is_autoscaler_v2", lambda: False)
+    said = None if report is None else json.dumps(report).encode()
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: said)
+    assert _ray.nodes_starting() == expected
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(ALONE, None), ("headgroup", 3)])
+def test_what_the_second_autoscaler_says(kind: str, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def node(kind: str) -> NodeInfo:
+        return NodeInfo(instance_type_name=kind, ray_node_type_name=kind, instance_id="i", ip_address="")
+
+    launch = LaunchRequest("gpu", "gpu", 2, LaunchRequest.Status.PENDING, 0)
+    status = ClusterStatus(idle_nodes=[node(kind)], pending_nodes=[node("gpu")], pending_launches=[launch])
+    monkeypatch.setattr("ray.autoscaler.v2.utils.is_autoscaler_v2", lambda: True)
+    monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda address: status)
+    monkeypatch.setattr(_ray.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
+    assert _ray.nodes_starting() == expected

@@ -17,7 +17,6 @@ import pytest
 import ray
 import torch
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
-from ray.autoscaler.v2 import utils as autoscaler_v2
 
 import autolrs_ray
 from autolrs_ray import AutoLRSError, RunResult, TrainingTask
@@ -32,7 +31,7 @@ STORE = 80_000_000
 
 
 @contextmanager
-def autoscaling(head_cpus: int, max_workers: int, version: int) -> Iterator[None]:
+def autoscaling(head_cpus: int, max_workers: int) -> Iterator[None]:
     """A head, and up to `max_workers` nodes with one CPU each, which go when they have been idle for three seconds."""
     port = free_port()
     node = {"resources": {"CPU": 1, "object_store_memory": STORE}, "node_config": {}, "max_workers": max_workers}
@@ -60,9 +59,6 @@ def autoscaling(head_cpus: int, max_workers: int, version: int) -> Iterator[None
         file = Path(folder, "cluster.json")
         file.write_text(json.dumps(config))
         own = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_TMPDIR": folder}
-        if version == 2:
-            own |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
-                    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD, "RAY_NODE_TYPE_NAME": "ray.head.default"}  # fmt: skip
         options = [
             f"--port={port}", f"--autoscaling-config={file}", f"--num-cpus={head_cpus}", "--include-dashboard=false",
             "--node-ip-address=127.0.0.1", f"--object-store-memory={STORE}", f"--temp-dir={folder}/ray",
@@ -74,7 +70,6 @@ def autoscaling(head_cpus: int, max_workers: int, version: int) -> Iterator[None
         )  # fmt: skip
         try:
             wait_for_port(port, process)
-            autoscaler_v2.cached_is_autoscaler_v2 = None  # what the last cluster had
             deadline = time.monotonic() + 60
             while True:
                 try:
@@ -136,9 +131,8 @@ def wait_for_nodes(count: int, limit_s: float = 90.0) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_cluster_grows_for_the_run_and_shrinks_after_it(version: int, tmp_path: Path) -> None:
-    with autoscaling(head_cpus=1, max_workers=2, version=version):
+def test_a_cluster_grows_for_the_run_and_shrinks_after_it(tmp_path: Path) -> None:
+    with autoscaling(head_cpus=1, max_workers=2):
         result = run(tmp_path, nodes=3)
         assert result.done
         assert "room for 3 trials at a time now" in " ".join(messages(result))
@@ -148,7 +142,7 @@ def test_a_cluster_grows_for_the_run_and_shrinks_after_it(version: int, tmp_path
 
 def test_a_cluster_capped_below_the_learning_rates_goes_on_in_waves_from_no_node_at_all(tmp_path: Path) -> None:
     """The time that the first node takes to start is longer than resource_timeout_s."""
-    with autoscaling(head_cpus=0, max_workers=1, version=1):
+    with autoscaling(head_cpus=0, max_workers=1):
         result = run(tmp_path, resource_timeout_s=2.0)
         assert result.done
         assert result.timing.max_concurrent == 1
