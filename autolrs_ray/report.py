@@ -61,7 +61,7 @@ def render(data: RunData, steps_per_epoch: float | None = None) -> str:
     main, search = _figures(data, steps_per_epoch)
     name = os.path.basename(normal(data.result.folder))
     return environment.get_template("report.html.j2").render(
-        found=found, name=name, main=main, search=search, headline=_headline(data, found),
+        found=found, name=name, main=main, search=search, headline=_headline(data, found), averaged=_averaged(data),
         settings=_settings(data), environment=_environment(data), schedule=_schedule(data), folder=_quoted(data),
     )  # fmt: skip
 
@@ -96,11 +96,17 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
         lr = (found_lrs, "peak learning rate", f"times the envelope {envelope}, after {ramp} steps of warm-up")
     else:
         lr = (f"{number(min(lrs), 3)} to {number(max(lrs), 3)}", "learning rates", f"{len(lrs)} pieces")
-    value = (number(found["value"]), data.metric, "final" if found["done"] else "so far")
+    when = "final" if found["done"] else "so far"
+    value = (number(found["value"]), data.metric, f"{when}, of averaged weights" if _averaged(data) else when)
     totals = found["totals"]
     compute = ("–" if totals["compute"] is None else f"{totals['compute']:.2f} T", "compute", "T: one plain training")
     wall = (seconds(totals["wall_s"]), "wall-clock", f"{number(totals['main_steps'])} steps")
     return [lr, value, compute, wall]
+
+
+def _averaged(data: RunData) -> bool:
+    """True where the race looked at the loss of averaged weights: then that is what scores and the final value are."""
+    return data.anchored and any(event.get("averaged_loss") is not None for event in data.events("rung"))
 
 
 def _settings(data: RunData) -> list[tuple[str, str]]:

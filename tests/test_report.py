@@ -81,6 +81,7 @@ def test_a_paper_run_shows_stages_surrogate_and_forecasts(paper: Path) -> None:
     assert "policy paper, finished" in page.text
     assert "began" in page.text
     assert "num_lrs 4" in page.text
+    assert "averaged" not in page.text
 
 
 def test_an_anchored_run_shows_the_race_and_who_won(anchored: Path) -> None:
@@ -96,6 +97,8 @@ def test_an_anchored_run_shows_the_race_and_who_won(anchored: Path) -> None:
     assert piece.warmup_steps > 0
     assert f"{number(piece.lr, 3)} peak learning rate {words}" in page.text
     assert "1 machine(s), 1 worker process(es)" in page.text
+    assert f"{number(data.result.loss)} val_loss final, of averaged weights" in page.text
+    assert "val_loss there (averaged)" in page.text
 
 
 def test_the_environment_is_that_of_the_run_and_not_of_the_machine_that_writes_the_report(tmp_path: Path) -> None:
