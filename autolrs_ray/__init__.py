@@ -34,10 +34,11 @@ _HOMES = {
     "trainable_for": "trainable",
 }
 
-# what the extra "tune" brings
+# what the extra "tune" brings, and how to get it: the package is on no index
 _TUNE = {"botorch", "gpytorch", "jinja2", "matplotlib", "ray", "rich", "tensorboardX", "typer"}
 
 __version__ = "0.1.0"
+INSTALL_TUNE = f"pip install '.[tune]' in a clone, or 'autolrs_ray-{__version__}-py3-none-any.whl[tune]' from a wheel"
 __all__ = [
     "AutoLRSError",
     "AutoLRSScheduler",
@@ -69,6 +70,6 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             if not lacks_tune(error):
                 raise
-            mend = f"autolrs_ray.{name} needs {error.name}, which is not installed: pip install 'autolrs-ray[tune]'"
-            raise ImportError(mend, name=error.name) from error
+            message = f"autolrs_ray.{name} needs {error.name}, which is not installed: {INSTALL_TUNE}"
+            raise ImportError(message, name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

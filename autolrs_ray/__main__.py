@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from autolrs_ray import lacks_tune
+from autolrs_ray import INSTALL_TUNE, lacks_tune
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if not lacks_tune(error):
             raise
-        sys.exit(f"autolrs: {error.name} is not installed: pip install 'autolrs-ray[tune]'")
+        sys.exit(f"autolrs: {error.name} is not installed: {INSTALL_TUNE}")
 
 
 if __name__ == "__main__":

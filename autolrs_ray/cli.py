@@ -36,7 +36,8 @@ app = typer.Typer(
     A run folder (RUN_DIR) is what autolrs_ray.run or a Tuner with the AutoLRS pair leaves under its storage path; all
     that is shown here is read from the journal in it (autolrs.jsonl), also while the run goes on.
 
-    A first run: `autolrs run digits`, then `autolrs show runs/NAME` and `autolrs plot runs/NAME`.
+    A first run, in a clone of the repository: `autolrs run digits`, then `autolrs show runs/digits-anchored` and
+    `autolrs report runs/digits-anchored`.
     """,
 )
 
@@ -106,20 +107,27 @@ def _command(experiment: str) -> tuple[list[str], Path]:
     known = _experiments()
     name = experiment.removeprefix("experiments.")
     if name not in known:
-        _fail(
-            f"unknown experiment {experiment!r}; available: {', '.join(known) or 'none (run this in the repository)'}"
+        here = (
+            f"available: {', '.join(known)}"
+            if known
+            else (
+                "experiments are in a clone of the repository, not in the installed package: run this there, or give a .py file"
+            )
         )
+        _fail(f"unknown experiment {experiment!r}; {here}")
     return ["-m", f"experiments.{name}"], known[name].parent.parent
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def run(
     experiment: Annotated[
-        str, typer.Argument(help="Name of a module of the package experiments, or a path to a .py file.")
+        str,
+        typer.Argument(help="A .py file, or, in a clone of the repository, the name of a module in its experiments/."),
     ],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Passed on to it.")] = None,
 ) -> None:
-    """Run an experiment: `autolrs run digits --seed 1` is `python -m experiments.digits --seed 1`.
+    """Run a script, `autolrs run my_script.py`, or in a clone an experiment: `autolrs run digits` is `python -m
+    experiments.digits`.
 
     All that follows the name belongs to the experiment (`autolrs run digits --help` shows its own help). Its exit status is
     this command's.

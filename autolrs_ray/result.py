@@ -50,7 +50,7 @@ class RunResult:
 
     @property
     def compute(self) -> float:
-        """Optimizer steps of all trials over the steps of the main training (the paper's method: about 2)."""
+        """Optimizer steps of all trials over the steps of the main training (the paper's policy: 1.9)."""
         return (self.main_steps + self.search_steps) / max(1, self.main_steps)
 
     @property

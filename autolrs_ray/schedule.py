@@ -20,6 +20,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from autolrs_ray import __version__
 from autolrs_ray.core.plan import ENVELOPES, require_float, require_int
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.storage import is_uri
@@ -139,7 +140,10 @@ class LearnedSchedule:
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+                raise ValueError(
+                    f"format {data['format']!r} is not {FORMAT}, the one that autolrs_ray {__version__} reads: export the "
+                    "schedule again with this version, or install the one that wrote it"
+                )
             schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]))
             schedule.to_json()
             return schedule

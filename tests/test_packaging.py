@@ -1,4 +1,4 @@
-"""What an installation holds: the wheel, with and without its extras, and what happens where they are missing."""
+"""What an installation holds: sdist and wheel, with and without extras, and what happens where these are missing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import autolrs_ray
+from autolrs_ray import INSTALL_TUNE
 from autolrs_ray.journal import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +70,7 @@ for name in ("AutoLRSSearch", "AutoLRSScheduler", "AutoLRSTrainable", "run", "tr
     try:
         getattr(autolrs_ray, name)
     except ImportError as error:
-        assert str(error) == f"autolrs_ray.{name} needs ray, which is not installed: pip install 'autolrs-ray[tune]'", error
+        assert str(error) == f"autolrs_ray.{name} needs ray, which is not installed: {autolrs_ray.INSTALL_TUNE}", error
     else:
         raise AssertionError(f"{name} came without Ray")
 print("replayed")
@@ -119,7 +122,7 @@ def test_the_command_without_the_extra_is_one_line_that_names_the_mend(missing: 
     record.close()
     result = command(BLOCK.format(names=missing), "tensorboard", str(tmp_path))
     package = "typer" if "typer" in missing else "ray"
-    assert result.stderr == f"autolrs: {package} is not installed: pip install 'autolrs-ray[tune]'\n"
+    assert result.stderr == f"autolrs: {package} is not installed: {INSTALL_TUNE}\n"
     assert (result.returncode, result.stdout) == (1, "")
 
 
@@ -195,12 +198,29 @@ def environment(folder: Path, wheel: Path, extra: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sdist and wheel, as `python -m build` makes them: the wheel out of the unpacked sdist."""
     folder = tmp_path_factory.mktemp("dist")
     isolation = ["--no-isolation"] if find_spec("hatchling") else []  # with it, the backend is downloaded
-    python("-m", "build", "--wheel", *isolation, "--outdir", folder, ROOT)
-    (path,) = folder.glob("autolrs_ray-*.whl")
+    python("-m", "build", *isolation, "--outdir", folder, ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("autolrs_ray-*.whl")
     return path
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_git_does_and_nothing_else(dist: Path) -> None:
+    (path,) = dist.glob("autolrs_ray-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()} - {""}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
+    ours = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    assert names == {*ours, "PKG-INFO"}
 
 
 @pytest.mark.slow
@@ -221,7 +241,8 @@ def test_the_wheel_replays_in_a_clean_environment_without_extras(wheel: Path, tm
     assert present.strip() == "[]"
     assert "replayed" in python("-c", REPLAY, tmp_path, executable=executable)
     told = subprocess.run([executable.parent / "autolrs", "--help"], capture_output=True, text=True)
-    assert (told.returncode, told.stderr) == (1, "autolrs: typer is not installed: pip install 'autolrs-ray[tune]'\n")
+    assert (told.returncode, told.stderr) == (1, f"autolrs: typer is not installed: {INSTALL_TUNE}\n")
+    assert wheel.name in INSTALL_TUNE
 
 
 @pytest.mark.slow
@@ -229,6 +250,45 @@ def test_the_wheel_has_all_public_names_in_a_clean_environment_with_the_extra_tu
     executable = environment(tmp_path / "venv", wheel, "tune")
     code = "import autolrs_ray as a; print([getattr(a, n).__name__ for n in a.__all__] == a.__all__, a.__file__)"
     answer, file = python("-c", code, executable=executable).split()
+    assert answer == "True"
+    assert Path(file).is_relative_to(tmp_path)
+    assert "Automatic learning rates" in python(executable.parent / "autolrs", "--help", executable=executable)
+    (tmp_path / "mine.py").write_text("import sys, autolrs_ray\nprint(autolrs_ray.__version__, sys.argv[1:])\n")
+    script = python(executable.parent / "autolrs", "run", tmp_path / "mine.py", "--seed", "1", executable=executable)
+    assert script == f"{autolrs_ray.__version__} ['--seed', '1']\n"
+    told = subprocess.run([executable.parent / "autolrs", "run", "digits"], cwd="/", capture_output=True, text=True)
+    assert told.returncode == 1
+    assert told.stderr.startswith("autolrs: unknown experiment 'digits'; experiments are in a clone of the repository")
+
+
+EVERYTHING = "cluster,experiments,huggingface,lightning"
+WITH_EVERYTHING = """
+import autolrs_ray, autolrs_ray.integrations.huggingface, autolrs_ray.integrations.lightning
+import accelerate, lightning, prodigyopt, schedulefree, sklearn, transformers
+from ray.dashboard import dashboard
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("extras", "code"), [("tune", ""), (EVERYTHING, WITH_EVERYTHING)], ids=["tune", "everything"])
+def test_an_installer_finds_all_that_the_extras_need(extras: str, code: str, wheel: Path, tmp_path: Path) -> None:
+    """A real installation, out of the cache that `make` has filled: no network."""
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        pytest.skip("no uv beside this Python; `make` installs it")
+    links = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
+    environment = {**os.environ, "UV_OFFLINE": "1", "VIRTUAL_ENV": str(tmp_path / "venv")}
+    environment |= {"UV_FIND_LINKS": links} if links else {}  # as make does
+    shim, versions = ROOT / "tools" / "torchvision-cpu-shim", ROOT / "constraints.txt"
+    for command in (["venv", tmp_path / "venv", "--python", sys.executable],
+                    ["pip", "install", "--constraint", versions, f"{wheel}[{extras}]", shim]):  # fmt: skip
+        done = subprocess.run([uv, "--quiet", *command], env=environment, capture_output=True, text=True, timeout=240)
+        if "not found in the cache" in done.stderr or "network was disabled" in done.stderr:
+            pytest.skip(f"uv's cache no longer holds what .venv was made of: {done.stderr[-300:]}")
+        assert done.returncode == 0, done.stderr
+    executable = tmp_path / "venv" / "bin" / "python"
+    names = "import autolrs_ray as a\nprint([getattr(a, n).__name__ for n in a.__all__] == a.__all__, a.__file__)\n"
+    answer, file = python("-c", code + names, executable=executable).split()
     assert answer == "True"
     assert Path(file).is_relative_to(tmp_path)
     assert "Automatic learning rates" in python(executable.parent / "autolrs", "--help", executable=executable)

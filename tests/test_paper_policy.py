@@ -566,6 +566,20 @@ def test_a_score_that_never_moves_accuses_nobody_and_one_that_does_is_evidence_e
         Simulation(new(), change=lambda arm, point: Point(point.step, 0.9 - 1e-4 * point.step)).run()
 
 
+@pytest.mark.parametrize("policy", ["paper", "anchored"])
+@pytest.mark.parametrize(("score", "train_loss"), [(0.0, None), (0.0, 0.0), (-1.0, None)])
+def test_a_score_that_can_get_no_better_accuses_nobody(policy, score, train_loss):
+    """A toy that is solved exactly, an accuracy of 1: reached at every LR, after other scores at the start."""
+    new = paper if policy == "paper" else lambda: make_policy("anchored", 200, num_lrs=5)
+    solved = Simulation(
+        new(), change=lambda arm, point: Point(point.step, score if point.step > 3 else 0.5, train_loss)
+    )
+    assert solved.run().policy.done
+    if train_loss == 0.0:
+        with pytest.raises(AutoLRSError, match="does not use config"):
+            Simulation(new(), change=lambda arm, point: Point(point.step, score, 0.3)).run()
+
+
 def test_two_learning_rates_with_equal_losses_may_be_chance():
     policy = paper(num_lrs=2)
     for _ in range(2):

@@ -1,34 +1,161 @@
-"""Every Python block of the README runs, in order, in one namespace."""
+"""The README as a stranger takes it: its programs run as files of their own, its table is that of the results."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.markdown import blocks, execute
+import autolrs_ray
+from autolrs_ray import RunResult
+from tests.markdown import blocks
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TEXT = README.read_text()
+RESULTS = json.loads((ROOT / "experiments" / "results" / "compare.json").read_text())
+TASKS = ("digits", "digits_noise", "char_lm", "cifar16")  # in the order of the table's columns
+ROWS = {
+    "**anchored**, six decades, nothing tuned": "anchored",
+    "the same without its warm-up": "anchored, no warm-up",
+    'the same, `effort="thrifty"`': "anchored, thrifty",
+    "paper, two decades around the default LR": "paper",
+    "control: constant LR *tuned*, averaged weights": "constant + averaged weights",
+    "control: linear decay, *default* peak": "linear, default LR",
+    "one-cycle, *default* peak": "one-cycle, default LR",
+    "Schedule-Free, *default* LR": "Schedule-Free, default LR",
+    "constant LR, *default*": "constant, default LR",
+    "cosine decay, *default* peak": "cosine, default LR",
+    "Prodigy + cosine, no LR to set": "Prodigy + cosine",
+    "linear decay, *tuned*": "linear",
+    "quadratic decay, *tuned*, better of raw and averaged weights": "quadratic, better of raw and averaged",
+    "our own shape (warm-up and quadratic), *tuned*, likewise": "warm-up + quadratic, better of raw and averaged",
+    "one-cycle, *tuned*": "one-cycle",
+    "Schedule-Free, *tuned*": "Schedule-Free",
+    "Ray Tune's PBT, 12 trials, 3 seeds": "PBT",
+}  # the row's name -> the method's in the results
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_python_blocks_run(tmp_path: Path) -> None:
-    namespace: dict[str, Any] = {"STORAGE": str(tmp_path)}
-    assert execute(README, namespace) == 3
-    assert namespace["result"].done
-    assert namespace["scheduler"].get_last_lr() == [namespace["schedule"].lr_at(0)]
+def test_its_programs_run_as_a_file_in_a_folder_of_the_readers(tmp_path: Path) -> None:
+    import ray
+
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks(README, "python")))
+    address = ray.get_runtime_context().gcs_address
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, program],
+        cwd=tmp_path,
+        env={**environment, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()} == {"ten-lines", "race"}
+    stages, race = (RunResult.load(tmp_path / "runs" / name) for name in ("ten-lines", "race"))
+    assert stages.done
+    assert (stages.policy, [(row["start"], row["end"]) for row in stages.rows]) == ("paper", [(0, 100), (100, 300)])
+    assert race.done
+    assert f"{race.schedule.peak_lr} {race.compute} {race.checkpoint}" in done.stdout
 
 
-def test_make_commands_exist() -> None:
-    makefile = README.with_name("Makefile").read_text()
+def test_every_program_is_whole_and_uses_only_what_is_installed(tmp_path: Path) -> None:
+    programs = blocks(README, "python")
+    assert len(programs) == 3
+    for i, program in enumerate(programs):
+        assert not re.search(r"^(from|import) (tests|experiments|benchmarks)\b", program, re.MULTILINE), program
+        (tmp_path / f"program_{i}.py").write_text(program)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F401", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_commands_and_files_that_it_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
     for block in blocks(README, ""):
         for target in re.findall(r"^make (\S+)", block, re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    images = re.findall(r"\]\((docs/[^)]+)\)", README.read_text())
-    assert images
-    assert all(
-        README.with_name(image).exists() if "/" not in image else (README.parent / image).exists() for image in images
-    )
+    files = [target for target in re.findall(r"\]\(([^)#]+)\)", TEXT) if "//" not in target]
+    assert len(files) > 10
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    for page in (README, ROOT / "docs" / "index.md"):
+        wheels = re.findall(r"autolrs_ray-(.+?)-py3-none-any\.whl", page.read_text())
+        assert set(wheels) == {autolrs_ray.__version__}, page.name
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def results(method: str) -> dict[str, dict[str, Any]]:
+    """Task -> its row in the results."""
+    return {row["task"]: row for row in RESULTS if row["method"] == method}
+
+
+def table() -> dict[str, list[str]]:
+    """Row's name -> the cells after it."""
+    lines = TEXT.split("## What it is worth")[1].split("![Test loss")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows[1:]}
+
+
+def cell(row: dict[str, Any] | None, task: str) -> str:
+    """A result as the table writes it."""
+    if row is None:
+        return "not run"
+    mean, error = row["test_loss"]
+    if task == "digits":
+        return f"{mean:.4f} ± {error:.4f}".replace("0.", ".")
+    fewer = f" ({row['seeds']} seeds)" if row["seeds"] == 4 else ""
+    return f"{mean:.3f} ± {error:.3f}{fewer}"
+
+
+def spread(values: list[float]) -> str:
+    low, high = (f"{value:.1f}".removesuffix(".0") for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_table_holds_the_numbers_of_the_results(name: str) -> None:
+    found = results(ROWS[name])
+    compute, *losses = table()[name]
+    assert compute == spread([row["compute"] for row in found.values()])
+    assert [loss.replace("**", "") for loss in losses] == [cell(found.get(task), task) for task in TASKS]
+
+
+def test_the_lowest_mean_of_every_task_is_bold_and_no_other() -> None:
+    assert table().keys() == ROWS.keys()
+    for column, task in enumerate(TASKS, start=1):
+        means = {
+            name: results(method)[task]["test_loss"][0] for name, method in ROWS.items() if task in results(method)
+        }
+        assert [name for name, cells in table().items() if "**" in cells[column]] == [min(means, key=means.__getitem__)]
+
+
+def test_no_untuned_run_that_beats_anchored_is_left_out() -> None:
+    ours = {task: row["test_loss"][0] for task, row in results("anchored").items()}
+    better = {row["method"] for row in RESULTS if row["compute"] == 1.0 and row["test_loss"][0] < ours[row["task"]]}
+    assert better, "then the README need not say so"
+    assert better <= set(ROWS.values())
+
+
+def test_every_page_names_the_same_costs() -> None:
+    costs = {method: spread([row["compute"] for row in results(method).values()]) for method in
+             ("anchored", "anchored, thrifty", "paper")}  # fmt: skip
+    readme, choosing, how = (file.read_text() for file in
+                             (README, ROOT / "docs" / "choosing-a-policy.md", ROOT / "docs" / "how-it-works.md"))  # fmt: skip
+    row = f'{costs["anchored"]} T; {costs["anchored, thrifty"]} T with `effort="thrifty"` | {costs["paper"]} T |'
+    assert f"| compute, in full runs | {row}" in readme
+    assert f"| compute, in full runs | {row}" in choosing
+    for method in costs:
+        assert f"{costs[method]} T" in how, method

@@ -27,14 +27,19 @@ def way_on(checkpoint: str | None, step: int, none: str) -> str:
     )
 
 
+PERFECT = (0.0, -1.0, -100.0)
+"""Scores that many learning rates may reach: a loss of 0, an accuracy of 1 or of 100 %."""
+
+
 def refuse_ignored_lr(results: list[tuple[float, float, float | None, bool]]) -> None:
     """Raise AutoLRSError if three or more learning rates gave the very same losses.
 
     results: (lr, score, training loss or None, whether the scores before it were others). A score that never moves is no
-    evidence by itself: an accuracy may lie at chance level for every LR.
+    evidence by itself: an accuracy may lie at chance level for every LR. Nor is one that can get no better.
     """
     lrs, losses = {lr for lr, *_ in results}, {(score, train_loss) for _, score, train_loss, _ in results}
     telling = all(train_loss is not None or moved for _, _, train_loss, moved in results)
+    telling = telling and not all(score in PERFECT and train_loss in (None, 0.0) for score, train_loss in losses)
     if len(lrs) >= 3 and len(losses) == 1 and telling:
         raise AutoLRSError(
             f"{len(results)} trials with learning rates from {min(results)[0]:.3g} to {max(results)[0]:.3g} all reported "
