@@ -78,7 +78,9 @@ def test_lost_nodes_change_nothing(tmp_path: Path, cluster: Any, undisturbed: Ca
     print(time.monotonic() - began)
 
 
-def test_a_trial_larger_than_any_node_ends_the_run_in_seconds(tmp_path: Path, cluster: Any) -> None:
+def test_a_trial_larger_than_any_node_ends_the_run_in_seconds_and_two_workers_share_two_nodes(
+    tmp_path: Path, cluster: Any
+) -> None:
     import ray
 
     ray.init(address=cluster.address, log_to_driver=False)
@@ -91,5 +93,10 @@ def test_a_trial_larger_than_any_node_ends_the_run_in_seconds(tmp_path: Path, cl
                 build_tiny, 60, resources={"cpu": 2}, resource_timeout_s=1.0, storage_path=tmp_path, progress=False
             )
         assert time.monotonic() - began < 30.0
+        result = autolrs_ray.run(
+            build_tiny, 60, workers=2, num_lrs=2, infill=0, branches=0, storage_path=tmp_path / "two", progress=False
+        )
+        assert result.done
+        assert result.timing.max_concurrent == 1
     finally:
         ray.shutdown()
