@@ -14,7 +14,7 @@ import pytest
 
 import autolrs_ray
 from autolrs_ray import RunResult
-from tests.markdown import blocks
+from tests.markdown import blocks, execute
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -159,3 +159,12 @@ def test_every_page_names_the_same_costs() -> None:
     assert f"| compute, in full runs | {row}" in choosing
     for method in costs:
         assert f"{costs[method]} T" in how, method
+
+
+def test_the_costs_named_for_the_example_are_those_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "choosing-a-policy.md"
+    execute(page, {})
+    printed = re.findall(r"at most (\S+) T of compute", capsys.readouterr().out)
+    text = page.read_text().split("```")[2]
+    assert printed == ["5.9", "5.2", "1.9", "2.7"]
+    assert [cost for cost in printed if f"{cost} T" not in text] == []
