@@ -322,6 +322,18 @@ def test_no_rung_past_the_fork_is_decided_before_the_branches_have_begun():
     ]  # fmt: skip
 
 
+def test_a_trunk_that_starts_again_needs_no_checkpoint_of_its_first_life():
+    policy = anchored(num_lrs=2, branches=1, lr_interval=(0.1, 10.0), rungs=(0.32,), tolerances=(0.01,))
+    policy.report("t00", Point(64, 2.0))
+    policy.saved("t00", 64, "t00@64")
+    policy.report("t01", Point(64, 1.0))
+    assert [trunk.status for trunk in policy.trunks] == ["dropped", "open"]
+    assert policy.checkpoints() == set()
+    policy.report("t01", Point(70, math.nan))
+    assert [trunk.status for trunk in policy.trunks] == ["open", "diverged"]
+    assert policy.checkpoints() == set()
+
+
 def test_a_fork_whose_checkpoint_could_not_be_written_costs_the_branches_and_not_the_run():
     policy = anchored(num_lrs=1, branches=2)
     (segment,) = policy.wanted()
@@ -352,6 +364,52 @@ def test_a_branch_that_loses_its_checkpoints_goes_back_to_the_fork_and_without_t
     simulation.tidy()
     simulation.run()
     assert simulation.policy.done
+
+
+def test_a_branch_stays_with_its_own_checkpoint_when_the_fork_is_lost_and_its_parent_comes_back_when_both_are():
+    policy = anchored(num_lrs=1, branches=1, lr_interval=(0.1, 10.0))
+    simulation = Simulation(policy)
+    while not policy.done:
+        simulation.act()
+        if len(policy.trunks) == 2 and policy.trunks[0].status == "open" and policy.trunks[1].step > 64:
+            if "t00" in simulation.running:
+                simulation.leave("t00")
+            policy.failed("t00", "the test says so")
+    parent, branch = policy.trunks
+    assert (parent.status, branch.status) == ("failed", "won")
+    policy.lost(branch.origin[1])
+    assert policy.done
+    for path in sorted(policy.checkpoints()):
+        policy.lost(path)
+    assert (parent.status, parent.step, branch.status) == ("open", 0, "failed")
+    assert "starts again" in policy.drain_events()[-1]["message"]
+    simulation.tidy()
+    assert simulation.run().policy.trunks[0].status == "won"
+
+
+def test_the_run_ends_when_the_branch_that_was_waited_for_has_lost_its_checkpoints():
+    options = dict(tolerances=(9.0,) * len(RUNGS), rungs=RUNGS, concurrency=2)
+    policy = anchored(num_lrs=1, branches=1, lr_interval=(0.1, 10.0), **options)
+    simulation = Simulation(policy, slots=2)
+    while policy.trunks[0].step < 200:
+        simulation.act()
+    parent, branch = policy.trunks
+    assert (parent.status, branch.status) == ("open", "open")
+    for path in sorted(policy.checkpoints() - {parent.checkpoint, parent.previous[1]}):
+        policy.lost(path)
+    assert (parent.status, branch.status) == ("won", "failed")
+
+
+def test_a_trunk_that_has_lost_its_checkpoints_trains_again_past_rungs_that_it_had_passed():
+    """Its scores stay, and no rung after the fork is decided before its branches have begun."""
+    policy = anchored(num_lrs=1, branches=1)
+    (segment,) = policy.wanted()
+    policy.issue("t00")
+    for step in [boundary for boundary in segment.boundaries if boundary <= 150]:
+        policy.report("t00", Point(step, 1.0))
+    policy.withdraw("t00")
+    assert (policy.decided, policy.trunks[0].step) == (5, 0)
+    assert [segment.arm for segment in policy.wanted()] == ["t00"]
 
 
 # -- in-fill -----------------------------------------------------------------------------------------------------------

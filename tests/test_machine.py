@@ -35,7 +35,8 @@ class Machine(RuleBasedStateMachine):
         options = dict(lr_interval=interval, seed=seed, concurrency=slots)
         if self.kind == "paper":
             self.new = lambda: make_policy(
-                "paper", 60, stage_steps=12, max_stage_steps=24, probe_steps=3, num_lrs=4, initial="grid", promote=flag,
+                "paper", 60, stage_steps=12, max_stage_steps=24, probe_steps=3, num_lrs=4, promote=flag,
+                initial="random" if seed % 2 else "grid",
                 warmup_steps=warmup, warmup_lr=0.01, kappa=2.0, **options,
             )  # fmt: skip
         else:
@@ -56,8 +57,11 @@ class Machine(RuleBasedStateMachine):
         self.held = {}  # arm -> toy: trials that stand still until their checkpoint is written
         self.writing = []  # (arm, toy)
         self.store, self.writes = {}, 0
-        self.proposed, self.committed, self.attempts = {}, {}, {}
         self.at = {"main": 0}  # steps committed so far, by arm
+        self.finite = {}  # stage -> arm -> LR, of those whose last report was finite
+        self.past = []  # (arm, point) of segments that have ended
+        self.delivered = {}  # arm -> points of the segment under way
+        self.states = []  # what the driver has written down: (JSON, at, finite)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
@@ -97,15 +101,32 @@ class Machine(RuleBasedStateMachine):
         self.report(arm, Point(toy.step, toy.loss if loss is None else loss, toy.train_loss, loss or toy.loss))
 
     def report(self, arm, point):
+        self.remember(self.running[arm][0], point)
         verdict = self.call(self.policy.report, arm, point, True)
         if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
             self.writing.append((arm, self.running[arm][1]))
         if verdict in (Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
             self.held[arm] = self.running.pop(arm)[1]
-        elif verdict in (Verdict.FINISH, Verdict.ROLLBACK):
+        elif verdict is Verdict.FINISH:
+            self.end(arm)
+        elif verdict is Verdict.ROLLBACK:
             self.leave(arm)
 
+    def remember(self, segment, point):
+        finite = self.finite.setdefault(segment.stage, {})
+        if math.isfinite(point.loss):
+            finite[segment.arm] = segment.lr
+        else:
+            finite.pop(segment.arm, None)
+        self.delivered.setdefault(segment.arm, []).append(point)
+
+    def end(self, arm):
+        """Its segment has come to its end."""
+        self.past += [(arm, point) for point in self.delivered.get(arm, [])]
+        self.leave(arm)
+
     def leave(self, arm):
+        self.delivered.pop(arm, None)
         self.running.pop(arm, None)
         self.held.pop(arm, None)
         self.writing = [write for write in self.writing if write[0] != arm]
@@ -117,10 +138,28 @@ class Machine(RuleBasedStateMachine):
         self.store[path] = toy
         self.call(self.policy.saved, arm, toy.step, path)
         if arm in self.held and not any(other == arm for other, _ in self.writing):
-            self.leave(arm)
+            self.end(arm)
 
     def arm(self, pick):
         return sorted(self.running)[pick % len(self.running)]
+
+    def serve(self):
+        """One thing that brings the run on, as a driver does that nothing happens to."""
+        while self.start():
+            pass
+        if self.writing:
+            self.write(*self.writing.pop())
+        else:
+            assert self.running, f"nothing can make progress: {self.policy.progress()}"
+            self.advance(sorted(self.running)[0])
+        self.nothing_is_lost_and_nothing_is_done_twice()
+
+    @rule(times=st.integers(1, 40))
+    @precondition(alive)
+    def nothing_happens_for_a_while(self, times):
+        for _ in range(times):
+            if self.alive():
+                self.serve()
 
     @rule()
     @precondition(alive)
@@ -147,6 +186,18 @@ class Machine(RuleBasedStateMachine):
         _, toy = self.running[arm]
         if toy.step:
             self.report(arm, Point(toy.step, toy.loss, toy.train_loss, toy.loss))
+
+    @rule(pick=PICK)
+    @precondition(lambda self: self.alive() and bool(self.past))
+    def a_result_of_an_earlier_segment_arrives_late(self, pick):
+        arm, point = self.past[pick % len(self.past)]
+        before = json.dumps(self.policy.state_dict())
+        verdict = self.call(self.policy.report, arm, point, True)
+        assert json.dumps(self.policy.state_dict()) == before, "a late result has changed what the run remembers"
+        if self.policy.is_open(arm) and not (arm == "main" and self.policy.phase == "search"):
+            assert verdict is Verdict.CONTINUE
+        else:
+            assert verdict in (Verdict.FINISH, Verdict.PAUSE), "a trial that has nothing to do goes on"
 
     @rule(pick=PICK)
     @precondition(lambda self: self.alive() and bool(self.writing))
@@ -178,16 +229,26 @@ class Machine(RuleBasedStateMachine):
         self.leave(arm)
         self.call(self.policy.failed, arm, "it was killed")
 
+    def resume(self, state):
+        self.policy = self.new()
+        self.policy.load_state_dict(json.loads(state))
+        assert json.dumps(self.policy.state_dict()) == state
+        self.running, self.held, self.writing, self.delivered, self.past = {}, {}, [], {}, []
+
+    def lose(self, path):
+        self.policy.lost(path)
+        self.collect()
+        if self.kind == "paper":
+            self.at["main"] = self.policy.step
+        else:
+            self.at = {f"t{i:02d}": trunk.step for i, trunk in enumerate(self.policy.trunks)}
+
     @rule()
     def the_driver_is_killed_and_resumes(self):
         if self.ended:
             return
         self.collect()
-        state = json.dumps(self.policy.state_dict(), allow_nan=False)
-        self.policy = self.new()
-        self.policy.load_state_dict(json.loads(state))
-        assert json.dumps(self.policy.state_dict()) == state
-        self.running, self.held, self.writing = {}, {}, []
+        self.resume(json.dumps(self.policy.state_dict(), allow_nan=False))
 
     @rule(pick=PICK)
     @precondition(lambda self: not self.ended and bool(self.policy.checkpoints()))
@@ -195,12 +256,19 @@ class Machine(RuleBasedStateMachine):
         self.the_driver_is_killed_and_resumes()
         path = sorted(self.policy.checkpoints())[pick % len(self.policy.checkpoints())]
         del self.store[path]
-        self.policy.lost(path)
+        self.lose(path)
+
+    @rule(pick=PICK)
+    @precondition(lambda self: not self.ended and bool(self.states))
+    def the_driver_resumes_from_an_older_state(self, pick):
+        """The last one is damaged. Some checkpoints that the older one names have been deleted since."""
+        self.states = self.states[: pick % len(self.states) + 1]
+        state, at, finite = self.states[-1]
         self.collect()
-        if self.kind == "paper":
-            self.at["main"] = self.policy.step
-        else:
-            self.at = {f"t{i:02d}": trunk.step for i, trunk in enumerate(self.policy.trunks)}
+        self.resume(state)
+        self.at, self.finite = dict(at), {stage: dict(arms) for stage, arms in finite.items()}
+        for path in sorted(self.policy.checkpoints() - self.store.keys()):
+            self.lose(path)
 
     # -- what must hold ------------------------------------------------------------------------------------------------
 
@@ -210,8 +278,9 @@ class Machine(RuleBasedStateMachine):
             json.dumps(event, allow_nan=False)
             if "starts again" in event.get("message", ""):  # a dropped trunk that all others have died for
                 self.at[event["arm"]] = 0
-            if event["event"] == "proposal":
-                self.proposed[event["arm"]] = event["lr"]
+                self.past = [(arm, point) for arm, point in self.past if arm != event["arm"]]
+            if event["event"] == "stage":
+                self.finite[event["stage"]] = {}  # searched anew
             if event["event"] == "commit":
                 arm = event.get("arm", "main")
                 start = self.at.get(arm, 0)
@@ -231,9 +300,13 @@ class Machine(RuleBasedStateMachine):
         self.store = {path: toy for path, toy in self.store.items() if path in needed | sources}
         if self.ended:
             return
+        state = json.dumps(self.policy.state_dict(), allow_nan=False)
+        if not self.states or self.states[-1][0] != state:
+            copy = {stage: dict(arms) for stage, arms in self.finite.items()}
+            self.states = [*self.states[-3:], (state, dict(self.at), copy)]
         for arm in [arm for arm in [*self.running, *self.held] if not self.policy.is_open(arm)]:
             if not any(other == arm for other, _ in self.writing):
-                self.leave(arm)
+                self.end(arm)
         wanted = self.policy.wanted()
         arms = [segment.arm for segment in wanted]
         assert len(arms) == len(set(arms))
@@ -249,7 +322,8 @@ class Machine(RuleBasedStateMachine):
             chosen = policy.probes[policy.chosen]
             assert chosen.status == "done"
             assert math.isfinite(chosen.forecast)
-            assert any(math.isclose(chosen.lr, lr) for lr in self.proposed.values()) or policy.stage.index < 0
+            tried = [lr for arm, lr in self.finite[policy.stage.index].items() if arm != "main"]
+            assert chosen.lr in tried, "the LR that trains was not tried in this stage, or gave no finite loss"
 
     def teardown(self):
         """Served faithfully, the run ends."""
@@ -258,14 +332,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(ENOUGH):
             if not self.alive():
                 break
-            while self.start():
-                pass
-            if self.writing:
-                self.write(*self.writing.pop())
-            else:
-                assert self.running, f"nothing can make progress: {self.policy.progress()}"
-                self.advance(sorted(self.running)[0])
-            self.nothing_is_lost_and_nothing_is_done_twice()
+            self.serve()
         assert not self.alive(), "no end"
         assert len(self.reason) > 40 if self.ended else max(self.at.values()) == 60
 

@@ -121,8 +121,9 @@ class AnchoredPolicy(RaceField):
     def trials_needed(self) -> int:
         return self.num_lrs
 
-    def _rungs_passed(self, trunk: Trunk) -> int:
-        return sum(rung in trunk.scores for rung in self.plan.rungs)
+    def _is_ahead(self, step: int) -> bool:
+        """Whether a trunk at `step` waits for the others: it has passed two rungs that are not decided yet."""
+        return sum(rung <= step for rung in self.plan.rungs) > self.decided + 1
 
     def cost(self, slots: int) -> tuple[float, float]:
         trunks, late = self.num_lrs + self.infill, min(self.finalists, self.num_lrs + self.infill)
@@ -139,7 +140,7 @@ class AnchoredPolicy(RaceField):
         return [
             self._segment(i, trunk)
             for step, i, trunk in sorted(waiting, key=lambda item: item[:2])
-            if self._rungs_passed(trunk) <= self.decided + 1 and step < self.total_steps
+            if not self._is_ahead(step) and step < self.total_steps
         ]
 
     def _segment(self, index: int, trunk: Trunk) -> Segment:
@@ -203,7 +204,7 @@ class AnchoredPolicy(RaceField):
             return Verdict.FINISH_AND_SAVE
         full = len(self._issued) >= self.concurrency
         behind = full and any(other.start < point.step for other in self.wanted())
-        return Verdict.PAUSE if behind or self._rungs_passed(trunk) > self.decided + 1 else Verdict.SAVE
+        return Verdict.PAUSE if behind or self._is_ahead(point.step) else Verdict.SAVE
 
     def _score(self, point: Point) -> float:
         return point.averaged_loss if self.averaging and point.averaged_loss is not None else point.loss
@@ -339,6 +340,10 @@ class AnchoredPolicy(RaceField):
         self.emit("warning", stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._end(index, "failed")
         self._settle()
+
+    def lost(self, path: str) -> None:
+        super().lost(path)
+        self._settle()  # those that are left may have been waiting for a branch that has nothing to go back to
 
     def progress(self) -> dict[str, Any]:
         alive = self._open() or [(i, t) for i, t in enumerate(self.trunks) if t.status == "won"]

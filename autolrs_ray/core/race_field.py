@@ -92,7 +92,5 @@ class RaceField(RaceState):
         if not fallen:
             return False
         trunk = min(fallen, key=lambda trunk: (-max(trunk.scores), trunk.scores[max(trunk.scores)]))
-        trunk.restart()
-        arm = self._arm(self.trunks.index(trunk))
-        self.emit("warning", stage=0, arm=arm, message=f"all other trunks diverged; LR {trunk.lr:.3g} starts again")
+        self._start_again(self.trunks.index(trunk), "all other trunks diverged")
         return True

@@ -37,6 +37,7 @@ class RaceState(Policy):
     def _end(self, index: int, status: str) -> None:
         trunk = self.trunks[index]
         trunk.status = status
+        self.forks.pop(index, None)  # its checkpoint there may be deleted now, and should it start again, it is gone
         self._forget(self._arm(index))
         self.emit("trunk", arm=self._arm(index), probe=index, lr=trunk.lr, status=status, step=trunk.step)
 
@@ -56,15 +57,31 @@ class RaceState(Policy):
                 trunk.held = None
             if self.forks.get(index, (0, ""))[1] == path:
                 del self.forks[index]
-            if trunk.origin and trunk.origin[1] == path and trunk.status == "open" and trunk.previous is None:
-                self._end(index, "failed")
-            elif trunk.checkpoint == path:
-                trunk.step, trunk.checkpoint = trunk.previous or trunk.origin or (0, None)
-                trunk.previous = None
-                if trunk.status == "won":
-                    trunk.status, self.phase = "open", "race"
-                self._forget(self._arm(index))
-                self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
+            if trunk.origin and trunk.origin[1] == path:
+                trunk.origin = None
+            if trunk.checkpoint == path and trunk.status in ("open", "won"):
+                self._go_back(index, trunk)
+
+    def _go_back(self, index: int, trunk: Trunk) -> None:
+        """To the checkpoint before the last, which is lost. A branch that has none left leaves the race: it has no beginning
+        of its own. If it was the last trunk, its parent starts again."""
+        path, back = trunk.checkpoint, trunk.previous or trunk.origin
+        if trunk.status == "won":
+            trunk.status, self.phase = "open", "race"
+        if back is None and trunk.parent is not None:
+            self._end(index, "failed")
+            if not self._open():
+                self._start_again(trunk.parent, "all other trunks have lost their checkpoints")
+            return
+        trunk.step, trunk.checkpoint = back or (0, None)
+        trunk.previous = None
+        self._forget(self._arm(index))
+        self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
+
+    def _start_again(self, index: int, reason: str) -> None:
+        self.trunks[index].restart()
+        message = f"{reason}; LR {self.trunks[index].lr:.3g} starts again"
+        self.emit("warning", stage=0, arm=self._arm(index), message=message)
 
     def last_good(self, arm: str) -> str:
         trunk = self.trunks[int(arm[1:])]
