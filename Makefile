@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE = disabled
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS ?= 1
+# Driver kills per policy, and how long the other fault tests are: 20 is all of it, 4 a quick look.
+export FAULTS ?= 20
 
 .PHONY: run test lint faults hosts docs browser image-check clean
 

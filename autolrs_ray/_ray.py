@@ -43,6 +43,15 @@ def set_source(trial: Trial, checkpoint: Checkpoint | None, metrics: dict[str, A
     manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics={**counts, **metrics})
 
 
+def drop_windows(trial: Trial) -> None:
+    """Let go of the last five and ten values of every metric, about 1 kB each, which Tune keeps of a `trial` for as long as
+    the run lasts; their averages stay. For trials that have ended."""
+    try:
+        trial.run_metadata.metric_n_steps.clear()
+    except AttributeError as error:
+        logger.debug("this version of Ray keeps no such values (%s)", error)
+
+
 def starting_actor(controller: TuneController, trial: Trial) -> Any:
     """The actor that pending `trial` has resources for, and which is being made or reset; None while it waits for those."""
     try:

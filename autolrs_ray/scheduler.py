@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
-from autolrs_ray._ray import keep_actors_warm, set_source, starting_actor, use_idle_workers
+from autolrs_ray._ray import drop_windows, keep_actors_warm, set_source, starting_actor, use_idle_workers
 from autolrs_ray.clocks import Clocks
 from autolrs_ray.core import surrogate
 from autolrs_ray.core.policy import AutoLRSError, Verdict
@@ -40,6 +40,8 @@ class AutoLRSScheduler(TrialScheduler):
     It starts every trial from the checkpoint its segment names, pauses the main trial so that its slot serves probes,
     keeps finished probes' actors warm, and raises, naming the state, when nothing can make progress.
     """
+
+    _supports_buffered_results = False  # what a report decides is of the state that was reported
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,10 +281,8 @@ class AutoLRSScheduler(TrialScheduler):
         self._count_active(search)
 
     def _count_active(self, search: AutoLRSSearch) -> None:
-        search.active = sum(
-            trial_id not in self._held and trial.status in (Trial.RUNNING, Trial.PENDING)
-            for trial_id, trial in self._live.items()
-        )
+        holding = [trial for trial_id, trial in self._live.items() if trial_id not in self._held]
+        search.active = sum(trial.status in (Trial.RUNNING, Trial.PENDING) for trial in holding)
 
     def _go_back(self, controller: Any, search: AutoLRSSearch) -> None:
         """A checkpoint was damaged after it had been found whole: as often as a trial may fail, end all trials, and go on
@@ -316,9 +316,8 @@ class AutoLRSScheduler(TrialScheduler):
             self._live.pop(trial_id)
             self._drop_traces(trial_id)
             if trial.status == Trial.ERROR and search.fatal is None:
-                controller._set_trial_status(
-                    trial, Trial.TERMINATED
-                )  # the run goes on; tune.run would raise at its end
+                # the run goes on; tune.run would raise at its end
+                controller._set_trial_status(trial, Trial.TERMINATED)
 
     def _actors_suffice(self, search: AutoLRSSearch) -> bool:
         """False while side-by-side trials are still waiting for actors of their own.
@@ -353,6 +352,7 @@ class AutoLRSScheduler(TrialScheduler):
         search.forget(trial.trial_id)
         self._live.pop(trial.trial_id, None)
         controller.stop_trial(trial)
+        drop_windows(trial)
         self._drop_traces(trial.trial_id)
 
     def _resume(self, search: AutoLRSSearch) -> Trial | None:

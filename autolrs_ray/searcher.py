@@ -16,7 +16,7 @@ from ray.tune.search.sample import Domain, Float, LogUniform
 
 from autolrs_ray.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from autolrs_ray.core.algorithm import PaperPolicy
-from autolrs_ray.core.plan import require_float, require_int, validate_interval
+from autolrs_ray.core.plan import require_bool, require_float, require_int, validate_interval
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy
 from autolrs_ray.core.race import AnchoredPolicy
@@ -82,10 +82,11 @@ class AutoLRSSearch(Searcher):
     ) -> None:
         if mode not in (None, "min", "max"):
             raise ValueError(f'mode must be "min" or "max", got {mode!r}')
-        if resume not in (False, True, "auto"):
+        if not isinstance(resume, bool) and resume != "auto":
             raise ValueError(f'resume must be False, True or "auto", got {resume!r}')
-        for name, key in (("metric", metric or "_"), ("time_attr", time_attr), ("train_metric", train_metric),
-                          ("averaged_metric", averaged_metric)):  # fmt: skip
+        require_bool("extend", extend)
+        for name, key in (("metric", "val_loss" if metric is None else metric), ("time_attr", time_attr),
+                          ("train_metric", train_metric), ("averaged_metric", averaged_metric)):  # fmt: skip
             if not isinstance(key, str) or not key:
                 raise TypeError(f"{name} must be the name of a result key, got {key!r}")
         if slots is not None:

@@ -219,3 +219,12 @@ class Gain(ClassTrainable):
     def step(self) -> dict[str, Any]:
         result = super().step()
         return {"step": result["step"], "gain": 5.0 - result["val_loss"]}
+
+
+class Slopes(ClassTrainable):
+    """The loss rises or falls with the learning rate all over the interval, by config["slope"]."""
+
+    def step(self) -> dict[str, Any]:
+        result = super().step()
+        loss = 20.0 + self.config["slope"] * float(np.log(self.lr)) - 0.01 * result["step"]
+        return {**result, "val_loss": loss, "train_loss": loss}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,14 @@ def require_bool(name: str, value: Any) -> bool:
     """Return `value` if it is True or False; raise TypeError that names it otherwise."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def require_one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """Return `value` if it is one of the names `allowed`; raise ValueError that names it, whatever it is, otherwise."""
+    names = sorted(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name} must be one of {names}, got {value!r}")
     return value
 
 

@@ -13,6 +13,7 @@ from autolrs_ray.core.plan import (
     RacePlan,
     StagePlan,
     require_int,
+    require_one_of,
     require_tuple,
     validate_interval,
 )
@@ -54,8 +55,7 @@ def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **com
 
 def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
     effort = options.pop("effort", "thorough")
-    if effort not in EFFORTS:
-        raise ValueError(f"effort must be one of {sorted(EFFORTS)}, got {effort!r}")
+    require_one_of("effort", effort, EFFORTS)
     options = {**EFFORTS[effort], **options}
     rungs, tolerances = options.pop("rungs", None), options.pop("tolerances", None)
     rungs = RUNGS if rungs is None else require_tuple("rungs", rungs)
@@ -83,8 +83,7 @@ def make_policy(
 
     Raises ValueError or TypeError, naming the value, for anything out of range or an option the policy does not have.
     """
-    if name not in _POLICIES:
-        raise ValueError(f"policy must be one of {sorted(_POLICIES)}, got {name!r}")
+    require_one_of("policy", name, _POLICIES)
     require_int("total_steps", total_steps, 2)
     require_int("seed", seed, 0)
     build, allowed = _POLICIES[name]

@@ -23,7 +23,7 @@ from autolrs_ray.local import run_local
 from autolrs_ray.plots import save_plots
 from autolrs_ray.storage import Mirror, RunTakenError, open_store
 from autolrs_ray.training import Trainer
-from tests.faults.harness import Driver, compare
+from tests.faults.harness import Driver
 from tests.tasks import build_tiny
 
 pytestmark = pytest.mark.usefixtures("bucket")
@@ -215,7 +215,7 @@ def test_a_lost_machine_changes_nothing(policy: str, bucket: str, tmp_path: Path
         assert driver.wait_until(lambda: journalled(f"{uri}/run", "commit"), every_s=0.2)
         driver.kill()
     with Driver(tmp_path / "second", command) as driver:
-        compare(driver.outcome(), expected)
+        driver.ends_as(expected)
     assert journalled(f"{uri}/run", "resume")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import COUNTS, Driver
+from tests.faults.harness import COUNTS, Driver, counted
 
 
 @pytest.fixture(scope="session")
@@ -47,4 +47,4 @@ def cluster() -> Iterator[str]:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if any(COUNTS.values()):
-        print(json.dumps(dict(COUNTS)), flush=True)
+        print(json.dumps(counted()), flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,8 +27,11 @@ import autolrs_ray
 from autolrs_ray import RunResult, journal
 from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core import forecast, surrogate
+from autolrs_ray.core.algorithm import PaperPolicy
+from autolrs_ray.core.policy import Verdict
+from autolrs_ray.core.race import AnchoredPolicy
 from autolrs_ray.storage import local_copy
-from tests.faults.trainables import Counter, Fragile
+from tests.faults.trainables import Fragile
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": dict(
@@ -45,18 +49,70 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class DiesInTheRecord:
-    """`os` for autolrs_ray.journal: the process is killed before its n-th fsync or rename there."""
+class RecordWith:
+    """`os` for autolrs_ray.journal, in which every fsync and rename is a chance to die first."""
 
-    def __init__(self, n: int) -> None:
-        self._left = n
+    def __init__(self, chance: Callable[[], None]) -> None:
+        self._chance = chance
 
     def __getattr__(self, name: str) -> Any:
         if name in ("fsync", "replace"):
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            self._chance()
         return getattr(os, name)
+
+
+def killed_at(where: str) -> None:
+    """From now on this process is killed at the n-th of some moments; `where`: one of these names, a colon, and n.
+
+    "sync": before a fsync or rename of the record. "line": half of what is added to the journal has been written.
+    "pause": the policy has said PAUSE, and nobody has asked for the checkpoint yet. "saved": a checkpoint is whole on disk,
+    and the policy does not know of it.
+    """
+    name, n = where.split(":")
+    calls = count(1)
+
+    def comes() -> bool:
+        return next(calls) == int(n)
+
+    def chance() -> None:
+        if comes():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Torn(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+            return 0
+
+    def opened(file: Any, mode: str = "r", **options: Any) -> Any:
+        return Torn(file, mode) if mode == "ab" and comes() else open(file, mode, **options)
+
+    def instrument(policy: Any) -> None:
+        report, saved = policy.report, policy.saved
+
+        def reporting(self: Any, *arguments: Any, **more: Any) -> Verdict:
+            verdict = report(self, *arguments, **more)
+            if verdict is Verdict.PAUSE:
+                chance()
+            return verdict
+
+        def saving(self: Any, *arguments: Any) -> None:
+            chance()
+            saved(self, *arguments)
+
+        if name == "pause":
+            policy.report = reporting
+        else:
+            policy.saved = saving
+
+    if name == "sync":
+        journal.os = RecordWith(chance)  # type: ignore[assignment]
+    elif name == "line":
+        journal.open = opened  # type: ignore[attr-defined]
+    else:
+        assert name in ("pause", "saved"), where
+        for policy in (PaperPolicy, AnchoredPolicy):
+            instrument(policy)
 
 
 class KillsIdleActors(Callback):  # type: ignore[misc]
@@ -116,7 +172,7 @@ def main() -> None:
     parser.add_argument("--address", default="local")
     parser.add_argument("--config", type=json.loads, default={})
     parser.add_argument("--options", type=json.loads, default={})
-    parser.add_argument("--die-at", type=int, default=0)
+    parser.add_argument("--killed-at", default="")
     parser.add_argument("--kill-idle", default="")
     parser.add_argument("--sabotage", action="store_true")
     given = parser.parse_args()
@@ -124,15 +180,15 @@ def main() -> None:
     if given.sabotage:
         surrogate.FITS.update({name: every_second(fit) for name, fit in surrogate.FITS.items()})
         forecast._forecast = every_second(forecast._forecast)
-    if given.die_at:
-        journal.os = DiesInTheRecord(given.die_at)  # type: ignore[assignment]
+    if given.killed_at:
+        killed_at(given.killed_at)
     folder = tempfile.mkdtemp(prefix="alr", dir="/tmp")  # socket paths end at 107 bytes
     local = given.address == "local"
     own = dict(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, _temp_dir=folder) if local else {}
     ray.init(address=given.address, log_to_driver=False, **own)
     try:
         result = autolrs_ray.run(
-            Counter if given.policy == "growth" else Fragile,
+            Fragile,
             storage_path=given.uri or given.storage,
             name="run",
             config=given.config,

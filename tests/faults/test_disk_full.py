@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import Driver, compare, journal_text
+from tests.faults.harness import Driver, journal_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -70,4 +70,4 @@ def test_full_disk_is_a_clear_error_and_the_run_resumes(
         assert re.search(f"AutoLRSError: .*({message}).*No space left on device", last), last
         os.remove(ballast)
     with Driver(small_disk, command, outputs=tmp_path) as driver:
-        compare(driver.outcome(), undisturbed(policy))
+        driver.ends_as(undisturbed(policy))

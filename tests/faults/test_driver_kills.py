@@ -1,4 +1,5 @@
-"""Kill the driver at any time, start it again with the same command: the schedule and the weights come out the same."""
+"""Kill the driver at any time, start it again with the same command: the schedule and the weights come out the same, and
+no step that had been committed is done again."""
 
 from __future__ import annotations
 
@@ -6,99 +7,118 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.harness import COUNTS, SCALE, Driver, compare, journal_text
+from autolrs_ray.journal import read_journal
+from tests.faults.harness import KILLS, SCALE, Driver, journal_at, journal_text, moment_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600 + 120 * SCALE)]
 
-PERSISTS = 5  # fsyncs and renames of one decision: the journal, the new state, two renames, the folder
+MOMENTS = ("search", "train", "pause", "record")
 
 
-def is_new(storage: Path, event: str, before: int) -> bool:
-    return journal_text(storage).count(event) > before
+@dataclass(frozen=True)
+class Kill:
+    """One kill to come, after about `share` of a whole run.
 
-
-def kill_somewhere(driver: Driver, kind: str, growth: float, pause_s: float, event: str) -> bool:
-    """Kill `driver` at the moment described in `moments`; False if it has ended before."""
-    text = journal_text(driver.storage)
-    if kind == "bytes":
-        came = driver.wait_until(lambda: len(journal_text(driver.storage)) > len(text) + growth)
-        time.sleep(pause_s if came else 0.0)
-        came = came and driver.alive()
-    elif kind == "save":
-        before = text.count(event)
-        came = driver.wait_until(lambda: is_new(driver.storage, event, before))
-    else:
-        came = driver.finish() == -signal.SIGKILL
-    if came:
-        driver.kill()
-    return came
-
-
-def moments(count: int, length: int, seed: int) -> Iterator[tuple[str, float, float]]:
-    """`count` moments to kill at, about evenly spread over a run whose journal comes to `length` bytes.
-
-    ("bytes", n, s): s seconds after the journal has grown by n bytes. ("save", ...): a segment has ended and its checkpoint
-    is being written. ("record", n, ...): inside the record, while it has grown by about n bytes, before a fsync or rename.
+    "search", "train": from outside, `pause_s` seconds after the run has come to be there. "pause" (between a trial's PAUSE
+    and the end of its save) and "record" (while the journal or the state is being written): the driver's own, at the n-th
+    moment of the kind `inside`, one of those of `killed_at`.
     """
+
+    moment: str
+    share: float
+    pause_s: float
+    inside: str = ""
+
+    def n(self, whole: str) -> int:
+        """Which of these moments it is, in a run whose journal has come to `whole`."""
+        segments, lines = whole.count('"event":"segment"'), whole.count("\n")
+        often = {"pause": segments // 4, "saved": segments // 2, "line": lines // 3, "sync": 5 * lines // 3, "": 0}
+        return 1 + int(self.share * often[self.inside])
+
+    def strike(self, driver: Driver, whole: str) -> bool:
+        """Kill `driver`; False if it has ended before."""
+        if self.inside:
+            return driver.has_killed_itself(self.moment)
+        grown = len(journal_at(driver.run)) + self.share * len(whole)
+
+        def comes() -> bool:
+            journal = journal_at(driver.run)
+            return len(journal) > grown and moment_of(journal) == self.moment
+
+        if not driver.wait_until(comes):
+            return False
+        time.sleep(self.pause_s)
+        if not driver.alive():
+            return False
+        driver.kill()
+        return True
+
+
+def kills(count: int, seed: int) -> Iterator[Kill]:
+    """`count` of them at random, about evenly spread over a run, each moment as often as the others."""
     generator = random.Random(seed)
-    kinds = [("bytes", "save", "record", "bytes")[i % 4] for i in range(count)]
-    generator.shuffle(kinds)
-    for kind in kinds:
-        yield kind, generator.uniform(0.0, 2.0 * length / count), generator.uniform(0.0, 0.2)
+    inside = {"pause": ("pause", "saved"), "record": ("line", "sync")}
+    moments = [(MOMENTS[i % 4], i // 4 % 2) for i in range(count)]
+    generator.shuffle(moments)
+    for moment, which in moments:
+        share, pause_s = generator.uniform(0.0, 2.0 / count), generator.uniform(0.0, 0.2)
+        yield Kill(moment, share, pause_s, inside.get(moment, ("", ""))[which])
 
 
-@pytest.mark.parametrize(("policy", "count", "event"), [
-    ("paper", SCALE, '"event":"segment","arm":"main"'),
-    ("anchored", (3 * SCALE) // 4, '"event":"rung"'),
-])  # fmt: skip
+@pytest.mark.parametrize("policy", ["paper", "anchored"])
 def test_killed_driver_resumes_to_the_undisturbed_run(
     tmp_path: Path,
     request: pytest.FixtureRequest,
     undisturbed: Callable[[str], dict[str, Any]],
     folder_of_undisturbed: Path,
     policy: str,
-    count: int,
-    event: str,
 ) -> None:
     address = "local" if policy == "paper" else request.getfixturevalue("cluster")
     expected, whole = undisturbed(policy), journal_text(folder_of_undisturbed / policy)
-    left, attempt = list(moments(count, len(whole), seed=count)), 0
-    while left:  # a run may end before all kills are spent: the rest goes to another one
-        attempt += 1
-        ended: dict[str, Any] | None = None
-        while ended is None:
-            kind, growth, pause_s = left[0] if left else ("", 0.0, 0.0)
+    before = KILLS.copy()
+    left, attempt = list(kills(SCALE, seed=SCALE)), 0
+    while left:  # a run may end before all kills are spent: the rest goes to another one, a little earlier
+        attempt, ended = attempt + 1, False
+        while not ended:
             command = ["--policy", policy, "--address", address]
-            if kind == "record":
-                at = round(growth / len(whole) * whole.count("\n") * PERSISTS)
-                command += ["--die-at", str(max(1, at))]
+            if left and left[0].inside:
+                command += ["--killed-at", f"{left[0].inside}:{max(1, left[0].n(whole) // attempt)}"]
             with Driver(tmp_path / str(attempt), tuple(command)) as driver:
-                if left and kill_somewhere(driver, kind, growth, pause_s, event):
+                if left and left[0].strike(driver, whole):
                     left.pop(0)
                 else:
-                    ended = driver.outcome()
-        compare(ended, expected)
+                    driver.ends_as(expected)
+                    ended = True
+        events = read_journal(tmp_path / str(attempt) / "run")  # a damaged line would be an error
+        assert [event["event"] for event in events].count("start") == 1
+    done = {moment: (KILLS - before)[policy, moment, "SIGKILL"] for moment in MOMENTS}
+    print(policy, done)
+    if SCALE >= 20:
+        assert all(done.values()), done
 
 
+@pytest.mark.parametrize("policy", ["paper", "anchored"] if SCALE >= 20 else ["paper"])
 def test_killed_in_its_first_writes_or_told_to_end(
-    tmp_path: Path, cluster: str, undisturbed: Callable[[str], dict[str, Any]]
+    tmp_path: Path, cluster: str, undisturbed: Callable[[str], dict[str, Any]], policy: str
 ) -> None:
-    command = ("--address", cluster)
-    for at in (1, 2, 3):  # the journal's first line, the first state, its rename
-        with Driver(tmp_path, (*command, "--die-at", str(at))) as driver:
-            assert driver.finish() == -signal.SIGKILL
-            COUNTS["driver_kills"] += 1
-    for number, event in ((signal.SIGTERM, '"arm":"s001p02","lr"'), (signal.SIGINT, '"event":"choice","stage":3')):
+    command = ("--policy", policy, "--address", cluster)
+    for at in ("line:1", "sync:2", "sync:3"):  # the journal's first line, the first state, its rename
+        with Driver(tmp_path, (*command, "--killed-at", at)) as driver:
+            assert driver.has_killed_itself("record")
+    first, second = {
+        "paper": ('"arm":"s001p02","lr"', '"event":"choice","stage":3'),
+        "anchored": ('"event":"rung","arm":"t03"', '"event":"decision","step":48'),
+    }[policy]
+    for number, event in ((signal.SIGTERM, first), (signal.SIGINT, second)):
         with Driver(tmp_path, command) as driver:
             assert driver.wait_until(lambda event=event: event in journal_text(tmp_path))
-            driver.process.send_signal(number)
-            driver.finish()
-            COUNTS["driver_kills"] += 1
+            driver.kill(number)
     with Driver(tmp_path, command) as driver:
-        compare(driver.outcome(), undisturbed("paper"))
+        driver.ends_as(undisturbed(policy))
     assert journal_text(tmp_path).count('"event":"start"') == 1

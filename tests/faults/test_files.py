@@ -16,7 +16,7 @@ import pytest
 from autolrs_ray import AutoLRSSearch
 from autolrs_ray.checkpoints import PICKLE_FILE
 from autolrs_ray.journal import JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE
-from tests.faults.harness import COUNTS, SCALE, Driver, compare, journal_text
+from tests.faults.harness import COUNTS, SCALE, Driver, journal_text
 from tests.faults.trainables import flip as flipped
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -90,7 +90,7 @@ def finish(run: Path, cluster: str, expected: dict[str, Any], rows: bool = True)
     """Resume, compare with `expected`, and return what was said on stderr."""
     marker = run.parent / "executed"
     with Driver(run.parent, ("--address", cluster), {"FAULTS_MARKER": str(marker)}) as driver:
-        compare(driver.outcome(), expected, rows)
+        driver.ends_as(expected, rows)
         assert not marker.exists(), "a file of the run was executed"
         return driver.errors.read_text()
 
@@ -123,7 +123,7 @@ def test_damaged_trunks_go_back_a_checkpoint(tmp_path: Path, cluster: str, undis
         COUNTS["corrupt_files"] += 1
     assert last
     with Driver(tmp_path, command) as driver:
-        compare(driver.outcome(), undisturbed("anchored"), rows=False)
+        driver.ends_as(undisturbed("anchored"), rows=False)
     assert journal_text(tmp_path).count("is unreadable; back to step") == len(last)
 
 
@@ -216,7 +216,7 @@ def test_checkpoints_damaged_while_the_run_is_under_way(tmp_path: Path, cluster:
     start from it: the run goes back a stage, and chooses what it had chosen."""
     moments = ("copy main 80", "restore s003p01 120")
     with Driver(tmp_path, damaged(tmp_path, cluster, *moments)) as driver:
-        compare(driver.outcome(), undisturbed("paper"), rows=False)
+        driver.ends_as(undisturbed("paper"), rows=False)
     assert (tmp_path / "flag").read_text().splitlines() == list(moments)
     assert "unreadable; going back a stage" in journal_text(tmp_path)
     ends = [json.loads(line)["end"] for line in journal_text(tmp_path).splitlines() if '"event":"commit"' in line]
@@ -234,7 +234,7 @@ def test_a_checkpoint_cut_short_at_a_stage_s_end_is_a_clear_error_and_the_run_re
     assert "is cut short or altered" in message
     assert "(step 80); run the same command again" in message
     with Driver(tmp_path, again) as driver:
-        compare(driver.outcome(), undisturbed("paper"))
+        driver.ends_as(undisturbed("paper"))
 
 
 def test_hostile_files_of_tune_are_not_read(
@@ -263,4 +263,4 @@ def test_second_driver_on_a_run_is_refused(tmp_path: Path, cluster: str, undistu
         with Driver(tmp_path, slow) as second:
             assert second.finish() == 1
             assert "another process is driving the run" in second.errors.read_text()
-        compare(first.outcome(), undisturbed("paper"))
+        first.ends_as(undisturbed("paper"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import psutil
 import pytest
 
 from autolrs_ray.journal import read_journal
@@ -16,41 +19,64 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300 + 60 * 
 
 STAGES = min(500, 25 * SCALE)
 FIRST = STAGES // 10
+LATE_S = 3.0
+"""A checkpoint may lie there for so long after it has ceased to be needed: it is deleted within a stage or two."""
 
 
-def memory_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024.0
+def memory_and_files(pid: int) -> tuple[float, int]:
+    """Resident memory in MB and number of open files of a process and of all its descendants: Ray's own and the workers."""
+    memory, files = 0.0, 0
+    driver = psutil.Process(pid)
+    for process in [driver, *driver.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            memory, files = memory + process.memory_info().rss / 2**20, files + process.num_fds()
+    return memory, files
 
 
-def test_many_stages(tmp_path: Path, cluster: str) -> None:
+def not_needed(run: Path, stage: int) -> set[Path]:
+    """Checkpoints on storage beside the main trial's last two and those of the probes of `stage`."""
+    main = sorted(run.glob("main_*/checkpoint_*"))
+    probes = [
+        folder for folder in run.glob("s*p*_*/checkpoint_*") if not folder.parent.name.startswith(f"s{stage:03d}p")
+    ]
+    return {*main[:-2], *probes}
+
+
+def test_many_stages(tmp_path: Path) -> None:
+    run = tmp_path / "run"
     seen: dict[int, tuple[float, int]] = {}
+    since: dict[Path, float] = {}  # when a checkpoint that is not needed was first seen
     kept: list[int] = []
     options = json.dumps({"total_steps": 20 * STAGES})
-    command = ("--policy", "growth", "--address", cluster, "--options", options)
-    with Driver(tmp_path, command, limit_s=LIMIT_S + STAGES) as driver:
-        pid = driver.process.pid
+    with Driver(tmp_path, ("--policy", "growth", "--options", options), limit_s=LIMIT_S + STAGES) as driver:
 
         def look() -> bool:
-            stage = journal_text(tmp_path).count('"event":"commit"')
+            stage, now = journal_text(tmp_path).count('"event":"commit"'), time.monotonic()
             if stage in range(FIRST, STAGES) and stage not in seen:
-                seen[stage] = memory_mb(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
-                kept.append(len(list((tmp_path / "run").glob("*/checkpoint_*"))))
+                seen[stage] = memory_and_files(driver.process.pid)
+                kept.append(len(list(run.glob("*/checkpoint_*"))))
+            left = not_needed(run, min(stage, STAGES - 1))
+            for folder in [folder for folder in since if folder not in left]:
+                del since[folder]
+            late = [str(folder) for folder in left if now - since.setdefault(folder, now) > LATE_S]
+            assert not late, f"in stage {stage} there still is {late}"
             return False
 
-        driver.wait_until(look, every_s=0.1)
+        driver.wait_until(look, every_s=0.2)
         assert driver.outcome()["done"]
     # medians of ten looks or more: at any moment the few trials alive hold some files each
     first, last = ([seen[stage] for stage in sorted(seen)][part] for part in (slice(FIRST), slice(-FIRST, None)))
     memory, files = (median(look[i] for look in last) - median(look[i] for look in first) for i in (0, 1))
-    commits = [event["time"] for event in read_journal(tmp_path / "run") if event["event"] == "commit"]
+    commits = [event["time"] for event in read_journal(run) if event["event"] == "commit"]
     times = [after - before for before, after in pairwise(commits)]
     tenth = len(times) // 10
     early, late = median(times[tenth // 2 : tenth // 2 + tenth]), median(times[-tenth:])
-    print(f"{STAGES} stages: memory +{memory:.0f} MB, open files {files:+.0f} from stage {min(seen)} to {max(seen)}; "
+    print(f"{STAGES} stages: memory {memory:+.0f} MB, open files {files:+.0f} from stage {min(seen)} to {max(seen)}; "
           f"{early:.2f} s a stage at first, {late:.2f} s in the end; at most {max(kept)} checkpoints")  # fmt: skip
     assert len(commits) == STAGES
     assert memory < 100.0
     assert files < 5
     assert late < 1.5 * early + 0.1
     assert max(kept) <= 2 + 3 + 1
+    assert not not_needed(run, STAGES - 1)
+    assert len(list(run.glob("main_*/checkpoint_*"))) == 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from autolrs_ray.journal import read_journal
-from tests.faults.harness import COUNTS, Driver, compare
+from tests.faults.harness import COUNTS, Driver
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -38,7 +38,7 @@ def test_killed_workers_change_nothing(
     tmp_path: Path, cluster: str, undisturbed: Undisturbed, policy: str, plan: dict[str, Any]
 ) -> None:
     with Driver(tmp_path, command(tmp_path, cluster, policy, 10, **plan)) as driver:
-        compare(driver.outcome(), undisturbed(policy))
+        driver.ends_as(undisturbed(policy))
     kills = count_kills(tmp_path)
     assert len(kills) >= 4
     assert any("report" in kill for kill in kills)
@@ -51,7 +51,7 @@ def test_actors_killed_between_two_trials_change_nothing(
 ) -> None:
     arguments = ("--policy", policy, "--address", cluster, "--kill-idle", str(tmp_path / "flag"))
     with Driver(tmp_path, arguments) as driver:
-        compare(driver.outcome(), undisturbed(policy))
+        driver.ends_as(undisturbed(policy))
     assert count_kills(tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_a_probe_whose_setup_hangs_is_given_up_and_a_silent_main_trial_names_its
     warnings = [event["message"] for event in read_journal(tmp_path / "run") if event["event"] == "warning"]
     assert any(text.startswith("s000p00 has not started 10 s after it got its resources") for text in warnings)
     with Driver(tmp_path, again) as driver:
-        compare(driver.outcome(), undisturbed("paper"))
+        driver.ends_as(undisturbed("paper"))
 
 
 def test_probe_killed_for_good_is_booked_and_the_run_ends(tmp_path: Path, cluster: str) -> None:
@@ -96,5 +96,5 @@ def test_main_killed_for_good_names_its_checkpoint_and_resumes(
         checkpoint = message.split("last good checkpoint is ")[1].split(" (step")[0]
         assert (Path(checkpoint) / "state.pt").exists()
     with Driver(tmp_path, again) as driver:
-        compare(driver.outcome(), undisturbed("paper"))
+        driver.ends_as(undisturbed("paper"))
     assert len(count_kills(tmp_path)) == 2

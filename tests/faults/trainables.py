@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-
 from autolrs_ray import AutoLRSTrainable, TrainingTask
 from autolrs_ray.checkpoints import STATE_FILE
 from tests.tasks import build_tiny
@@ -123,24 +121,3 @@ class Fragile(AutoLRSTrainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         super().save_checkpoint(checkpoint_dir)
         strike(self.config, self._moment("save"))
-
-
-class Counter(tune.Trainable):  # type: ignore[misc]
-    """Costs nothing: the loss is a parabola in log LR about 0.1, the state a step count."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._count, self._lr, self._end = 0, new_config["lr"], new_config["autolrs"]["boundaries"][-1]
-        return True
-
-    def step(self) -> dict[str, Any]:
-        self._count = self._end
-        return {"step": self._count, "val_loss": 1.0 + (self._lr - 0.1) ** 2}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        Path(checkpoint_dir, "count").write_text(str(self._count))
-
-    def load_checkpoint(self, checkpoint: str) -> None:
-        self._count = int(Path(checkpoint, "count").read_text())
