@@ -40,7 +40,7 @@ from autolrs_ray.training import Trainer
 from experiments import vgg16_report
 from experiments.vgg16_task import BATCH_SIZE, CLASSES, DEFAULT_PEAK, PADDINGS, Settings, build, read_cifar
 
-SEARCHES = ("paper", "anchored")
+SEARCHES = vgg16_report.SEARCHES
 EPOCHS = {"paper": 350}
 DEFAULT_EPOCHS = 50
 

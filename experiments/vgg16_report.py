@@ -16,7 +16,8 @@ NOTES_FILE = "vgg16_notes.md"
 STEP_FILE = "vgg16_step.json"
 SAME = ("dataset", "width", "epochs", "train_images", "device")
 DETAILS = ("val_images", "padding", "autocast", "channels_last", "compile")
-ORDER = ("anchored", "paper", "linear", "cosine", "multistep", "constant")
+SEARCHES = ("anchored", "paper")
+ORDER = (*SEARCHES, "linear", "cosine", "multistep", "constant")
 
 LEGEND = """
 Mean ± standard error over seeds; every choice (LR, winner of the race, raw or averaged weights) is made on validation
@@ -44,9 +45,10 @@ def summarise(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _setting(found: dict[str, Any]) -> str:
-    """All that an outcome or a row depends on but the seed."""
+    """All that an outcome or a row depends on but the seed. (A fixed schedule is trained in a loop, whatever the slots.)"""
+    slots = found["slots"] if found["policy"] in SEARCHES else None
     return json.dumps(
-        [found[name] for name in (*SAME, *DETAILS, "policy", "peaks", "options", "slots")], sort_keys=True
+        [*(found[name] for name in (*SAME, *DETAILS, "policy", "peaks", "options")), slots], sort_keys=True
     )
 
 
@@ -75,7 +77,7 @@ def _row(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _label(row: dict[str, Any]) -> str:
-    if row["policy"] in ("anchored", "paper"):
+    if row["policy"] in SEARCHES:
         return ", ".join([f"**{row['policy']}**", *filter(None, [row["options"].get("effort")])])
     name = "constant, averaged weights" if row["policy"] == "constant" else row["policy"]
     if row["tuned"]:
@@ -109,7 +111,7 @@ def _section(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     name = first["dataset"].replace("cifar", "CIFAR-")
     title = f"{name}, width {first['width']:g}, {first['train_images']:,} images, {first['epochs']} epochs, {first['device']}"
-    told = f"T = {first['steps']} steps on {first['hardware']}; {first['date']}."
+    told = f"T = {first['steps']} steps on {first['hardware']}; {', '.join(sorted({row['date'] for row in rows}))}."
     return f"## {title}\n\n{told}\n\n{table(rows)}\n"
 
 
