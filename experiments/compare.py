@@ -1,6 +1,6 @@
 """The comparison: what the policies are worth beside schedules that were tuned, on real data, one table a task.
 
-    python -m experiments.compare --quick                     # a few minutes on 2 cores
+    python -m experiments.compare --quick                     # under five minutes on 2 cores
     python -m experiments.compare --jobs 4                    # digits (clean and noisy) and characters, 5, 5 and 3 seeds
     python -m experiments.compare --tasks cifar16 --data-dir DIR
     python -m experiments.compare --methods ray --tasks digits   # PBT and PB2 through Ray Tune
