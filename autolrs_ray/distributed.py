@@ -53,13 +53,13 @@ class DistributedTrainer(Trainer):
 
     def train(self, until: int, lr_at: Callable[[int], float]) -> float:
         loss = super().train(until, lr_at)
-        averages = self.averaged.module.buffers() if self.averaged is not None else ()
-        for buffer in (*self.model.buffers(), *averages):  # batch-norm statistics are of each rank's own share
-            dist.broadcast(buffer, 0)
+        for model in (self.model, *(average.module for average in self.averages)):
+            for buffer in model.buffers():  # batch-norm statistics are of each rank's own share
+                dist.broadcast(buffer, 0)
         return self._summed({"loss": loss / self.world})["loss"]
 
-    def evaluate(self, data: Data | None = None, averaged: bool = False) -> dict[str, float]:
-        return self._summed(super().evaluate(data, averaged))
+    def _metrics(self, network: Any, data: Data | None) -> dict[str, float]:
+        return self._summed(super()._metrics(network, data))
 
     def _summed(self, values: dict[str, float]) -> dict[str, float]:
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
@@ -69,8 +69,7 @@ class DistributedTrainer(Trainer):
     def fingerprint(self) -> str:
         """SHA-256 of all parameters and buffers of this rank, averaged ones too."""
         digest = hashlib.sha256()
-        modules = [self.model] if self.averaged is None else [self.model, self.averaged]
-        for module in modules:
+        for module in (self.model, *self.averages):
             for tensor in module.state_dict().values():
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

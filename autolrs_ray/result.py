@@ -74,7 +74,8 @@ class RunResult:
         if self.weights == "raw":
             return dict(state["model"])
         prefix = "module."  # torch's AveragedModel wraps the model under this name
-        return {key[len(prefix) :]: value for key, value in state["averaged"].items() if key.startswith(prefix)}
+        best = state["averages"][state["best_average"]]
+        return {key[len(prefix) :]: value for key, value in best.items() if key.startswith(prefix)}
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunResult:

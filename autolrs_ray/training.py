@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +21,14 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset, default_collate
 
 from autolrs_ray.checkpoints import read_checkpoint, snapshot, write_checkpoint
-from autolrs_ray.core.plan import require_float
+from autolrs_ray.core.plan import require_float, require_tuple
 
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
 """(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
+
+FORMAT = 2
+"""Of a state: 2 since it holds several averages."""
 
 _EPOCH, _STEP, _AUGMENT, _VALIDATION = 0, 1, 2, 3  # streams of the counter-based random numbers
 
@@ -44,6 +47,9 @@ class TrainingTask:
     autocast: run forward passes in bfloat16. compile: True, or a mode of torch.compile ("reduce-overhead": CUDA graphs).
     val_data must not be the test set: learning rates are chosen on it. val_fraction: the part of its rows, in (0, 1], that
     reports are taken on: the same ones, drawn by the run's seed, in every trial.
+    average_over: where weights are averaged, one average for each part of the run so far, in (0, 1]: 0.25 spans about its
+    last quarter, 1.0 all of it. The one that is best on the validation data counts. Each costs the memory of the weights,
+    and a validation pass a report.
     """
 
     model: nn.Module
@@ -57,6 +63,7 @@ class TrainingTask:
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     clip_norm: float | None = None
+    average_over: tuple[float, ...] = (0.25, 0.5, 1.0)
     autocast: bool = False
     channels_last: bool = False
     compile: bool | str = False
@@ -68,6 +75,16 @@ class TrainingTask:
         if _length(self.val_data) < 1:
             raise ValueError("val_data is empty: learning rates are chosen on it; hold out a part of the training data")
         require_float("val_fraction", self.val_fraction, 0.0, 1.0, low_open=True)
+        self.average_over = require_tuple("average_over", self.average_over)
+        for part in self.average_over:
+            require_float("each part of average_over", part, 0.0, 1.0, low_open=True)
+        if not self.average_over or len(set(self.average_over)) < len(self.average_over):
+            raise ValueError(f"average_over must hold one or more different parts of the run, got {self.average_over}")
+
+
+def lowest(losses: Sequence[float]) -> int:
+    """Index of the lowest of `losses`, the first of equals; one that is not finite counts as the highest."""
+    return min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
 
 
 def _length(data: Data) -> int:
@@ -112,8 +129,8 @@ class Trainer:
     """Trains one :class:`TrainingTask` from any step to any later one.
 
     build: () -> TrainingTask; called once, with torch's generator seeded by `seed`, so every process starts from the
-    same weights. averaging: keep an average of weights and buffers (torch's AveragedModel) over about the last quarter
-    of the steps so far.
+    same weights. averaging: keep averages of weights and buffers (torch's AveragedModel), one for each part of the steps so
+    far that the task names in `average_over`.
     """
 
     rank, world = 0, 1  # of DistributedTrainer's processes
@@ -138,23 +155,25 @@ class Trainer:
             raise ValueError(f"build the optimizer with lr > 0 in its first group, got {base}: ratios are kept to it")
         self._ratios = [group["lr"] / base for group in task.optimizer.param_groups]
         self._initial = copy.deepcopy((self.model.state_dict(), task.optimizer.state_dict()))
-        self.averaged = self._new_average() if averaging else None
+        self.averages = self._new_averages() if averaging else []
+        self._best_average, self._judged_at = 0, -1
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def _new_average(self) -> AveragedModel:
-        averaged = AveragedModel(self.model, use_buffers=True)
-        self._tensors = _state_tensors(averaged.module), _state_tensors(self.model)
-        return averaged
+    def _new_averages(self) -> list[AveragedModel]:
+        averages = [AveragedModel(self.model, use_buffers=True) for _ in self.task.average_over]
+        self._tensors = _state_tensors(self.model), [_state_tensors(average.module) for average in averages]
+        return averages
 
     @torch.no_grad()
-    def _update_average(self, averaged: AveragedModel) -> None:
+    def _update_averages(self) -> None:
         """AveragedModel.update_parameters copies its count to the device at every step, and so waits for the device."""
-        (values, counters), (new_values, new_counters) = self._tensors
-        first = int(averaged.n_averaged) == 0
-        torch._foreach_lerp_(values, new_values, 1.0 if first else min(1.0, 4.0 / self.step))
-        if counters:
-            torch._foreach_copy_(counters, new_counters)
-        averaged.n_averaged += 1
+        (new_values, new_counters), tensors = self._tensors
+        for part, average, (values, counters) in zip(self.task.average_over, self.averages, tensors, strict=True):
+            first = int(average.n_averaged) == 0
+            torch._foreach_lerp_(values, new_values, 1.0 if first else min(1.0, 1.0 / (part * self.step)))
+            if counters:
+                torch._foreach_copy_(counters, new_counters)
+            average.n_averaged += 1
 
     def _drawn(self, data: Data) -> Data:
         """`task.val_fraction` of the rows, in their order; all of them as they are."""
@@ -228,8 +247,8 @@ class Trainer:
             optimizer.step()
             total += loss.detach()
             self.step += 1
-            if self.averaged is not None:
-                self._update_average(self.averaged)
+            if self.averages:
+                self._update_averages()
         return float(total) / count
 
     def _seed_step(self, seed: int) -> None:
@@ -248,18 +267,38 @@ class Trainer:
     def _row_device(self, data: Data) -> torch.device:
         return self.device if isinstance(data, tuple) else torch.device("cpu")
 
-    @torch.no_grad()
     def evaluate(self, data: Data | None = None, averaged: bool = False) -> dict[str, float]:
-        """Mean "loss" and metrics on `data`, of the raw or the averaged weights.
+        """Mean "loss" and metrics on `data`, of the raw weights or of `best_average`.
 
         Default: on the rows of the validation data that reports are taken on.
         """
+        if not averaged:
+            return self._metrics(self._forward, data)
+        if data is not None:
+            return self._metrics(self._averages()[self.best_average], data)
+        found = self.evaluate_averages()
+        self._best_average, self._judged_at = lowest([metrics["loss"] for metrics in found]), self.step
+        return found[self._best_average]
+
+    def evaluate_averages(self, data: Data | None = None) -> list[dict[str, float]]:
+        """As `evaluate`, of every average, in the order of the task's `average_over`."""
+        return [self._metrics(average, data) for average in self._averages()]
+
+    def _averages(self) -> list[AveragedModel]:
+        if not self.averages:
+            raise ValueError("this trainer keeps no averaged weights; build it with averaging=True")
+        return self.averages
+
+    @property
+    def best_average(self) -> int:
+        """Index, in the task's `average_over`, of the average with the lowest loss on the validation data."""
+        if self._judged_at != self.step:
+            self.evaluate(averaged=True)
+        return self._best_average
+
+    @torch.no_grad()
+    def _metrics(self, network: nn.Module | Any, data: Data | None) -> dict[str, float]:
         data = self.val_data if data is None else self._place(data)
-        network: nn.Module | Any = self._forward
-        if averaged:
-            if self.averaged is None:
-                raise ValueError("this trainer keeps no averaged weights; build it with averaging=True")
-            network = self.averaged
         network.eval()
         functions = {"loss": self.task.loss, **self.task.metrics}
         sums = {name: torch.zeros((), device=self.device) for name in functions}
@@ -276,26 +315,41 @@ class Trainer:
     def reset(self) -> None:
         """Back to step 0 and the initial weights."""
         model, optimizer = self._initial
-        self._load(copy.deepcopy(model), copy.deepcopy(optimizer), None, 0)
+        self._load(copy.deepcopy(model), copy.deepcopy(optimizer), 0)
 
-    def _load(self, model: Any, optimizer: Any, averaged: Any, step: int) -> None:
+    def _load(self, model: Any, optimizer: Any, step: int) -> None:
         self.model.load_state_dict(model)
         self.task.optimizer.load_state_dict(optimizer)
-        self.step = step
+        self.step, self._judged_at = step, -1
         if self.averaging:
-            self.averaged = self._new_average()
-            if averaged is not None:
-                self.averaged.load_state_dict(averaged)
+            self.averages = self._new_averages()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on; tensors and plain values only."""
-        state = dict(format=1, step=self.step, seed=self.seed, model=self.model.state_dict())
+        """Everything the next step depends on, and `best_average` where the state has been evaluated; tensors and plain
+        values only."""
+        state = dict(format=FORMAT, step=self.step, seed=self.seed, model=self.model.state_dict())
         state["optimizer"] = self.task.optimizer.state_dict()
-        state["averaged"] = self.averaged.state_dict() if self.averaged is not None else None
+        state["averages"] = [average.state_dict() for average in self.averages]
+        state["best_average"] = self._best_average if self._judged_at == self.step else None
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._load(state["model"], state["optimizer"], state["averaged"], state["step"])
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"the state is of format {state.get('format')}, this version reads format {FORMAT}: end the run with the "
+                "version that began it, or begin anew under another name"
+            )
+        self._load(state["model"], state["optimizer"], state["step"])
+        averages = state["averages"] if self.averaging else []
+        if averages and len(averages) != len(self.averages):
+            raise ValueError(
+                f"the state holds {len(averages)} averages, the task's average_over={self.task.average_over} asks for "
+                f"{len(self.averages)}: keep average_over as it was when the run began"
+            )
+        for average, values in zip(self.averages, averages, strict=False):
+            average.load_state_dict(values)
+        if averages and state["best_average"] is not None:
+            self._best_average, self._judged_at = state["best_average"], self.step
 
     def copy_state_dict(self, state: dict[str, Any]) -> None:
         """As load_state_dict, from tensors that are neither kept nor written to: all are copied, those of the optimizer into

@@ -66,7 +66,12 @@ class Lab:
         return self.task.split(self.seed)["test"]
 
     def trainer(
-        self, averaging: bool = True, raw: bool = False, train_losses: bool = False, order: str = "common"
+        self,
+        averaging: bool = True,
+        raw: bool = False,
+        train_losses: bool = False,
+        order: str = "common",
+        averages: int | None = None,
     ) -> MemoTrainer:
         """The memo trainer for this data order; its snapshots live as long as the lab."""
         kind = Trainer if order == "common" else PerRunOrderTrainer
@@ -79,6 +84,7 @@ class Lab:
             )
         trainer = self._trainers[order]
         trainer.averaging, trainer.raw, trainer.train_losses = averaging, raw, train_losses
+        trainer.averages = averages
         trainer.reset()
         return trainer
 
@@ -244,14 +250,21 @@ def paper_doubling(lab: Lab) -> Outcome:
 
 
 def anchored(
-    lab: Lab, decades: int = 6, slots: int = SLOTS, order: str = "common", weights: str = "best", **options: Any
+    lab: Lab,
+    decades: int = 6,
+    slots: int = SLOTS,
+    order: str = "common",
+    weights: str = "best",
+    averages: int | None = None,
+    **options: Any,
 ) -> Outcome:
-    """The race; the final model is the better of raw and averaged weights on validation."""
+    """The race; the final model is the best of raw and averaged weights on validation. averages: how many of them there are
+    (None: all of the task's)."""
     task = lab.task
     options = {"reports": task.reports, "commits": task.commits, **options}
     policy = make_policy("anchored", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
     averaging = options.get("averaging", True)
-    trainer = lab.trainer(averaging=averaging, raw=not averaging, order=order)
+    trainer = lab.trainer(averaging=averaging, raw=not averaging, order=order, averages=averages)
     run = run_slots(policy, trainer, slots)
     last = run.events[-1]
     kept = {event["step"] / task.steps: event["kept"] for event in run.events if event["event"] == "decision"}
@@ -330,6 +343,7 @@ def _methods() -> list[Method]:
         Method("constant, default LR", "main", partial(untuned, shape="constant")),
         _anchored("no warm-up", warmup=0.0),
         _anchored("no averaging", averaging=False, weights="raw"),
+        _anchored("one average, over a quarter", averages=1),
         _anchored("no envelope", envelope="constant"),
         _anchored("wsd", envelope="wsd"),
         _anchored("linear", envelope="linear"),

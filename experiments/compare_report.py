@@ -79,7 +79,15 @@ def summarise(
                 hardware=rows[-1]["hardware"], date=max(row["date"] for row in rows),
             ))  # fmt: skip
     fresh = {(row["task"], row["method"]) for row in result}
-    return [row for row in earlier if (row["task"], row["method"]) not in fresh] + result
+    ours = {row["task"]: row["test_losses"] for row in result if row["method"] == "anchored"}
+    kept = [row for row in earlier if (row["task"], row["method"]) not in fresh]
+    return [_against(row, ours[row["task"]]) if row["task"] in ours else row for row in kept] + result
+
+
+def _against(row: dict[str, Any], anchored: list[float]) -> dict[str, Any]:
+    """The row with its difference to a newer `anchored`, both by seed from 0 on."""
+    differences = [loss - other for loss, other in zip(row["test_losses"], anchored, strict=False)]
+    return {**row, "minus_anchored": mean_se(differences)}
 
 
 def _plus_minus(value: Number, digits: int, sign: str = "", scale: float = 1.0) -> str:

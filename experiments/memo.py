@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autolrs_ray.training import Trainer
+from autolrs_ray.training import Trainer, lowest
 
 MAX_SNAPSHOTS = 250
 
@@ -84,7 +84,8 @@ class MemoTrainer:
 
     make: builds the real trainer (averaging=True), called at the first miss. root: names task, seed and everything else
     that the real trainer depends on. raw: False returns NaN for the loss of the raw weights, where nobody reads it.
-    train_losses: False does the same for the training loss.
+    train_losses: False does the same for the training loss. averages: how many of the task's averages count, the first ones
+    (None: all).
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class MemoTrainer:
     ) -> None:
         self._make, self._memo, self._test_data = make, memo, test_data
         self.averaging, self.raw, self.train_losses = averaging, raw, train_losses
+        self.averages: int | None = None
         self._root = hashlib.blake2b(root.encode(), digest_size=16).digest()
         self._real: Trainer | None = None
         self._real_mark = b""
@@ -179,23 +181,29 @@ class MemoTrainer:
         """As the Trainer's, on the validation data only."""
         if data is not None:
             raise ValueError("this trainer evaluates on its own validation data; use evaluate_test for the test split")
-        return self._look_up("val", averaged) if averaged or self.raw else {"loss": float("nan")}
-
-    def evaluate_test(self, averaged: bool) -> dict[str, float]:
-        return self._look_up("test", averaged)
+        return self.validation(averaged) if averaged or self.raw else {"loss": float("nan")}
 
     def validation(self, averaged: bool) -> dict[str, float]:
         """The validation metrics, whatever `raw` says."""
-        return self._look_up("val", averaged)
+        found = self._look_up("val", averaged)
+        return found[self._best_average()] if averaged else found[0]
 
-    def _look_up(self, split: str, averaged: bool) -> dict[str, float]:
+    def evaluate_test(self, averaged: bool) -> dict[str, float]:
+        return self._look_up("test", averaged)[self._best_average() if averaged else 0]
+
+    def _best_average(self) -> int:
+        losses = [metrics["loss"] for metrics in self._look_up("val", True)]
+        return lowest(losses[: self.averages])
+
+    def _look_up(self, split: str, averaged: bool) -> list[dict[str, float]]:
+        """The metrics of the raw weights, alone in their list, or of every average."""
         key = f"{split}/{'averaged' if averaged else 'raw'}/{self._mark.hex()}"
         value = self._memo.get(key)
         if value is None:
             data, real = self._test_data() if split == "test" else None, self._at_mark()
-            value = real.evaluate(data, averaged=averaged)
-            self._memo.put(key, value)
-            if split == "val" and self.averaging:  # both now: coming back for the other would mean training again
-                other = f"val/{'raw' if averaged else 'averaged'}/{self._mark.hex()}"
-                self._memo.put(other, real.evaluate(averaged=not averaged))
-        return dict(value)
+            kinds = (True, False) if split == "val" else (averaged,)  # both: coming back would mean training again
+            for kind in kinds:
+                value = real.evaluate_averages(data) if kind else [real.evaluate(data)]
+                self._memo.put(f"{split}/{'averaged' if kind else 'raw'}/{self._mark.hex()}", value)
+            value = self._memo.get(key)
+        return [dict(metrics) for metrics in value or []]

@@ -112,7 +112,7 @@ def train_fixed(job: Job, peak: float, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     val = trainer.evaluate(averaged=averaged)
     folder.mkdir(parents=True, exist_ok=True)
-    network = trainer.averaged.module if trainer.averaged is not None else trainer.model
+    network = trainer.averages[trainer.best_average].module if averaged else trainer.model
     torch.save(network.state_dict(), folder / "weights.pt")
     found = {"peak": peak, "val_loss": val["loss"], "val_accuracy": val["accuracy"], "seconds": seconds}
     vgg16_report.replace(record, json.dumps(found))

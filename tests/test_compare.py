@@ -64,6 +64,27 @@ def test_memo_trainer_gives_the_losses_of_the_plain_trainer_bit_for_bit(task: Ta
     assert memo.trained == expected.trained_steps, "nothing was trained twice"
 
 
+def test_memo_trainer_takes_the_average_that_is_best_on_validation_data_of_those_that_count(
+    task: Task, tmp_path: Path
+) -> None:
+    plain, memo = Trainer(lambda: task.build(0), 0, averaging=True), memo_trainer(task, tmp_path)
+    best = set()
+    for lr in (0.003, 0.3):
+        for trainer in (plain, memo):
+            trainer.reset()
+            trainer.train(60, lambda step, lr=lr: lr)  # type: ignore[misc]
+        memo.averages = None
+        assert memo.validation(averaged=True) == plain.evaluate(averaged=True)
+        test = task.split(0)["test"]
+        assert memo.evaluate_test(averaged=True) == plain.evaluate(test, averaged=True)
+        assert memo.evaluate_test(averaged=False) == plain.evaluate(test)
+        memo.averages = 1
+        assert memo.validation(averaged=True) == plain.evaluate_averages()[0]
+        assert memo.evaluate_test(averaged=True) == plain.evaluate_averages(test)[0]
+        best.add(plain.best_average)
+    assert len(best) > 1, "one average is the best at any learning rate"
+
+
 def test_a_second_run_trains_nothing(task: Task, tmp_path: Path) -> None:
     for _ in range(2):
         trainer = memo_trainer(task, tmp_path)
@@ -148,8 +169,8 @@ def test_choices_never_see_the_test_split(task: Task, tmp_path: Path) -> None:
     assert len(reads) == 1
     assert outcome.lr in GRID["sgd"]
     assert outcome.compute == len(GRID["sgd"])
-    validation = [lab.memo.get(key)["loss"] for key in lab.memo._known if key.startswith("val/")]
-    assert outcome.val_loss == min(validation)
+    found = [lab.memo.get(key) for key in lab.memo._known if key.startswith("val/")]
+    assert outcome.val_loss == min(metrics["loss"] for several in found for metrics in several)  # raw, and all averages
     anchored(lab, 4, **options(task))
     paper(lab)
     assert len(reads) == 3
@@ -223,6 +244,10 @@ def test_earlier_rows_stay_until_newer_ones_come_and_newer_ones_are_paired_with_
     found = {row["method"]: row for row in summarise(fresh, METHODS, earlier)}
     assert found["anchored"] == earlier[0]
     assert found["linear"]["minus_anchored"] == found["PBT"]["minus_anchored"] == [1.0, 0.0]
+    newer = [cached("digits", "anchored", s, 0.5 + s) for s in range(3)]
+    again = {row["method"]: row for row in summarise(newer, METHODS, list(found.values()))}
+    assert again["PBT"]["minus_anchored"] == [1.5, 0.0], "earlier rows are compared with the newer anchored"
+    assert again["PBT"]["test_losses"] == found["PBT"]["test_losses"]
 
 
 def test_a_line_cut_short_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from autolrs_ray.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from autolrs_ray.training import Trainer, TrainingTask, accuracy
+from autolrs_ray.training import Trainer, TrainingTask, accuracy, lowest
 from tests.crashes import Malice, dies_after_renames
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -290,36 +290,45 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
 
 
 def test_averaged_weights_and_buffers_follow_the_plain_formula():
-    """average(t) = average(t - 1) + min(1, 4 / t) * (current - average(t - 1)), over weights and batch-norm statistics."""
-    trainer = Trainer(lambda: task(), 0, averaging=True)
-    twin = {}
+    """average(t) = average(t - 1) + min(1, 1 / (part * t)) * (current - average(t - 1)), over weights and batch-norm
+    statistics. Over all of the run that is the plain mean."""
+    trainer = Trainer(lambda: task(average_over=(0.25, 1.0)), 0, averaging=True)
+    twins = {part: {} for part in trainer.task.average_over}
     for step in range(1, 41):
         trainer.train(step, falling)
-        for name, value in trainer.model.state_dict().items():
-            if not value.is_floating_point():
-                twin[name] = value.clone()
-            elif step == 1:
-                twin[name] = value.double().clone()
-            else:
-                twin[name] += min(1.0, 4.0 / step) * (value.double() - twin[name])
-    ours = trainer.averaged.module.state_dict()
-    assert ours.keys() == twin.keys()
-    for name, value in ours.items():
-        assert torch.allclose(value.double(), twin[name].double(), atol=1e-6), name
-    assert not torch.allclose(ours["0.weight"], trainer.model.state_dict()["0.weight"], atol=1e-4)
+        for part, twin in twins.items():
+            for name, value in trainer.model.state_dict().items():
+                if not value.is_floating_point():
+                    twin[name] = value.clone()
+                elif step == 1:
+                    twin[name] = value.double().clone()
+                else:
+                    twin[name] += min(1.0, 1.0 / (part * step)) * (value.double() - twin[name])
+    for average, twin in zip(trainer.averages, twins.values(), strict=True):
+        ours = average.module.state_dict()
+        assert ours.keys() == twin.keys()
+        for name, value in ours.items():
+            assert torch.allclose(value.double(), twin[name].double(), atol=1e-6), name
+        assert not torch.allclose(ours["0.weight"], trainer.model.state_dict()["0.weight"], atol=1e-4)
 
 
-def test_the_average_is_torchs_own_to_the_last_bit_and_count():
+def test_the_averages_are_torchs_own_to_the_last_bit_and_count():
     trainer = Trainer(lambda: task(), 0, averaging=True)
     weight = []
-    twin = AveragedModel(
-        trainer.model, multi_avg_fn=lambda old, new, _: _lerp(list(old), list(new), weight[-1]), use_buffers=True
-    )
+
+    def twin(i):
+        return AveragedModel(
+            trainer.model, multi_avg_fn=lambda old, new, _: _lerp(list(old), list(new), weight[i]), use_buffers=True
+        )
+
+    twins = [twin(i) for i in range(3)]
     for step in range(1, 30):
         trainer.train(step, falling)
-        weight.append(min(1.0, 4.0 / step))
-        twin.update_parameters(trainer.model)
-    assert_same(trainer.averaged.state_dict(), twin.state_dict())
+        weight[:] = [min(1.0, 1.0 / (part * step)) for part in trainer.task.average_over]
+        for other in twins:
+            other.update_parameters(trainer.model)
+    for average, other in zip(trainer.averages, twins, strict=True):
+        assert_same(average.state_dict(), other.state_dict())
 
 
 def _lerp(old, new, weight):
@@ -329,23 +338,87 @@ def _lerp(old, new, weight):
         torch._foreach_copy_(old, new)
 
 
-def test_averaged_weights_are_evaluated_on_demand():
+def by_hand(trainer):
+    """Validation loss of every average."""
+    outputs = [average.module.eval()(X[64:]) for average in trainer.averages]
+    return [nn.functional.cross_entropy(output, Y[64:]).item() for output in outputs]
+
+
+def test_the_average_that_is_best_on_the_validation_data_counts():
     trainer = Trainer(lambda: task(), 0, averaging=True)
-    trainer.train(40, lambda step: 0.5)
-    raw, averaged = trainer.evaluate(), trainer.evaluate(averaged=True)
-    assert raw["loss"] != averaged["loss"]
-    by_hand = trainer.averaged.module.eval()(X[64:])
-    assert averaged["loss"] == pytest.approx(nn.functional.cross_entropy(by_hand, Y[64:]).item(), rel=1e-6)
-    with pytest.raises(ValueError, match="averaging=True"):
-        Trainer(lambda: task(), 0).evaluate(averaged=True)
+    best = set()
+    for lr in (0.01, 3.0):  # slow: the latest weights are the best; noisy: the longer the average, the better
+        trainer.reset()
+        trainer.train(40, lambda step, lr=lr: lr)
+        losses = by_hand(trainer)
+        assert trainer.best_average == losses.index(min(losses))
+        found = trainer.evaluate(averaged=True)["loss"]
+        assert found == pytest.approx(min(losses), rel=1e-6)
+        assert [m["loss"] for m in trainer.evaluate_averages()] == pytest.approx(losses, rel=1e-6)
+        elsewhere = trainer.averages[trainer.best_average].module.eval()(X[:64])
+        loss = nn.functional.cross_entropy(elsewhere, Y[:64]).item()
+        assert trainer.evaluate((X[:64], Y[:64]), averaged=True)["loss"] == pytest.approx(loss, rel=1e-6)
+        assert trainer.evaluate()["loss"] != found
+        best.add(trainer.best_average)
+    assert len(best) == 2, "one of them is the best at any learning rate"
 
 
-def test_a_checkpoint_without_an_average_begins_one_where_it_stands(tmp_path):
+def test_without_averages_there_is_none_to_evaluate():
+    trainer = Trainer(lambda: task(), 0)
+    for call in (lambda: trainer.evaluate(averaged=True), trainer.evaluate_averages, lambda: trainer.best_average):
+        with pytest.raises(ValueError, match="averaging=True"):
+            call()
+
+
+def test_a_loss_that_is_not_finite_is_never_the_lowest():
+    assert lowest([math.nan, 2.0, math.inf, 1.0, 1.0, -math.inf]) == 3
+    assert lowest([math.nan, math.inf]) == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ((), ValueError, r"one or more different parts of the run, got \(\)"),
+        ((0.5, 0.5), ValueError, r"different parts of the run, got \(0.5, 0.5\)"),
+        ((0.25, 0.0), ValueError, "each part of average_over must be a finite number in .*, got 0.0"),
+        ((4,), ValueError, "each part of average_over must be a finite number in .*, got 4"),
+        (0.25, TypeError, "average_over must be a list or tuple, got 0.25"),
+    ],
+)
+def test_parts_of_the_run_that_cannot_be_averaged_over_are_refused(parts, error, message):
+    with pytest.raises(error, match=message):
+        task(average_over=parts)
+
+
+def test_the_best_average_is_known_where_its_state_is_loaded(tmp_path):
+    trainer = Trainer(lambda: task(), 0, averaging=True)
+    trainer.train(40, lambda step: 3.0)
+    assert trainer.state_dict()["best_average"] is None, "nobody has looked yet"
+    best = trainer.best_average
+    trainer.save(tmp_path)
+    trainer.reset()
+    assert trainer.state_dict()["best_average"] is None
+    trainer.load(tmp_path)
+    assert trainer.state_dict()["best_average"] == best
+    trainer.train(41, falling)
+    assert trainer.state_dict()["best_average"] is None, "that was of another step"
+
+
+def test_a_checkpoint_without_averages_begins_them_where_it_stands(tmp_path):
     Trainer(lambda: task(), 0).save(tmp_path)
     trainer = Trainer(lambda: task(), 0, averaging=True)
     trainer.train(10, falling)
     trainer.load(tmp_path)
-    assert torch.equal(trainer.averaged.module[0].weight, trainer.model[0].weight)
+    for average in trainer.averages:
+        assert torch.equal(average.module[0].weight, trainer.model[0].weight)
+
+
+def test_states_of_another_format_or_with_other_averages_are_refused():
+    trainer = Trainer(lambda: task(average_over=(0.25,)), 0, averaging=True)
+    with pytest.raises(ValueError, match=r"holds 1 averages.*asks for 3: keep average_over"):
+        Trainer(lambda: task(), 0, averaging=True).load_state_dict(trainer.state_dict())
+    with pytest.raises(ValueError, match="of format 1, this version reads format 2"):
+        trainer.load_state_dict({**trainer.state_dict(), "format": 1})
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
@@ -358,7 +431,10 @@ def test_evaluation_changes_nothing():
     first = trainer.evaluate()
     trainer.evaluate(averaged=True)
     trainer.evaluate((X, Y))
-    assert_same(trainer.state_dict(), before)
+    after = trainer.state_dict()
+    assert before.pop("best_average") is None
+    assert after.pop("best_average") in (0, 1, 2)  # what was found
+    assert_same(after, before)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert trainer.evaluate() == first
     assert trainer.model.training

@@ -151,9 +151,9 @@ def test_no_step_waits_for_the_device(averaging: bool, data_dir: str) -> None:
         train(ours, 7)  # within the epoch: its order is sent at its start
     assert ours.step == 7
     assert waits.found == []
-    if ours.averaged is not None:  # what it takes the place of
+    if ours.averages:  # what it takes the place of
         with waits:
-            ours.averaged.update_parameters(ours.model)
+            ours.averages[0].update_parameters(ours.model)
         assert waits.found
 
 

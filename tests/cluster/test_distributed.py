@@ -103,12 +103,14 @@ def test_two_workers_take_the_steps_of_one(in_a_trial: Callable[[Callable[[], An
     assert loss == pytest.approx(alone.train(9, lr_at), rel=1e-5)
     assert values == pytest.approx(alone.evaluate(), rel=1e-5)
     assert averaged == pytest.approx(alone.evaluate(averaged=True), rel=1e-5)
+    alone_best = alone.best_average
     assert (step, steps_per_epoch) == (12, alone.steps_per_epoch)
     for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(state["model"][name], value)
     alone.train(12, lr_at)
-    for name, value in alone.state_dict()["averaged"].items():
-        torch.testing.assert_close(later["averaged"][name], value)
+    assert state["best_average"] == alone_best
+    for ours, theirs in zip(later["averages"], alone.state_dict()["averages"], strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.slow
