@@ -26,10 +26,9 @@ from typing import Any
 
 from autolrs_ray.plot_data import read_lines
 from experiments.compare_methods import METHODS, Lab, setting
-from experiments.compare_report import hardware, write_report
+from experiments.compare_report import RAY, hardware, write_report
 from experiments.compare_tasks import DEFAULT_TASKS, Task, make_task
 
-RAY_METHODS = ("PBT", "PB2")
 GROUPS = ("main", "ablation", "setting")
 QUICK_METHODS = ("anchored", "anchored, thrifty", "paper", "constant", "constant + averaged weights", "linear",
                  "linear, default LR", "Schedule-Free, default LR", "Prodigy + cosine", "anchored, 2 decades",
@@ -113,11 +112,11 @@ def chosen_methods(names: list[str] | None, quick: bool) -> list[str]:
         if name in GROUPS:
             chosen += [method for method, m in METHODS.items() if m.group == name]
         elif name == "ray":
-            chosen += RAY_METHODS
-        elif name in METHODS or name in RAY_METHODS:
+            chosen += RAY
+        elif name in METHODS or name in RAY:
             chosen.append(name)
         else:
-            known = ", ".join([*GROUPS, "ray", *RAY_METHODS, *METHODS])
+            known = ", ".join([*GROUPS, "ray", *RAY, *METHODS])
             raise ValueError(f"unknown method {name!r}: use one of {known}")
     return chosen
 
@@ -165,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             run_group(arguments, task.name, seed, missing)
     for task in tasks if not arguments.report_only else []:
         seeds = range(arguments.first_seed, arguments.first_seed + task.seeds)
-        todo = [(m, s) for m in methods if m in RAY_METHODS for s in seeds]
+        todo = [(m, s) for m in methods if m in RAY for s in seeds]
         todo = [(m, s) for m, s in todo if (task.name, m, s, setting(task)) not in done]
         if todo:
             run_ray(arguments, task, todo)

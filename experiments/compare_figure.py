@@ -18,8 +18,8 @@ MARKS: dict[str, tuple[str, str, str, bool]] = {
     "linear, default LR": ("linear decay, default LR", GREY, "v", False),
     "cosine": ("cosine, tuned", GREY, "D", True),
     "one-cycle": ("one-cycle, tuned", GREY, "^", True),
-    "quadratic, better of raw and averaged": ("quadratic + averaging, tuned", "#111111", "o", True),
-    "warm-up + quadratic, better of raw and averaged": (
+    "quadratic, best of raw and averaged": ("quadratic + averaging, tuned", "#111111", "o", True),
+    "warm-up + quadratic, best of raw and averaged": (
         "warm-up + quadratic + averaging, tuned",
         "#111111",
         "^",

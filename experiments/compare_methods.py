@@ -312,19 +312,18 @@ def _methods() -> list[Method]:
         Method("constant", "main", partial(tuned, shape="constant"), tuned=True),
         Method("constant + averaged weights", "main", partial(tuned, shape="constant", weights="averaged"), tuned=True),
         Method("linear", "main", partial(tuned, shape="linear"), tuned=True),
-        Method(
-            "linear, better of raw and averaged", "main", partial(tuned, shape="linear", weights="best"), tuned=True
-        ),
+        Method("linear, best of raw and averaged", "main", partial(tuned, shape="linear", weights="best"), tuned=True),
         Method("linear, default LR", "main", partial(untuned, shape="linear")),
         Method("quadratic", "main", partial(tuned, shape="quadratic"), tuned=True),
+        Method("quadratic, best of raw and averaged", "main", partial(tuned, shape="quadratic", weights="best"), True),
         Method(
-            "quadratic, better of raw and averaged", "main", partial(tuned, shape="quadratic", weights="best"), True
-        ),
-        Method(
-            "warm-up + quadratic, better of raw and averaged",
+            "warm-up + quadratic, best of raw and averaged",
             "main",
             partial(tuned, shape="warm-up + quadratic", weights="best"),
             tuned=True,
+        ),
+        Method(
+            "one-cycle, best of raw and averaged", "main", partial(tuned, shape="one-cycle", weights="best"), tuned=True
         ),
         Method("Schedule-Free", "main", _schedule_free_grid, tuned=True),
         Method("Schedule-Free, default LR", "main", _schedule_free_default),
@@ -353,13 +352,13 @@ def _methods() -> list[Method]:
         _anchored("rungs twice as long", **scaled_rungs(2.0)),
         _anchored("1 finalist", finalists=1),
         _anchored("3 branches", branches=3),
+        _anchored("below = 4", below=4.0),
         _anchored("no mercy for laggards", lag=1.0),
         _anchored("no common random numbers", order="per run"),
         Method("paper + quadratic envelope", "ablation", partial(paper, envelope="quadratic"), decades=2),
         Method("paper, doubling stages", "ablation", paper_doubling, decades=2),
         _anchored("warm-up over .1 T", "setting", warmup=0.1),
         _anchored("2 finalists", "setting", finalists=2),
-        _anchored("below = 1", "setting", below=1.0),
         _anchored("lag = 0.3", "setting", lag=0.3),
         _anchored("thrifty's tolerances", "setting", tolerances=THRIFTY_TOLERANCES),
         _anchored("first rung at .08 T", "setting", rungs=RUNGS[2:], tolerances=TOLERANCES[2:]),

@@ -21,6 +21,7 @@ TITLES = {
     "cifar16": "CIFAR-10 at 16 x 16 (SGD)",
     "cifar32": "CIFAR-10 at 32 x 32 (SGD)",
 }
+RAY = ("PBT", "PB2")
 Number = list[float] | None
 
 
@@ -48,7 +49,8 @@ def summarise(
     seeds both have.
 
     A method that has run on at most half of anchored's seeds is left out: its mean would not compare with the others'.
-    earlier: rows of an earlier compare.json; they stay where nothing newer of the task and method is cached.
+    earlier: rows of an earlier compare.json; they stay where nothing newer of the task and method is cached, and there is
+    such a method still.
     """
     by_task: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in cached:
@@ -80,7 +82,7 @@ def summarise(
             ))  # fmt: skip
     fresh = {(row["task"], row["method"]) for row in result}
     ours = {row["task"]: row["test_losses"] for row in result if row["method"] == "anchored"}
-    kept = [row for row in earlier if (row["task"], row["method"]) not in fresh]
+    kept = [row for row in earlier if (row["task"], row["method"]) not in fresh and row["method"] in {*methods, *RAY}]
     return [_against(row, ours[row["task"]]) if row["task"] in ours else row for row in kept] + result
 
 

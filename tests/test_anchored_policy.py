@@ -809,7 +809,7 @@ def test_short_runs_end_too(total):
 def test_a_thorough_race_gives_slow_lrs_time_and_options_go_before_it():
     thrifty, thorough = anchored(finalists=2), make_policy("anchored", 200, finalists=5)
     assert (thrifty.below, thrifty.early, thrifty.finalists) == (0.25, 0.08, 2)
-    assert (thorough.below, thorough.early, thorough.finalists) == (4.0, 0.32, 5)
+    assert (thorough.below, thorough.early, thorough.finalists) == (0.5, 0.32, 5)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.1])

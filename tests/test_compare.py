@@ -248,6 +248,8 @@ def test_earlier_rows_stay_until_newer_ones_come_and_newer_ones_are_paired_with_
     again = {row["method"]: row for row in summarise(newer, METHODS, list(found.values()))}
     assert again["PBT"]["minus_anchored"] == [1.5, 0.0], "earlier rows are compared with the newer anchored"
     assert again["PBT"]["test_losses"] == found["PBT"]["test_losses"]
+    gone = [{**row, "method": "linear, an older name"} for row in earlier]
+    assert "linear, an older name" not in {row["method"] for row in summarise(newer, METHODS, gone)}
 
 
 def test_a_line_cut_short_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class AnchoredPolicy(RaceField):
 
     envelope: EnvelopeSpec = "quadratic"
     finalists: int = 3
-    below: float = 4.0
+    below: float = 0.5
     lag: float = 0.1
     early: float = 0.32
     averaging: bool = True
