@@ -128,9 +128,9 @@ def test_finalists_cap_the_field_by_score():
 
 
 @pytest.mark.parametrize("total", [200, 1220, 1230, 50, 10])
-def test_no_more_than_the_finalists_go_past_a_third_of_the_run(total):
+def test_no_more_than_the_finalists_go_past_a_sixth_of_the_run(total):
     policy = anchored(total, num_lrs=6, finalists=2)
-    late = round(0.32 * total)
+    late = round(0.16 * total)
     passed = set()
 
     def losses(lr, step):

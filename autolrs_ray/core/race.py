@@ -22,7 +22,7 @@ from autolrs_ray.core.plan import (
 )
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
 from autolrs_ray.core.race_field import RaceField
-from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, leader_of, losers, steps_of_progress
+from autolrs_ray.core.rungs import FINALISTS_FROM, FLATTERED_UNTIL, Trunk, leader_of, losers, steps_of_progress
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.core.surrogate import bin_centred_grid
 
@@ -36,7 +36,7 @@ class AnchoredPolicy(RaceField):
 
     below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
     stays that has come as far as the leader had at this fraction of its progress (1: off): small LRs are slow, not bad.
-    finalists: trunks that may go past 0.32 T.
+    finalists: trunks that may go past 0.16 T.
     averaging: score trunks on averaged weights where they are reported. reports: validation points up to each boundary
     before `early` * T, twice as many up to the first; later one.
     commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
@@ -254,7 +254,7 @@ class AnchoredPolicy(RaceField):
         """Whether even the leader is no better off than at its first report, and a lower LR, dropped since, was better:
         then that one was dropped wrongly, for being slow while the rise hid that the leader's LR is too large. Early on
         only: later, a model that learns its data by heart is as badly off, at any LR."""
-        if not (self.warmup_steps and leader.curve and rung < self._finalists_from):
+        if not (self.warmup_steps and leader.curve and rung < round(FLATTERED_UNTIL * self.total_steps)):
             return False
         score = leader.scores[rung]
         fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < leader.lr and t.parent is None]
@@ -267,7 +267,7 @@ class AnchoredPolicy(RaceField):
                 self._end(self.trunks.index(leader), "diverged")
         if not field:
             return
-        late = rung >= self._finalists_from or rung == self.plan.rungs[-1]
+        late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
         since = None
         if self._is_early(rung) and self.lag < 1.0:
             since = steps_of_progress(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from autolrs_ray.core.plan import LogInterval, RacePlan
 from autolrs_ray.core.race_state import RaceState
-from autolrs_ray.core.rungs import FINALISTS_FROM, Trunk, infill
+from autolrs_ray.core.rungs import FORK_FROM, Trunk, infill
 from autolrs_ray.core.surrogate import bin_centred_grid
 
 
@@ -43,14 +43,9 @@ class RaceField(RaceState):
     # -- branches ------------------------------------------------------------------------------------------------------
 
     @property
-    def _finalists_from(self) -> int:
-        """Step from which only finalists go on."""
-        return round(FINALISTS_FROM * self.total_steps)
-
-    @property
     def _fork_step(self) -> int | None:
         """Where branches begin; None if there are to be none, or the last rung comes before."""
-        late = [rung for rung in self.plan.rungs if rung >= self._finalists_from]
+        late = [rung for rung in self.plan.rungs if rung >= round(FORK_FROM * self.total_steps)]
         return late[0] if late and self.branches else None
 
     def _forked(self) -> bool:

@@ -11,8 +11,14 @@ import numpy as np
 
 from autolrs_ray.core import surrogate
 
-FINALISTS_FROM = 0.32
+FINALISTS_FROM = 0.16
 """Fraction of the run after which at most `finalists` trunks go on."""
+
+FORK_FROM = 0.32
+"""Branches begin at the first rung at or past this fraction of the run."""
+
+FLATTERED_UNTIL = 0.32
+"""Fraction of the run before which a leader may turn out to be no better than the warm-up had made it look."""
 
 
 @dataclass(eq=False)
