@@ -17,7 +17,6 @@ from autolrs_ray.schedule import committed_rows
 from autolrs_ray.storage import local_copy
 
 Row = dict[str, Any]
-AVERAGED = "averaged_loss"
 REPORTS_FILE = "result.json"  # Tune's, one in every trial's folder
 
 
@@ -101,6 +100,11 @@ class RunData:
     @property
     def metric(self) -> str:
         return str(self.config["metric"])
+
+    @property
+    def averaged(self) -> str:
+        """Result key of the metric of averaged weights."""
+        return str(self.config.get("averaged_metric", "averaged_loss"))
 
     @property
     def sign(self) -> float:
@@ -187,7 +191,7 @@ class RunData:
     def _loss_row(self, step: int, event: Row) -> Row:
         """A report of the losses in `event`, as the trial made it."""
         row = {self.clock: step, "timestamp": event.get("time")}
-        for key, value in ((self.metric, event.get("loss")), (AVERAGED, event.get("averaged_loss"))):
+        for key, value in ((self.metric, event.get("loss")), (self.averaged, event.get("averaged_loss"))):
             if value is not None:
                 row[key] = self.sign * value
         return row
@@ -226,15 +230,16 @@ class RunData:
         return [row for row in self.rows(next(chosen, "")) if commit["start"] < row[self.clock] <= taken_up]
 
     def scores(self) -> dict[str, dict[int, float]]:
-        """Anchored: arm -> {step: the metric the race looks at, of averaged weights where they are reported}."""
-        averaging = self.config["options"].get("averaging", True)
+        """Anchored: arm -> {step: the metric the race looks at, of raw or averaged weights, whichever are better}."""
+        keys = [self.metric, self.averaged] if self.config["options"].get("averaging", True) else [self.metric]
         found: dict[str, dict[int, float]] = {}
         for arm in {*self.reports, *self._journalled}:
-            rows = self.rows(arm)
-            key = AVERAGED if averaging and any(AVERAGED in row for row in rows) else self.metric
-            steps, values = series(rows, self.clock, key)
-            if steps:
-                found[arm] = {int(step): value for step, value in zip(steps, values, strict=True)}
+            points: dict[int, float] = {}
+            for key in keys:
+                for step, value in zip(*series(self.rows(arm), self.clock, key), strict=True):
+                    points[int(step)] = min(points.get(int(step), value), value, key=lambda x: self.sign * x)
+            if points:
+                found[arm] = points
         for event in self.events("rung"):
             found.setdefault(event["arm"], {})[event["step"]] = self.sign * event["score"]
         return {arm: dict(sorted(points.items())) for arm, points in sorted(found.items())}

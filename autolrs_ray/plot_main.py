@@ -7,12 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 from autolrs_ray.core.plan import ENVELOPES
-from autolrs_ray.plot_data import AVERAGED, RunData, series
+from autolrs_ray.plot_data import RunData, series
 from autolrs_ray.plot_style import LR, STEPS, count_steps, legend_below, mark_steps, new_figure, scale_loss
 from autolrs_ray.schedule import LearnedSchedule
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
+AVERAGED = "averaged_loss"
 NAMES = {"train_loss": "training loss", "val_loss": "validation loss", AVERAGED: "validation loss, averaged weights"}
 _LOOKS = {"train_loss": ("C5", 1.2), "val_loss": ("C1", 1.6), AVERAGED: ("C0", 2.4)}
 
@@ -24,7 +25,7 @@ def boundary_label(data: RunData) -> str:
 def loss_figure(data: RunData) -> Any | None:
     """Training and validation loss of the main run against optimizer steps; None if nothing was reported."""
     rows = data.main_rows()
-    keys = ["train_loss", data.metric, AVERAGED]
+    keys = ["train_loss", data.metric, data.averaged]
     if data.sign < 0:  # a metric to be maximised is no loss: draw the validation loss instead, if there is one
         keys = ["train_loss", "val_loss"] if any("val_loss" in row for row in rows) else [data.metric]
     curves = [(key, *series(rows, data.clock, key)) for key in dict.fromkeys(keys)]

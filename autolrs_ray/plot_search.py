@@ -226,7 +226,7 @@ def race_figure(data: RunData) -> Any | None:
         axes.set_ylim(top=edge + 0.1 * abs(edge))
     _mark_rungs(axes, data)
     averaged = any(event.get("averaged_loss") is not None for event in data.events("rung"))
-    score = NAMES.get(data.metric, data.metric) + (" of averaged weights" if averaged else "")
+    score = NAMES.get(data.metric, data.metric) + (", raw or averaged weights" if averaged else "")
     axes.set(xlabel=f"{STEPS}, log scale", ylabel=score + added, xscale="log")
     axes.set_title("The race of learning rates; above every rung: how many go on", pad=20)
     plain_log(axes.xaxis, grouped=True)

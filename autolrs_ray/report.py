@@ -97,7 +97,11 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
     else:
         lr = (f"{number(min(lrs), 3)} to {number(max(lrs), 3)}", "learning rates", f"{len(lrs)} pieces")
     when = "final" if found["done"] else "so far"
-    value = (number(found["value"]), data.metric, f"{when}, of averaged weights" if _averaged(data) else when)
+    value = (
+        number(found["value"]),
+        data.metric,
+        f"{when}, of {data.result.weights} weights" if _averaged(data) else when,
+    )
     totals = found["totals"]
     compute = ("–" if totals["compute"] is None else f"{totals['compute']:.2f} T", "compute", "T: one plain training")
     wall = (seconds(totals["wall_s"]), "wall-clock", f"{number(totals['main_steps'])} steps")
@@ -105,7 +109,7 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
 
 
 def _averaged(data: RunData) -> bool:
-    """True where the race looked at the loss of averaged weights: then that is what scores and the final value are."""
+    """True where the race looked at averaged weights too: scores and the final value are of the better of both."""
     return data.anchored and any(event.get("averaged_loss") is not None for event in data.events("rung"))
 
 

@@ -42,7 +42,8 @@ class AutoLRSSearch(Searcher):
     lr_interval: (min, max); None takes it from ``param_space={"lr": tune.loguniform(min, max)}``, else the policy's own
     default. metric, mode: the validation metric ("val_loss", "min"); None takes TuneConfig's.
     time_attr: result key with the optimizer steps done, restored from checkpoints. train_metric, averaged_metric: result
-    keys of the mean training loss and of the loss of averaged weights, used where they are reported.
+    keys of the mean training loss and of the metric of averaged weights, used where they are reported (None: the metric's, with
+    "averaged_" before it or in place of "val_": of "val_loss" that is "averaged_loss").
     slots: trials at the same time; None: as many as the cluster holds, and where it starts nodes by itself, as many as the
     policy can use. policy="paper" plans its probes for the slots a run began with, or may grow to, whatever nodes come and go;
     resumed with another value of `slots`, it plans them anew.
@@ -71,7 +72,7 @@ class AutoLRSSearch(Searcher):
         mode: str | None = None,
         time_attr: str = "step",
         train_metric: str = "train_loss",
-        averaged_metric: str = "averaged_loss",
+        averaged_metric: str | None = None,
         seed: int = 0,
         slots: int | None = None,
         resume: bool | str = False,
@@ -86,7 +87,8 @@ class AutoLRSSearch(Searcher):
             raise ValueError(f'resume must be False, True or "auto", got {resume!r}')
         require_bool("extend", extend)
         for name, key in (("metric", "val_loss" if metric is None else metric), ("time_attr", time_attr),
-                          ("train_metric", train_metric), ("averaged_metric", averaged_metric)):  # fmt: skip
+                          ("train_metric", train_metric),
+                          ("averaged_metric", "averaged" if averaged_metric is None else averaged_metric)):  # fmt: skip
             if not isinstance(key, str) or not key:
                 raise TypeError(f"{name} must be the name of a result key, got {key!r}")
         if slots is not None:
@@ -142,6 +144,10 @@ class AutoLRSSearch(Searcher):
     @property
     def loss_key(self) -> str:
         return self.metric or "val_loss"
+
+    @property
+    def averaged_key(self) -> str:
+        return self.averaged_metric or f"averaged_{self.loss_key.removeprefix('val_')}"
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Take metric and mode from TuneConfig and the interval from ``param_space["lr"]``."""
@@ -267,7 +273,7 @@ class AutoLRSSearch(Searcher):
         described = dict(
             total_steps=self.total_steps, policy=self.policy_name, lr_interval=self.lr_interval, metric=self.loss_key,
             mode=self.mode or "min", time_attr=self.time_attr, train_metric=self.train_metric,
-            averaged_metric=self.averaged_metric, seed=self.seed, options=options, slots=self.max_slots,
+            averaged_metric=self.averaged_key, seed=self.seed, options=options, slots=self.max_slots,
         )  # fmt: skip
         return json.loads(json.dumps(described))  # type: ignore[no-any-return]
 
@@ -376,7 +382,7 @@ class AutoLRSSearch(Searcher):
     def point(self, result: dict[str, Any], arm: str, first: bool) -> Point:
         """The report of `arm` as a Point; raises ValueError or TypeError that says how to mend the trainable."""
         sign = -1.0 if self.mode == "max" else 1.0
-        keys = ReportKeys(self.time_attr, self.loss_key, self.train_metric, self.averaged_metric)
+        keys = ReportKeys(self.time_attr, self.loss_key, self.train_metric, self.averaged_key)
         return point_of(result, self.segments[arm], keys, sign, first)
 
     # -- Tune's snapshots ----------------------------------------------------------------------------------------------

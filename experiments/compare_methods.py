@@ -68,7 +68,6 @@ class Lab:
     def trainer(
         self,
         averaging: bool = True,
-        raw: bool = False,
         train_losses: bool = False,
         order: str = "common",
         averages: int | None = None,
@@ -83,14 +82,14 @@ class Lab:
                 lambda: self.test_data,
             )
         trainer = self._trainers[order]
-        trainer.averaging, trainer.raw, trainer.train_losses = averaging, raw, train_losses
+        trainer.averaging, trainer.train_losses = averaging, train_losses
         trainer.averages = averages
         trainer.reset()
         return trainer
 
     def outcome(self, trainer: MemoTrainer, weights: str, compute: float, wall: float, **fields: Any) -> Outcome:
         """Read the test split for the state `trainer` is in. weights "best": the better on validation."""
-        losses = {name: trainer.validation(name == "averaged")["loss"] for name in _candidates(weights)}
+        losses = {name: trainer.evaluate(averaged=name == "averaged")["loss"] for name in _candidates(weights)}
         chosen = min(losses, key=lambda name: _finite(losses[name]))
         test = trainer.evaluate_test(chosen == "averaged")
         return Outcome(test["loss"], test.get("accuracy"), losses[chosen], compute, wall, weights=chosen, **fields)
@@ -142,7 +141,9 @@ def tuned(lab: Lab, shape: str, weights: str = "raw") -> Outcome:
     found = []
     for lr in grid:
         trainer = _train(lab, shape, lr)
-        found.append((min(_finite(trainer.validation(w == "averaged")["loss"]) for w in _candidates(weights)), lr))
+        found.append(
+            (min(_finite(trainer.evaluate(averaged=w == "averaged")["loss"]) for w in _candidates(weights)), lr)
+        )
     lr = min(found)[1]
     edge = lr in (grid[0], grid[-1])
     return lab.outcome(_train(lab, shape, lr), weights, float(len(grid)), 1.0, lr=lr, extra={"edge": edge})
@@ -238,7 +239,7 @@ def paper(lab: Lab, decades: int = 2, slots: int = SLOTS, **options: Any) -> Out
     options = {"stage_steps": tau, "max_stage_steps": tau, "probe_reports": task.probe_reports, **options}
     policy = make_policy("paper", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
     doubling = options["max_stage_steps"] > options["stage_steps"]  # only then is the training loss read
-    trainer = lab.trainer(averaging=False, raw=True, train_losses=doubling)
+    trainer = lab.trainer(averaging=False, train_losses=doubling)
     run = run_slots(policy, trainer, slots)
     lrs = [event["lr"] for event in run.events if event["event"] == "commit"]
     return lab.outcome(trainer, "raw", run.steps / task.steps, run.clock / task.steps, extra={"lrs": lrs})
@@ -264,7 +265,7 @@ def anchored(
     options = {"reports": task.reports, "commits": task.commits, **options}
     policy = make_policy("anchored", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
     averaging = options.get("averaging", True)
-    trainer = lab.trainer(averaging=averaging, raw=not averaging, order=order, averages=averages)
+    trainer = lab.trainer(averaging=averaging, order=order, averages=averages)
     run = run_slots(policy, trainer, slots)
     last = run.events[-1]
     kept = {event["step"] / task.steps: event["kept"] for event in run.events if event["event"] == "decision"}

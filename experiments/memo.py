@@ -83,9 +83,8 @@ class MemoTrainer:
     """Looks like a Trainer to `run_local` and `run_slots`.
 
     make: builds the real trainer (averaging=True), called at the first miss. root: names task, seed and everything else
-    that the real trainer depends on. raw: False returns NaN for the loss of the raw weights, where nobody reads it.
-    train_losses: False does the same for the training loss. averages: how many of the task's averages count, the first ones
-    (None: all).
+    that the real trainer depends on. train_losses: False returns NaN for the training loss, where nobody reads it.
+    averages: how many of the task's averages count, the first ones (None: all).
     """
 
     def __init__(
@@ -95,11 +94,10 @@ class MemoTrainer:
         root: str,
         test_data: Callable[[], tuple[Tensor, Tensor]],
         averaging: bool = True,
-        raw: bool = True,
         train_losses: bool = False,
     ) -> None:
         self._make, self._memo, self._test_data = make, memo, test_data
-        self.averaging, self.raw, self.train_losses = averaging, raw, train_losses
+        self.averaging, self.train_losses = averaging, train_losses
         self.averages: int | None = None
         self._root = hashlib.blake2b(root.encode(), digest_size=16).digest()
         self._real: Trainer | None = None
@@ -181,10 +179,6 @@ class MemoTrainer:
         """As the Trainer's, on the validation data only."""
         if data is not None:
             raise ValueError("this trainer evaluates on its own validation data; use evaluate_test for the test split")
-        return self.validation(averaged) if averaged or self.raw else {"loss": float("nan")}
-
-    def validation(self, averaged: bool) -> dict[str, float]:
-        """The validation metrics, whatever `raw` says."""
         found = self._look_up("val", averaged)
         return found[self._best_average()] if averaged else found[0]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import math
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -58,8 +57,6 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
         run.steps += trainer.step - step
         averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
         point = Point(trainer.step, trainer.evaluate()["loss"], train_loss, averaged)
-        if trainer.averaging and averaged is not None and not math.isfinite(point.loss):
-            point = Point(trainer.step, averaged, train_loss, averaged)  # the raw loss was not read
         verdict = policy.report(segment.arm, point)
         state = copy.deepcopy(trainer.state_dict())
         if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):

@@ -65,7 +65,7 @@ def drive(policy, losses, can_save=True, every=None):
 
 def test_the_rungs_and_tolerances_are_those_measured():
     assert RULE == [(0.02, 0.10), (0.04, 0.07), (0.08, 0.05), (0.16, 0.03), (0.32, 0.02), (0.5, 0.01), (0.75, 0.005)]
-    assert (0.4, 0.2, *THRIFTY_TOLERANCES[2:]) == TOLERANCES
+    assert (3.2, 1.6, *THRIFTY_TOLERANCES[2:]) == TOLERANCES
 
 
 @pytest.mark.parametrize(("rung", "tolerance"), RULE)
@@ -161,14 +161,26 @@ def test_who_is_alive_at_the_end_is_chosen_on_the_final_score():
     assert low < high
 
 
-def test_the_averaged_loss_is_the_score_where_it_is_reported():
-    averaged, raw = (anchored(100, num_lrs=2, averaging=averaging) for averaging in (True, False))
-    for policy in (averaged, raw):
-        for trunk, loss in zip(policy.trunks, (1.0, 2.0), strict=True):
-            arm = f"t{policy.trunks.index(trunk):02d}"
-            policy.report(arm, Point(2, loss, None, 3.0 - loss))
-    assert [trunk.status for trunk in averaged.trunks] == ["dropped", "open"]
-    assert [trunk.status for trunk in raw.trunks] == ["open", "dropped"]
+@pytest.mark.parametrize(("averaging", "scores", "kept"), [(True, [1.0, 0.5], 1), (False, [1.0, 2.0], 0)])
+def test_the_score_is_of_raw_or_averaged_weights_whichever_are_better(averaging, scores, kept):
+    policy = anchored(100, num_lrs=2, averaging=averaging)
+    policy.report("t00", Point(2, 1.0, None, 1.5))
+    policy.report("t01", Point(2, 2.0, None, 0.5))
+    assert [trunk.scores[2] for trunk in policy.trunks] == scores
+    assert [trunk.status == "open" for trunk in policy.trunks] == [kept == 0, kept == 1]
+
+
+@pytest.mark.parametrize(("raw", "averaged", "score"), [(math.nan, 1.0, 1.0), (1.0, math.inf, 1.0), (3.0, None, 3.0)])
+def test_weights_whose_loss_is_not_finite_are_not_the_better_ones(raw, averaged, score):
+    policy = anchored(100, num_lrs=2)
+    policy.report("t00", Point(2, raw, None, averaged))
+    assert policy.trunks[0].scores == {2: score}
+
+
+def test_a_trunk_has_diverged_where_neither_loss_is_finite():
+    policy = anchored(100, num_lrs=2)
+    policy.report("t00", Point(2, math.nan, None, math.inf))
+    assert policy.trunks[0].status == "diverged"
 
 
 def test_a_rungs_score_is_the_mean_of_its_last_quarter_of_reports():

@@ -74,12 +74,12 @@ def test_memo_trainer_takes_the_average_that_is_best_on_validation_data_of_those
             trainer.reset()
             trainer.train(60, lambda step, lr=lr: lr)  # type: ignore[misc]
         memo.averages = None
-        assert memo.validation(averaged=True) == plain.evaluate(averaged=True)
+        assert memo.evaluate(averaged=True) == plain.evaluate(averaged=True)
         test = task.split(0)["test"]
         assert memo.evaluate_test(averaged=True) == plain.evaluate(test, averaged=True)
         assert memo.evaluate_test(averaged=False) == plain.evaluate(test)
         memo.averages = 1
-        assert memo.validation(averaged=True) == plain.evaluate_averages()[0]
+        assert memo.evaluate(averaged=True) == plain.evaluate_averages()[0]
         assert memo.evaluate_test(averaged=True) == plain.evaluate_averages(test)[0]
         best.add(plain.best_average)
     assert len(best) > 1, "one average is the best at any learning rate"

@@ -19,6 +19,7 @@ from autolrs_ray._ray import keep_actors_warm, use_idle_workers
 from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.local import run_local
+from autolrs_ray.plot_data import RunData
 from autolrs_ray.training import Trainer
 from tests.tasks import build_tiny
 from tests.trainables import ClassTrainable, function_trainable
@@ -224,6 +225,30 @@ def test_fractional_gpus_share_and_a_metric_to_maximise(tmp_path: Path) -> None:
     assert -1.0 <= result.loss <= -0.5
     probes = [event for event in result.events if event["event"] == "probe"]
     assert all(-1.0 <= loss <= 0.0 for event in probes for loss in event["losses"])
+
+
+def test_a_race_for_the_highest_accuracy_looks_at_that_of_raw_and_averaged_weights(tmp_path: Path) -> None:
+    result = autolrs_ray.run(
+        build_tiny, 200, storage_path=tmp_path, name="run", metric="val_accuracy", mode="max", lr_interval=(1e-4, 1.0),
+        num_lrs=4, progress=False,
+    )  # fmt: skip
+    rungs = [event for event in result.events if event["event"] == "rung"]
+    data = RunData.load(result.folder)
+    for event in rungs:
+        (row,) = (row for row in data.rows(event["arm"]) if row["step"] == event["step"])
+        assert (-event["loss"], -event["averaged_loss"]) == (row["val_accuracy"], row["averaged_accuracy"])
+    last = result.rows[-1]
+    assert result.loss == min(last["loss"], last["averaged_loss"]) <= -0.6
+
+
+@pytest.mark.parametrize(
+    ("metric", "named", "key"),
+    [(None, None, "averaged_loss"), ("val_loss", None, "averaged_loss"), ("val_accuracy", None, "averaged_accuracy"),
+     ("loss", None, "averaged_loss"), ("val_loss", "ema_loss", "ema_loss")],
+)  # fmt: skip
+def test_the_metric_of_averaged_weights_is_named_after_the_metric(metric: str, named: str, key: str) -> None:
+    search = AutoLRSSearch(100, metric=metric, averaged_metric=named)
+    assert search.averaged_key == search.describe()["averaged_metric"] == key
 
 
 def test_run_continues_where_it_was_and_refuses_other_settings(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ class StagePlan:
 RUNGS: tuple[float, ...] = (0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.75)
 """Fractions of the total steps at which the race compares its trunks."""
 
-TOLERANCES: tuple[float, ...] = (0.4, 0.2, 0.05, 0.03, 0.02, 0.01, 0.005)
+TOLERANCES: tuple[float, ...] = (3.2, 1.6, 0.05, 0.03, 0.02, 0.01, 0.005)
 """How much worse than the leader (relative score) an LR above it may be at each rung and still go on. While the warm-up
 lasts, scores say little about what an LR is worth at its peak: the first two rungs drop what is hopeless."""
 

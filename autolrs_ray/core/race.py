@@ -37,8 +37,8 @@ class AnchoredPolicy(RaceField):
     below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
     stays that has come as far as the leader had at this fraction of its progress (1: off): small LRs are slow, not bad.
     finalists: trunks that may go past 0.16 T.
-    averaging: score trunks on averaged weights where they are reported. reports: validation points up to each boundary
-    before `early` * T, twice as many up to the first; later one.
+    averaging: score trunks on the better of raw and averaged weights where both are reported. reports: validation points up to
+    each boundary before `early` * T, twice as many up to the first; later one.
     commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
     times that, tried from the leader's own state after the first rung at or past 0.32 T; the rungs after it decide.
     warmup: fraction of the run over which a linear rise is a factor beside the envelope (0: none).
@@ -207,7 +207,10 @@ class AnchoredPolicy(RaceField):
         return Verdict.PAUSE if behind or self._is_ahead(point.step) else Verdict.SAVE
 
     def _score(self, point: Point) -> float:
-        return point.averaged_loss if self.averaging and point.averaged_loss is not None else point.loss
+        """Of the raw or the averaged weights, whichever are better: one of them is the final model."""
+        if not self.averaging or point.averaged_loss is None:
+            return point.loss
+        return min((point.loss, point.averaged_loss), key=lambda loss: loss if math.isfinite(loss) else math.inf)
 
     def _score_rung(self, index: int, rung: int, points: list[Point]) -> None:
         since = [self._score(point) for point in points]
