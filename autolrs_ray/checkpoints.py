@@ -20,6 +20,9 @@ MANIFEST_FILE = "manifest.json"
 PICKLE_FILE = "_dict_checkpoint.pkl"
 """Where Tune keeps what a `save_checkpoint` returned as a dict. Tune unpickles it, and so executes it, wherever it lies."""
 
+FORMAT = 2
+"""Of a Trainer's state: 2 since it holds several averages."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, cut short or altered."""
@@ -124,6 +127,15 @@ def read_checkpoint(folder: str | os.PathLike[str], device: torch.device | str =
     except Exception as error:  # torch.load raises many types for a hostile or foreign file
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
     return state
+
+
+def require_format(state: dict[str, Any]) -> None:
+    """Raise ValueError where `state`, a Trainer's, was written by a version of another format."""
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"the state is of format {state.get('format')}, this version reads format {FORMAT}: end the run with the "
+            "version that began it, or begin anew under another name"
+        )
 
 
 def _sha256(path: Path) -> str:

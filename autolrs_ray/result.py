@@ -63,14 +63,16 @@ class RunResult:
     def model_state(self) -> dict[str, Any]:
         """The final model's state_dict on the CPU, of the weights named by `weights`; for runs of a TrainingTask.
 
-        Raises ValueError if the run has no checkpoint yet, CheckpointError if it cannot be read.
+        Raises ValueError if the run has no checkpoint yet or one of another version's format, CheckpointError if it cannot be
+        read.
         """
-        from autolrs_ray.checkpoints import read_checkpoint
+        from autolrs_ray.checkpoints import read_checkpoint, require_format
 
         if self.checkpoint is None:
             raise ValueError(f"the run in {self.folder} has committed no checkpoint yet")
         with local_copy(self.checkpoint) as folder:
             state = read_checkpoint(folder)
+        require_format(state)
         if self.weights == "raw":
             return dict(state["model"])
         prefix = "module."  # torch's AveragedModel wraps the model under this name

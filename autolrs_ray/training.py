@@ -20,15 +20,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset, default_collate
 
-from autolrs_ray.checkpoints import read_checkpoint, snapshot, write_checkpoint
+from autolrs_ray.checkpoints import FORMAT, read_checkpoint, require_format, snapshot, write_checkpoint
 from autolrs_ray.core.plan import require_float, require_tuple
 
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
 """(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
-
-FORMAT = 2
-"""Of a state: 2 since it holds several averages."""
 
 _EPOCH, _STEP, _AUGMENT, _VALIDATION = 0, 1, 2, 3  # streams of the counter-based random numbers
 
@@ -334,11 +331,7 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("format") != FORMAT:
-            raise ValueError(
-                f"the state is of format {state.get('format')}, this version reads format {FORMAT}: end the run with the "
-                "version that began it, or begin anew under another name"
-            )
+        require_format(state)
         self._load(state["model"], state["optimizer"], state["step"])
         averages = state["averages"] if self.averaging else []
         if averages and len(averages) != len(self.averages):

@@ -166,5 +166,5 @@ def test_the_costs_named_for_the_example_are_those_it_prints(capsys: pytest.Capt
     execute(page, {})
     printed = re.findall(r"at most (\S+) T of compute", capsys.readouterr().out)
     text = page.read_text().split("```")[2]
-    assert printed == ["5.9", "5.2", "1.9", "2.7"]
+    assert printed == ["4.4", "3.6", "1.9", "2.7"]
     assert [cost for cost in printed if f"{cost} T" not in text] == []
