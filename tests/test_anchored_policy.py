@@ -143,6 +143,32 @@ def test_no_more_than_the_finalists_go_past_a_sixth_of_the_run(total):
     assert len(passed) <= 2
 
 
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        ({}, 3),
+        (dict(num_lrs=4), 3),
+        (dict(num_lrs=17), 5),
+        (dict(infill=5), 5),
+        (dict(num_lrs=24), 6),
+        (dict(finalists=2), 2),
+    ],
+)
+def test_a_denser_field_has_more_finalists_unless_it_is_told_how_many(options, places):
+    """The leader's neighbours would take all places, and the LR below them that wins in the end be dropped."""
+    policy = make_policy("anchored", 1000, **options)
+    before = set()
+
+    def losses(lr, step):
+        if step > 160:
+            before.add(lr)
+        return 1.0 + 1e-6 * lr
+
+    drive(policy, losses)
+    assert len(before) == min(places, policy.num_lrs)
+    assert policy.cost(100)[0] == pytest.approx(len(policy.trunks) * 0.16 + min(places, len(policy.trunks)) * 0.84)
+
+
 def test_finalists_cap_at_the_last_rung_of_a_short_list():
     policy = anchored(100, num_lrs=6, finalists=1, rungs=(0.1, 0.2), tolerances=(0.5, 0.5))
     past = set()

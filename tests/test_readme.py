@@ -36,6 +36,8 @@ ROWS = {
     "linear decay, *tuned*": "linear",
     "quadratic decay, *tuned*, best of raw and averaged weights": "quadratic, best of raw and averaged",
     "our own shape (warm-up and quadratic), *tuned*, likewise": "warm-up + quadratic, best of raw and averaged",
+    "linear decay, *tuned*, likewise": "linear, best of raw and averaged",
+    "one-cycle, *tuned*, likewise": "one-cycle, best of raw and averaged",
     "one-cycle, *tuned*": "one-cycle",
     "Schedule-Free, *tuned*": "Schedule-Free",
     "Ray Tune's PBT, 12 trials, 3 seeds": "PBT",

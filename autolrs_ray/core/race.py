@@ -36,7 +36,8 @@ class AnchoredPolicy(RaceField):
 
     below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
     stays that has come as far as the leader had at this fraction of its progress (1: off): small LRs are slow, not bad.
-    finalists: trunks that may go past 0.16 T.
+    finalists: trunks that may go past 0.16 T (None: three, or a quarter of a field of more than twelve: in a denser one the
+    leader's neighbours would take all places).
     averaging: score trunks on the better of raw and averaged weights where both are reported. reports: validation points up to
     each boundary before `early` * T, twice as many up to the first; later one.
     commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
@@ -45,7 +46,7 @@ class AnchoredPolicy(RaceField):
     """
 
     envelope: EnvelopeSpec = "quadratic"
-    finalists: int = 3
+    finalists: int | None = None
     below: float = 0.5
     lag: float = 0.1
     early: float = 0.32
@@ -57,9 +58,11 @@ class AnchoredPolicy(RaceField):
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_lrs", "finalists", "reports", "commits", "concurrency"):
+        for name in ("num_lrs", "reports", "commits", "concurrency"):
             require_int(name, getattr(self, name), 1)
         require_int("infill", self.infill, 0)
+        if self.finalists is not None:
+            require_int("finalists", self.finalists, 1)
         require_int("branches", self.branches, 0)
         require_bool("averaging", self.averaging)
         require_float("below", self.below, 0.0, math.inf)
@@ -125,8 +128,13 @@ class AnchoredPolicy(RaceField):
         """Whether a trunk at `step` waits for the others: it has passed two rungs that are not decided yet."""
         return sum(rung <= step for rung in self.plan.rungs) > self.decided + 1
 
+    @property
+    def _places(self) -> int:
+        """How many trunks may go on as finalists."""
+        return max(3, -(-(self.num_lrs + self.infill) // 4)) if self.finalists is None else self.finalists
+
     def cost(self, slots: int) -> tuple[float, float]:
-        trunks, late = self.num_lrs + self.infill, min(self.finalists, self.num_lrs + self.infill)
+        trunks, late = self.num_lrs + self.infill, min(self._places, self.num_lrs + self.infill)
         waves, last = -(-trunks // max(1, slots)), -(-late // max(1, slots))
         early = FINALISTS_FROM
         more = 0.0 if self._fork_step is None else self.branches * (1.0 - self._fork_step / self.total_steps)
@@ -276,7 +284,7 @@ class AnchoredPolicy(RaceField):
             since = steps_of_progress(
                 self.lag, rung, lambda step: lr_factor(self.envelope, step, self.total_steps, self.warmup_steps)
             )
-        out = losers(field, rung, tolerance, self.below, self.finalists if late else None, since)
+        out = losers(field, rung, tolerance, self.below, self._places if late else None, since)
         for trunk in out:
             trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead
             self._end(self.trunks.index(trunk), "dropped")
