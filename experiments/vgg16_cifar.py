@@ -54,7 +54,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
     **{name: ENVELOPES[name] for name in ("linear", "cosine", "constant")},
     "multistep": multistep,
 }
-AVERAGED = ("constant",)  # the final model is the average over the last quarter: a constant LR alone is no control
+AVERAGED = ("constant",)  # the final model is the best of the averages: a constant LR alone is no control
 
 
 @dataclass(frozen=True)

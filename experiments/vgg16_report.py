@@ -23,8 +23,8 @@ LEGEND = """
 Mean ± standard error over seeds; every choice (LR, winner of the race, raw or averaged weights) is made on validation
 images, and the accuracy is the last model's, on the 10,000 test images, read once for each final model. compute: optimizer
 steps of all trials over those of one training. images/s: training images of all trials over the minutes, evaluations of
-the search included. minutes: in which anything trained, search and tuning included. `constant`: the model is the average
-of the weights over the last quarter of the run; with several peaks it is one of the two controls, `linear` from an untuned 0.1
+the search included. minutes: in which anything trained, search and tuning included. `constant`: the model is the best
+average of the weights on validation images; with several peaks it is one of the two controls, `linear` from an untuned 0.1
 the other. epochs: of the main training.
 """
 
