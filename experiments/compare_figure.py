@@ -85,6 +85,7 @@ def _panel(axis: Any, found: dict[str, dict[str, Any]], title: str) -> None:
     shown = [name for name in MARKS if name in found and math.isfinite(found[name]["test_loss"][0])]
     losses = sorted(found[name]["test_loss"][0] for name in shown)
     top = losses[0] + CEILING * max(losses[len(losses) // 2] - losses[0], 0.01 * abs(losses[0]))
+    edge = top + 0.3 * (top - losses[0])  # marks that lie above the axis, and their numbers, have a band of their own
     crowd: dict[float, int] = {}
     clipped: dict[float, int] = {}
     for name in shown:
@@ -94,12 +95,12 @@ def _panel(axis: Any, found: dict[str, dict[str, Any]], title: str) -> None:
         crowd[place] = crowd.get(place, 0) + 1
         x = compute * 1.08 ** (crowd[place] // 2 * (-1) ** crowd[place])  # methods of equal compute side by side
         high = loss > top
-        axis.errorbar(x, min(loss, top), yerr=None if high else error, color=colour, marker=marker, markersize=7,
+        axis.errorbar(x, edge if high else loss, yerr=None if high else error, color=colour, marker=marker, markersize=7,
                       markerfacecolor=colour if filled else "white", elinewidth=1, capsize=0,
                       zorder=5 if name == "anchored" else 3)  # fmt: skip
         if high:
             clipped[place] = clipped.get(place, 0) + 1
-            axis.annotate(f"{loss:.2f}" if loss > 0.3 else f"{loss:.3f}", (x, top), (0, -4 - 11 * clipped[place]),
+            axis.annotate(f"{loss:.2f}" if loss > 0.3 else f"{loss:.3f}", (x, edge), (0, -4 - 11 * clipped[place]),
                           textcoords="offset points", ha="center", fontsize=8, color=colour)  # fmt: skip
     axis.set_xscale("log")
     axis.set_xlim(0.8, 16)
