@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from autolrs_ray.checkpoints import FORMAT, read_checkpoint, require_format, snapshot, write_checkpoint
 from autolrs_ray.core.plan import require_float, require_tuple
+from autolrs_ray.core.policy import finite_or_inf
 
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
@@ -81,7 +82,7 @@ class TrainingTask:
 
 def lowest(losses: Sequence[float]) -> int:
     """Index of the lowest of `losses`, the first of equals; one that is not finite counts as the highest."""
-    return min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    return min(range(len(losses)), key=lambda i: finite_or_inf(losses[i]))
 
 
 def _length(data: Data) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from autolrs_ray.core.plan import RUNGS, THRIFTY_TOLERANCES, TOLERANCES
 from autolrs_ray.core.policies import make_policy
+from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.training import Trainer
 from experiments.compare_tasks import (
     DEFAULT_LR,
@@ -90,17 +91,13 @@ class Lab:
     def outcome(self, trainer: MemoTrainer, weights: str, compute: float, wall: float, **fields: Any) -> Outcome:
         """Read the test split for the state `trainer` is in. weights "best": the better on validation."""
         losses = {name: trainer.evaluate(averaged=name == "averaged")["loss"] for name in _candidates(weights)}
-        chosen = min(losses, key=lambda name: _finite(losses[name]))
+        chosen = min(losses, key=lambda name: finite_or_inf(losses[name]))
         test = trainer.evaluate_test(chosen == "averaged")
         return Outcome(test["loss"], test.get("accuracy"), losses[chosen], compute, wall, weights=chosen, **fields)
 
 
 def _candidates(weights: str) -> tuple[str, ...]:
     return ("raw", "averaged") if weights == "best" else (weights,)
-
-
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------
@@ -142,7 +139,7 @@ def tuned(lab: Lab, shape: str, weights: str = "raw") -> Outcome:
     for lr in grid:
         trainer = _train(lab, shape, lr)
         found.append(
-            (min(_finite(trainer.evaluate(averaged=w == "averaged")["loss"]) for w in _candidates(weights)), lr)
+            (min(finite_or_inf(trainer.evaluate(averaged=w == "averaged")["loss"]) for w in _candidates(weights)), lr)
         )
     lr = min(found)[1]
     edge = lr in (grid[0], grid[-1])
@@ -202,7 +199,7 @@ def schedule_free(lab: Lab, grid: list[float]) -> Outcome:
         key = f"schedule-free/{lr!r}"
         if lab.memo.get(key) is None:
             lab.memo.put(key, _schedule_free(lab, lr).evaluate()["loss"])
-        found[lr] = _finite(lab.memo.get(key))
+        found[lr] = finite_or_inf(lab.memo.get(key))
     lr = min(found, key=lambda lr: found[lr])
     trainer = _schedule_free(lab, lr)
     test = trainer.evaluate(lab.test_data)

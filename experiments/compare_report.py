@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.journal import finite
 from experiments.compare_tasks import Task
 
@@ -106,7 +107,7 @@ def _source(row: dict[str, Any]) -> str:
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
     loss = row["test_loss"][0]
-    return (["main", "ablation", "setting"].index(row["group"]), loss if math.isfinite(loss) else math.inf)
+    return (["main", "ablation", "setting"].index(row["group"]), finite_or_inf(loss))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -195,7 +195,8 @@ class MemoTrainer:
         value = self._memo.get(key)
         if value is None:
             data, real = self._test_data() if split == "test" else None, self._at_mark()
-            kinds = (True, False) if split == "val" else (averaged,)  # both: coming back would mean training again
+            both = split == "val" and self.averaging  # coming back for the other would mean training again
+            kinds = (True, False) if both else (averaged,)
             for kind in kinds:
                 value = real.evaluate_averages(data) if kind else [real.evaluate(data)]
                 self._memo.put(f"{split}/{'averaged' if kind else 'raw'}/{self._mark.hex()}", value)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -36,6 +35,7 @@ import torch
 
 import autolrs_ray
 from autolrs_ray.core.plan import ENVELOPES
+from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.training import Trainer
 from experiments import vgg16_report
 from experiments.vgg16_task import BATCH_SIZE, CLASSES, DEFAULT_PEAK, PADDINGS, Settings, build, read_cifar
@@ -122,7 +122,7 @@ def train_fixed(job: Job, peak: float, out: Path) -> dict[str, Any]:
 def run_fixed(job: Job, out: Path) -> dict[str, Any]:
     """The peak that is best on the validation images, and its model's test metrics."""
     runs = [train_fixed(job, peak, out) for peak in job.peaks]
-    best = min(runs, key=lambda run: run["val_loss"] if math.isfinite(run["val_loss"]) else math.inf)
+    best = min(runs, key=lambda run: finite_or_inf(run["val_loss"]))
     state = torch.load(best["weights"], weights_only=True)
     return dict(
         lrs=[best["peak"]], val_accuracy=best["val_accuracy"], compute=float(len(runs)),

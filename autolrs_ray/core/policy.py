@@ -7,6 +7,7 @@ pair, or the plain loop in :mod:`autolrs_ray.local`) maps verdicts to its own ve
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,6 +26,11 @@ def way_on(checkpoint: str | None, step: int, none: str) -> str:
         f"last good checkpoint is {checkpoint or f'none: {none}'} (step {step}); run the same command again with "
         'resume="auto" to go on from there'
     )
+
+
+def finite_or_inf(loss: float) -> float:
+    """`loss` for comparing: one that is not finite is the worst."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 PERFECT = (0.0, -1.0, -100.0)

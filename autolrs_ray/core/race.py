@@ -20,7 +20,7 @@ from autolrs_ray.core.plan import (
     require_float,
     require_int,
 )
-from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
+from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, finite_or_inf, refuse_ignored_lr
 from autolrs_ray.core.race_field import RaceField
 from autolrs_ray.core.rungs import FINALISTS_FROM, FLATTERED_UNTIL, Trunk, leader_of, losers, steps_of_progress
 from autolrs_ray.core.segments import Segment
@@ -218,7 +218,7 @@ class AnchoredPolicy(RaceField):
         """Of the raw or the averaged weights, whichever are better: one of them is the final model."""
         if not self.averaging or point.averaged_loss is None:
             return point.loss
-        return min((point.loss, point.averaged_loss), key=lambda loss: loss if math.isfinite(loss) else math.inf)
+        return min(point.loss, point.averaged_loss, key=finite_or_inf)
 
     def _score_rung(self, index: int, rung: int, points: list[Point]) -> None:
         since = [self._score(point) for point in points]
