@@ -7,8 +7,10 @@ import json
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(disk: Path, leave: int) -> Path:
-    """Take all that is free on `disk` but `leave` bytes (in pages of 4,096)."""
-    ballast = disk / "ballast"
-    status = os.statvfs(disk)
-    with (
-        open(ballast, "wb", buffering=0) as file,
-        contextlib.suppress(OSError),
-    ):  # the run may take the last pages first
-        for _ in range((status.f_bavail * status.f_bsize - leave) // 4096):
-            file.write(bytes(4096))
-    return ballast
+@contextlib.contextmanager
+def filled(disk: Path, leave: int) -> Iterator[None]:
+    """Inside the block, `disk` has `leave` bytes free (in pages of 4,096), and what is deleted there makes no room again."""
+    ballast, enough = disk / "ballast", threading.Event()
+
+    def fill(file: RawIOBase, leave: int) -> None:
+        while not enough.is_set():
+            status = os.statvfs(disk)
+            free = status.f_bavail * status.f_bsize
+            leave = min(leave, free)
+            with contextlib.suppress(OSError):  # the run may take the last pages first
+                for _ in range((free - leave) // 4096):
+                    file.write(bytes(4096))
+            time.sleep(0.0005)
+
+    with open(ballast, "wb", buffering=0) as file:
+        filling = threading.Thread(target=fill, args=(file, leave))
+        filling.start()
+        try:
+            yield
+        finally:
+            enough.set()
+            filling.join()
+    os.remove(ballast)
 
 
 @pytest.mark.parametrize(("policy", "event", "leave", "message"), [
@@ -63,11 +78,11 @@ def test_full_disk_is_a_clear_error_and_the_run_resumes(
     command = ("--policy", policy, "--address", cluster, "--config", json.dumps({"pause_s": 0.1}))
     with Driver(small_disk, command, outputs=tmp_path) as driver:
         assert driver.wait_until(lambda: event in journal_text(small_disk))
-        ballast, began = fill(small_disk, leave), time.monotonic()
-        assert driver.finish() == 1
+        with filled(small_disk, leave):
+            began = time.monotonic()
+            assert driver.finish() == 1
         assert time.monotonic() - began < 60.0
         last = driver.errors.read_text().splitlines()[-1]
         assert re.search(f"AutoLRSError: .*({message}).*No space left on device", last), last
-        os.remove(ballast)
     with Driver(small_disk, command, outputs=tmp_path) as driver:
         driver.ends_as(undisturbed(policy))
