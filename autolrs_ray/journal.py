@@ -26,7 +26,7 @@ STATE_FILE = "autolrs_state.json"
 PREVIOUS_STATE_FILE = "autolrs_state.previous.json"
 DAMAGED_STATE_FILE = "autolrs_state.damaged.json"
 ORPHANED_JOURNAL_FILE = "autolrs.orphaned.jsonl"
-FORMAT = 1
+FORMAT = 2
 REPEATED = ("start", "commit")  # the events that the state repeats
 MIRRORED = (JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE)  # the journal before the state that names its length
 
@@ -191,7 +191,9 @@ class Record:
             try:
                 record = _opened((self.folder / name).read_text())
                 if record["format"] != FORMAT:
-                    raise ValueError(f"format {record['format']} is not {FORMAT}")
+                    raise ValueError(
+                        f"format {record['format']} is not {FORMAT}: end the run with the version that began it"
+                    )
             except (OSError, ValueError, KeyError) as error:
                 failures.append(f"{name}: {error}")
                 continue

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autolrs_ray.core.plan import RUNGS, THRIFTY_TOLERANCES, TOLERANCES
+from autolrs_ray.core.plan import RUNGS, THRIFTY_RUNGS, THRIFTY_TOLERANCES, TOLERANCES
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.training import Trainer
@@ -259,7 +259,7 @@ def anchored(
     """The race; the final model is the best of raw and averaged weights on validation. averages: how many of them there are
     (None: all of the task's)."""
     task = lab.task
-    options = {"reports": task.reports, "commits": task.commits, **options}
+    options = {"commits": task.commits, **options}
     policy = make_policy("anchored", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
     averaging = options.get("averaging", True)
     trainer = lab.trainer(averaging=averaging, order=order, averages=averages)
@@ -350,16 +350,16 @@ def _methods() -> list[Method]:
         _anchored("rungs twice as long", **scaled_rungs(2.0)),
         _anchored("1 finalist", finalists=1),
         _anchored("3 branches", branches=3),
-        _anchored("below = 4", below=4.0),
-        _anchored("no mercy for laggards", lag=1.0),
+        _anchored("no drift", drift=0.0),
+        _anchored("drift twice as large", drift=1.0),
+        _anchored("settled at .5 T", settled=0.5),
         _anchored("no common random numbers", order="per run"),
         Method("paper + quadratic envelope", "ablation", partial(paper, envelope="quadratic"), decades=2),
         Method("paper, doubling stages", "ablation", paper_doubling, decades=2),
         _anchored("warm-up over .1 T", "setting", warmup=0.1),
         _anchored("2 finalists", "setting", finalists=2),
-        _anchored("lag = 0.3", "setting", lag=0.3),
-        _anchored("thrifty's tolerances", "setting", tolerances=THRIFTY_TOLERANCES),
-        _anchored("first rung at .08 T", "setting", rungs=RUNGS[2:], tolerances=TOLERANCES[2:]),
+        _anchored("thrifty's tolerances", "setting", rungs=THRIFTY_RUNGS, tolerances=THRIFTY_TOLERANCES),
+        _anchored("first rung at .08 T", "setting", rungs=RUNGS[3:], tolerances=TOLERANCES[3:]),
     ]
 
 
@@ -368,5 +368,5 @@ METHODS = {method.name: method for method in _methods()}
 
 def setting(task: Task) -> str:
     """What a cached result depends on beside task, method and seed, in short."""
-    text = f"{task.steps}/{SLOTS}/{task.batch_size}/{task.reports}/{task.commits}/{task.probe_reports}/{task.title}"
+    text = f"{task.steps}/{SLOTS}/{task.batch_size}/{task.commits}/{task.probe_reports}/{task.title}"
     return f"T{task.steps}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"

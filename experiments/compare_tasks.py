@@ -29,7 +29,7 @@ WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 1e-2}
 
 @dataclass(frozen=True)
 class Task:
-    """One task. steps: T. reports, commits, probe_reports: options of the policies, lower where evaluating is dear."""
+    """One task. steps: T. commits, probe_reports: options of the policies, lower where evaluating is dear."""
 
     name: str
     title: str
@@ -42,7 +42,6 @@ class Task:
     seeds: int
     has_accuracy: bool = True
     clip_norm: float | None = None
-    reports: int = 2
     commits: int = 10
     probe_reports: int = 8
 
@@ -190,7 +189,7 @@ def make_task(name: str, data_dir: str | None = None, text: str | None = None) -
         noisy = name == "digits_noise"
         batch_size = 8 if noisy else 32  # 7 epochs and 29: with noisy labels, more epochs learn the noise by heart
         return Task(name, name, 900, "sgd", noisy_digits_split if noisy else digits_split, digits_model, cross_entropy,
-                    batch_size, 5, reports=4, commits=20, probe_reports=16)  # fmt: skip
+                    batch_size, 5, commits=20, probe_reports=16)  # fmt: skip
     if name == "char_lm":
         return Task(name, "characters: GRU, AdamW, batch 16 x 32", 600, "adamw", lambda seed: text_split(text)[0],
                     lambda: CharModel(text_split(text)[1]), cross_entropy, 16, 3, has_accuracy=False,

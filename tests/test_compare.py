@@ -33,11 +33,11 @@ def small_task() -> Task:
     def model() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
 
-    return replace(make_task("digits"), steps=40, model=model, reports=2, commits=4, probe_reports=4)
+    return replace(make_task("digits"), steps=40, model=model, commits=4, probe_reports=4)
 
 
 def options(task: Task) -> dict[str, Any]:
-    return dict(num_lrs=5, reports=task.reports, commits=task.commits)
+    return dict(num_lrs=5, commits=task.commits)
 
 
 def memo_trainer(task: Task, folder: Path) -> MemoTrainer:

@@ -24,7 +24,7 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
     console.print(live.view(policy.progress()))
     lines = console.export_text().splitlines()
     assert lines[0].startswith(
-        "AutoLRS anchored | rung 0/7 | 9 of 10 LRs in the race | lr 0.00126 | loss 0.25 | step 40/1000"
+        "AutoLRS anchored | rung 0/10 | 9 of 10 LRs in the race | lr 0.00126 | loss 0.25 | step 40/1000"
     )
     assert "| 3/4 slots |" in lines[0]
     assert lines[1].split()[:4] == ["lr", "0.00126", "loss", "0.25"]

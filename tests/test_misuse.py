@@ -21,7 +21,7 @@ from tests.trainables import ClassTrainable
 PAPER: dict[str, Any] = {"policy": "paper", "stage_steps": 100, "probe_steps": 20, "num_lrs": 4}
 RACE: dict[str, Any] = {  # trainables that read config["lr"] once are right under it
     "policy": "anchored", "num_lrs": 4, "envelope": "constant", "warmup": 0.0, "rungs": (0.25, 0.5),
-    "tolerances": (0.5, 0.2), "lag": 1.0, "commits": 2,
+    "tolerances": (0.5, 0.2), "drift": 0.0, "commits": 2,
 }  # fmt: skip
 POLICIES = {"paper": PAPER, "anchored": RACE}
 either_policy = pytest.mark.parametrize("policy", list(POLICIES))
@@ -98,11 +98,11 @@ ONLY_ANCHORED: list[Row] = [
     ({"reports": 0}, "reports must be at least 1"),
     ({"commits": 0}, "commits must be at least 1"),
     ({"averaging": "yes"}, "averaging must be True or False, got 'yes'"),
-    ({"below": -2.0}, "below must be a finite number"),
-    ({"lag": -0.1}, r"lag must be a finite number in \[0.0, 1.0\], got -0.1"),
-    ({"lag": 1.5}, r"lag must be a finite number in \[0.0, 1.0\], got 1.5"),
-    ({"lag": math.nan}, r"lag must be a finite number in \[0.0, 1.0\], got nan"),
-    ({"lag": "0.1"}, "lag must be a number, got '0.1'"),
+    ({"drift": -2.0}, "drift must be a finite number"),
+    ({"settled": 0.0}, r"settled must be a finite number in \(0.0, 1.0\], got 0.0"),
+    ({"settled": 1.5}, r"settled must be a finite number in \(0.0, 1.0\], got 1.5"),
+    ({"settled": math.nan}, r"settled must be a finite number in \(0.0, 1.0\], got nan"),
+    ({"settled": "0.5"}, "settled must be a number, got '0.5'"),
     ({"early": 2.0}, "early must be a finite number"),
     ({"warmup": -0.2}, r"warmup must be a finite number in \[0.0, 1.0\], got -0.2"),
     ({"warmup": 500}, r"warmup must be a finite number in \[0.0, 1.0\], got 500"),

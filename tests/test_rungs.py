@@ -1,40 +1,66 @@
-"""A rung spares LRs that lag only because it is early."""
+"""What one rung decides: an LR stays that is near the leader, or that the best LR may still fall to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 
-from autolrs_ray.core.rungs import Trunk, losers, steps_of_progress
+from autolrs_ray.core.plan import TOLERANCES
+from autolrs_ray.core.rungs import Trunk, catch_up, losers, reach
 
 
-def field() -> list[Trunk]:
-    """Four LRs at rung 100: the second leads; the first has come as far as the leader had after 30 steps."""
-    curve = [(10, 5.0), (30, 3.0), (60, 2.0), (100, 1.0)]
-    scores = [2.9, 1.0, 1.05, 3.1]
-    return [Trunk(lr, 0.0, scores={100: score}, curve=curve) for lr, score in zip((1, 3, 10, 30), scores, strict=True)]
+def field(*scores: float) -> list[Trunk]:
+    """Trunks with LRs .01, .1, 1, ... and these scores at rung 10."""
+    return [Trunk(10.0 ** (i - 2), 0.0, scores={10: score}) for i, score in enumerate(scores)]
 
 
-@pytest.mark.parametrize(("since", "dropped"), [(None, {1, 30}), (60, {1, 30}), (30, {30}), (10, set()), (5, set())])
-def test_an_lr_that_reached_what_the_leader_had_early_on_stays(since: float | None, dropped: set[int]) -> None:
-    assert {trunk.lr for trunk in losers(field(), 100, 0.1, 0.25, None, since)} == dropped
+def dropped(*scores: float, **options: float) -> list[int]:
+    """Indices of those that go."""
+    trunks = field(*scores)
+    return [trunks.index(trunk) for trunk in losers(trunks, 10, **options)]
+
+
+@pytest.mark.parametrize("tolerance", sorted(set(TOLERANCES)))
+def test_an_lr_may_be_worse_than_the_leader_by_the_tolerance_wherever_it_lies(tolerance: float) -> None:
+    near, far = 2.0 * (1 + tolerance - 1e-6), 2.0 * (1 + tolerance + 1e-6)
+    assert dropped(far, near, 2.0, near, far, tolerance=tolerance) == [0, 4]
+
+
+def test_an_lr_within_reach_below_the_leader_may_be_worse_by_far() -> None:
+    assert dropped(9.0, 9.0, 1.0, 1.1, tolerance=0.0, decades=1.0) == [0, 3]
+    assert dropped(9.0, 9.0, 1.0, 1.1, tolerance=0.0, decades=2.0) == [3]
+    assert dropped(9.0, 9.0, 1.0, 1.1, tolerance=0.2, decades=0.9) == [0, 1]
+    assert dropped(1.4, 1.6, 1.0, tolerance=0.0, decades=2.0, allowance=0.5) == [1]
+    assert dropped(1.04, 1.06, 1.0, tolerance=0.05, decades=2.0, allowance=0.01) == [1]
+
+
+def test_negated_metrics_follow_the_same_rule() -> None:
+    """mode="max": an accuracy of .90 is 10 % behind one of 1.0."""
+    assert dropped(-0.98, -1.0, -0.91, -0.89, tolerance=0.10) == [3]
+    assert dropped(-0.49, -0.51, -1.0, tolerance=0.10, decades=2.0, allowance=0.5) == [0]
+
+
+def test_equals_stay_and_the_leader_is_never_dropped() -> None:
+    assert dropped(1.0, 1.0, 1.0, tolerance=0.0) == []
+    assert dropped(2.0, 1.0, 3.0, tolerance=0.0, finalists=1) == [0, 2]
+    assert dropped(0.0, 0.0, tolerance=0.1) == []
+    assert dropped(math.inf, math.inf, tolerance=0.1) == [1]
+
+
+def test_finalists_cap_the_field_by_score() -> None:
+    assert dropped(1.001, 1.003, 1.0, 1.004, 1.002, tolerance=0.5, finalists=3) == [1, 3]
+    assert dropped(9.0, 8.0, 7.0, 1.0, tolerance=0.5, finalists=2, decades=5.0) == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("factor", "steps"), [(lambda step: 1.0, 30.0), (lambda step: step + 1.0, 100.0 * math.sqrt(0.3))]
+    ("fraction", "decades"), [(0.02, 2.5), (0.04, 2.0), (0.08, 1.5), (0.16, 1.0), (0.32, 0.5), (0.64, 0.0), (0.9, 0.0)]
 )
-def test_progress_is_the_sum_of_the_learning_rates(factor: Callable[[int], float], steps: float) -> None:
-    assert steps_of_progress(0.3, 100, factor) == pytest.approx(steps, rel=0.01)
+def test_the_best_lr_falls_by_half_a_decade_per_doubling_at_most(fraction: float, decades: float) -> None:
+    assert reach(0.5, 0.64, fraction) == pytest.approx(decades, abs=1e-12)
+    assert reach(0.0, 0.64, fraction) == 0.0
 
 
-def test_finalists_are_capped_all_the_same() -> None:
-    assert {trunk.lr for trunk in losers(field(), 100, 0.1, 0.25, 2, 10)} == {1, 30}
-
-
-def test_without_early_reports_the_plain_rule_holds() -> None:
-    trunks = field()
-    for trunk in trunks:
-        trunk.curve = []
-    assert {trunk.lr for trunk in losers(trunks, 100, 0.1, 0.25, None, 30)} == {1, 30}
+def test_how_far_behind_an_lr_within_reach_may_be_narrows_as_the_run_goes_on() -> None:
+    fractions = [0.02, 0.08, 0.12, 72 / 600, 0.16, 0.24, 0.3]
+    assert [catch_up(fraction) for fraction in fractions] == [math.inf, math.inf, 0.5, 0.5, 0.5, 0.2, 0.2]

@@ -210,15 +210,14 @@ class StagePlan:
         return result
 
 
-RUNGS: tuple[float, ...] = (0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.75)
+RUNGS: tuple[float, ...] = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.5, 0.75)
 """Fractions of the total steps at which the race compares its trunks."""
 
-TOLERANCES: tuple[float, ...] = (3.2, 1.6, 0.05, 0.03, 0.02, 0.01, 0.005)
-"""How much worse than the leader (relative score) an LR above it may be at each rung and still go on. While the warm-up
-lasts, scores say little about what an LR is worth at its peak: the first two rungs drop what is hopeless."""
+TOLERANCES: tuple[float, ...] = (0.01,) * 5 + (0.005,) * 5
+"""How much worse than the leader (relative score) an LR may be at each rung and still go on, whichever it is."""
 
-THRIFTY_TOLERANCES: tuple[float, ...] = (0.10, 0.07, *TOLERANCES[2:])
-"""The same without a warm-up."""
+THRIFTY_RUNGS: tuple[float, ...] = (0.01, *RUNGS)
+THRIFTY_TOLERANCES: tuple[float, ...] = (0.005,) * len(THRIFTY_RUNGS)
 
 
 @dataclass(frozen=True)

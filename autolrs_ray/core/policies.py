@@ -8,6 +8,7 @@ from typing import Any
 from autolrs_ray.core.algorithm import PaperPolicy
 from autolrs_ray.core.plan import (
     RUNGS,
+    THRIFTY_RUNGS,
     THRIFTY_TOLERANCES,
     TOLERANCES,
     RacePlan,
@@ -24,15 +25,14 @@ DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "thorough": {},
-    "thrifty": dict(warmup=0.0, tolerances=THRIFTY_TOLERANCES, below=0.25, lag=0.3, early=0.08, finalists=2),
+    "thrifty": dict(rungs=THRIFTY_RUNGS, tolerances=THRIFTY_TOLERANCES, settled=0.5, finalists=2),
 }
-"""Settings of the race by name. Thorough, the default: a warm-up, LRs that lag get time until 0.32 T, and three train to
-the end."""
+"""Settings of the race by name."""
 
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
                   "envelope")  # fmt: skip
-_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "below", "lag", "early", "averaging", "reports", "commits",
+_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "drift", "settled", "early", "averaging", "reports", "commits",
                  "branches", "warmup")  # fmt: skip
 
 

@@ -15,14 +15,13 @@ from autolrs_ray.core.plan import (
     EnvelopeSpec,
     RacePlan,
     envelope_factor,
-    lr_factor,
     require_bool,
     require_float,
     require_int,
 )
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, finite_or_inf, refuse_ignored_lr
 from autolrs_ray.core.race_field import RaceField
-from autolrs_ray.core.rungs import FINALISTS_FROM, FLATTERED_UNTIL, Trunk, leader_of, losers, steps_of_progress
+from autolrs_ray.core.rungs import FINALISTS_FROM, FLATTERED_UNTIL, Trunk, catch_up, leader_of, losers, reach
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.core.surrogate import bin_centred_grid
 
@@ -34,8 +33,8 @@ HOLDS = {"wsd": 0.4, "constant": 1.0}
 class AnchoredPolicy(RaceField):
     """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
 
-    below: the tolerance for an LR below the leader's, as a multiple of that for one above it. lag: before `early` * T an LR
-    stays that has come as far as the leader had at this fraction of its progress (1: off): small LRs are slow, not bad.
+    drift: as training goes on the best LR falls, by no more than so many decades per doubling of the steps done, until
+    `settled` * T. Before `early` * T, an LR below the leader's stays while the best may still fall to it (0: none does).
     finalists: trunks that may go past 0.16 T (None: three, or a quarter of a field of more than twelve: in a denser one the
     leader's neighbours would take all places).
     averaging: score trunks on the better of raw and averaged weights where both are reported. reports: validation points up to
@@ -47,11 +46,11 @@ class AnchoredPolicy(RaceField):
 
     envelope: EnvelopeSpec = "quadratic"
     finalists: int | None = None
-    below: float = 0.5
-    lag: float = 0.1
+    drift: float = 0.5
+    settled: float = 0.64
     early: float = 0.32
     averaging: bool = True
-    reports: int = 2
+    reports: int = 1
     commits: int = 10
     warmup: float = 0.2
 
@@ -65,8 +64,8 @@ class AnchoredPolicy(RaceField):
             require_int("finalists", self.finalists, 1)
         require_int("branches", self.branches, 0)
         require_bool("averaging", self.averaging)
-        require_float("below", self.below, 0.0, math.inf)
-        require_float("lag", self.lag, 0.0, 1.0)
+        require_float("drift", self.drift, 0.0, math.inf)
+        require_float("settled", self.settled, 0.0, 1.0, low_open=True)
         require_float("early", self.early, 0.0, 1.0)
         self.warmup_steps = round(require_float("warmup", self.warmup, 0.0, 1.0) * self.total_steps)
         for step in (0, self.total_steps // 2, self.total_steps):
@@ -224,8 +223,8 @@ class AnchoredPolicy(RaceField):
         since = [self._score(point) for point in points]
         tail = since[-max(1, len(since) // 4) :]
         trunk, last = self.trunks[index], points[-1]
-        if self._is_early(rung):
-            trunk.curve += [(point.step, self._score(point)) for point in points]
+        if trunk.first_score is None:
+            trunk.first_score = since[0]
         trunk.scores[rung], trunk.train_loss = sum(tail) / len(tail), last.train_loss
         trunk.moved = len(set(since)) > 1
         self.emit("rung", arm=self._arm(index), probe=index, lr=trunk.lr, step=rung, score=trunk.scores[rung],
@@ -265,11 +264,12 @@ class AnchoredPolicy(RaceField):
         """Whether even the leader is no better off than at its first report, and a lower LR, dropped since, was better:
         then that one was dropped wrongly, for being slow while the rise hid that the leader's LR is too large. Early on
         only: later, a model that learns its data by heart is as badly off, at any LR."""
-        if not (self.warmup_steps and leader.curve and rung < round(FLATTERED_UNTIL * self.total_steps)):
+        first = leader.first_score
+        if first is None or not self.warmup_steps or rung >= round(FLATTERED_UNTIL * self.total_steps):
             return False
         score = leader.scores[rung]
         fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < leader.lr and t.parent is None]
-        return score >= leader.curve[0][1] and any(min(t.scores.values()) < score for t in fallen)
+        return score >= first and any(min(t.scores.values()) < score for t in fallen)
 
     def _drop(self, rung: int, tolerance: float, field: list[Trunk]) -> None:
         while field and self._blown_up(leader := leader_of(field, rung), rung):
@@ -279,12 +279,9 @@ class AnchoredPolicy(RaceField):
         if not field:
             return
         late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
-        since = None
-        if self._is_early(rung) and self.lag < 1.0:
-            since = steps_of_progress(
-                self.lag, rung, lambda step: lr_factor(self.envelope, step, self.total_steps, self.warmup_steps)
-            )
-        out = losers(field, rung, tolerance, self.below, self._places if late else None, since)
+        fraction = rung / self.total_steps
+        decades = reach(self.drift, self.settled, fraction) if self._is_early(rung) else 0.0
+        out = losers(field, rung, tolerance, self._places if late else None, decades, catch_up(fraction))
         for trunk in out:
             trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead
             self._end(self.trunks.index(trunk), "dropped")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import numpy as np
 
 from autolrs_ray.core import surrogate
 
@@ -25,11 +22,10 @@ FLATTERED_UNTIL = 0.32
 class Trunk:
     """One LR scale of the race. status: "open", "dropped", "diverged", "failed" or "won". x: log LR scaled to [0, 1].
 
-    scores: rung step -> averaged score. curve: (step, score) of every report up to the last early rung. step, checkpoint:
-    the last commit; previous: the one before it; held: the one at the end of the envelope's hold. saved_loss: the score
-    at the last commit, train_loss: the training loss at the last rung; moved: its reports up to there were not all
-    the same. A branch has begun at `origin`, a checkpoint of the
-    trunk number `parent`.
+    scores: rung step -> score; first_score: that of its first report. step, checkpoint: the last commit; previous: the
+    one before it; held: the one at the end of the envelope's hold. saved_loss: the score at the last commit, train_loss:
+    the training loss at the last rung; moved: its reports up to there were not all the same. A branch has begun at
+    `origin`, a checkpoint of the trunk number `parent`.
     """
 
     lr: float
@@ -43,7 +39,7 @@ class Trunk:
     train_loss: float | None = None
     moved: bool = False
     scores: dict[int, float] = field(default_factory=dict)
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    first_score: float | None = None
     held: tuple[int, str] | None = None
     parent: int | None = None
     origin: tuple[int, str] | None = None
@@ -55,17 +51,12 @@ class Trunk:
     def from_state(cls, state: dict[str, Any]) -> Trunk:
         pairs = {name: tuple(state[name]) if state[name] else None for name in ("previous", "held", "origin")}
         scores = {int(rung): score for rung, score in state["scores"].items()}
-        return cls(**{**state, **pairs, "scores": scores, "curve": [tuple(point) for point in state["curve"]]})
+        return cls(**{**state, **pairs, "scores": scores})
 
     def branch(self, number: int, lr: float, x: float, origin: tuple[int, str]) -> Trunk:
         """A trunk at another LR from `origin`, a checkpoint of this one, which is trunk `number`."""
         scores = {rung: score for rung, score in self.scores.items() if rung <= origin[0]}
         return Trunk(lr, x, step=origin[0], checkpoint=origin[1], scores=scores, parent=number, origin=origin)
-
-    def reached(self, step: float) -> float:
-        """Score of the last report up to `step`; of the first one where there is none so early; -inf without any."""
-        before = [score for at, score in self.curve if at <= step]
-        return before[-1] if before else self.curve[0][1] if self.curve else -math.inf
 
     def restart(self) -> None:
         """Open again, from scratch. (A branch has no beginning of its own.)"""
@@ -78,32 +69,40 @@ def leader_of(trunks: list[Trunk], rung: int) -> Trunk:
     return min(trunks, key=lambda trunk: trunk.scores[rung])
 
 
-def steps_of_progress(share: float, rung: int, factor: Callable[[int], float]) -> float:
-    """Steps in which a trunk makes `share` of the progress it has made at `rung`: the sum of its LRs, lr * factor(step)."""
-    steps = np.linspace(0, rung - 1, min(rung, 256)).round().astype(int)
-    progress = np.concatenate([[0.0], np.cumsum([factor(int(step)) for step in steps])])
-    return float(np.interp(share * progress[-1], progress, np.linspace(0.0, rung, len(progress))))
+def reach(drift: float, settled: float, fraction: float) -> float:
+    """Decades by which the best LR may still fall from `fraction` of the run on: `drift` per doubling, until `settled`."""
+    return max(0.0, drift * math.log2(settled / fraction)) if drift else 0.0
+
+
+def catch_up(fraction: float) -> float:
+    """How much worse than the leader (relative score) an LR within its reach may be at `fraction` of the run. Early on, the
+    loss of a small LR says how far it has come, not what it is worth."""
+    return math.inf if fraction < 0.12 - 1e-9 else 0.5 if fraction < 0.24 - 1e-9 else 0.2
 
 
 def losers(
-    trunks: list[Trunk], rung: int, tolerance: float, below: float, finalists: int | None, since: float | None = None
+    trunks: list[Trunk],
+    rung: int,
+    tolerance: float,
+    finalists: int | None = None,
+    decades: float = 0.0,
+    allowance: float = math.inf,
 ) -> list[Trunk]:
     """Those of `trunks` (all scored at `rung`) that do not go on.
 
-    An LR above the leader's goes if it is worse by more than `tolerance` (relative), one below if by more than
-    `below` * `tolerance`. But none goes that has come as far as the leader had at step `since`: at first, progress is the
-    sum of the LRs, and an LR a third of the leader's lags by two thirds whatever it is worth (None: no such mercy). Of
-    the others, the best `finalists` stay (None: all).
+    A trunk stays that is worse than the leader by `tolerance` (relative) at most, and so does one at most `decades` below
+    the leader's LR that is worse by `allowance` at most: as training goes on the best LR falls, it does not rise. Of those,
+    the best `finalists` stay (None: all).
     """
     leader = leader_of(trunks, rung)
     best = leader.scores[rung]
 
-    def allowed(trunk: Trunk) -> float:
-        return tolerance * (1.0 if trunk.lr > leader.lr else below) * max(abs(best), 1e-12)
+    def stays(trunk: Trunk) -> bool:
+        within = 0.0 < math.log10(leader.lr / trunk.lr) <= decades + 1e-9
+        allowed = max(tolerance, allowance if within else 0.0)
+        return trunk is leader or trunk.scores[rung] - best <= allowed * max(abs(best), 1e-12)
 
-    reach = best if since is None else leader.reached(since)
-    kept = [trunk for trunk in trunks if trunk.scores[rung] - best <= allowed(trunk) or trunk.scores[rung] <= reach]
-    kept.sort(key=lambda trunk: trunk.scores[rung])
+    kept = sorted((trunk for trunk in trunks if stays(trunk)), key=lambda trunk: trunk.scores[rung])
     staying = {id(trunk) for trunk in kept[:finalists]}
     return [trunk for trunk in trunks if id(trunk) not in staying]
 
