@@ -167,7 +167,6 @@ def measure(quick: bool, slots: int = 2) -> Section:
         both: partial(plain, side_by_side=slots),
         "one Tune trial, fixed LR": under_tune,
         race: partial(automatic, policy="anchored", num_lrs=slots, finalists=1),
-        f"{race}, reports=1": partial(automatic, policy="anchored", num_lrs=slots, finalists=1, reports=1),
         paper: partial(automatic, policy="paper", num_lrs=slots),
     }
     more: dict[str, Callable[..., Any]] = {
