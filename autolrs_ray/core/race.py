@@ -34,7 +34,7 @@ class AnchoredPolicy(RaceField):
     """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
 
     drift: as training goes on the best LR falls, by no more than so many decades per doubling of the steps done, until
-    `settled` * T. Before `early` * T, an LR below the leader's stays while the best may still fall to it (0: none does).
+    `settled` * T. An LR below the leader's stays while the best may still fall to it (0: none does).
     finalists: trunks that may go past 0.16 T (None: three, or a quarter of a field of more than twelve: in a denser one the
     leader's neighbours would take all places).
     averaging: score trunks on the better of raw and averaged weights where both are reported. reports: validation points up to
@@ -280,7 +280,7 @@ class AnchoredPolicy(RaceField):
             return
         late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
         fraction = rung / self.total_steps
-        decades = reach(self.drift, self.settled, fraction) if self._is_early(rung) else 0.0
+        decades = reach(self.drift, self.settled, fraction)
         out = losers(field, rung, tolerance, self._places if late else None, decades, catch_up(fraction))
         for trunk in out:
             trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead

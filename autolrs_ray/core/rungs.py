@@ -18,6 +18,10 @@ FLATTERED_UNTIL = 0.32
 """Fraction of the run before which a leader may turn out to be no better than the warm-up had made it look."""
 
 
+CATCH_UP = ((0.12, math.inf), (0.24, 0.5), (0.32, 0.2), (math.inf, 0.05))
+"""Up to which fraction of the run an LR within reach may be how much worse than the leader (relative score)."""
+
+
 @dataclass(eq=False)
 class Trunk:
     """One LR scale of the race. status: "open", "dropped", "diverged", "failed" or "won". x: log LR scaled to [0, 1].
@@ -77,7 +81,7 @@ def reach(drift: float, settled: float, fraction: float) -> float:
 def catch_up(fraction: float) -> float:
     """How much worse than the leader (relative score) an LR within its reach may be at `fraction` of the run. Early on, the
     loss of a small LR says how far it has come, not what it is worth."""
-    return math.inf if fraction < 0.12 - 1e-9 else 0.5 if fraction < 0.24 - 1e-9 else 0.2
+    return next(allowed for until, allowed in CATCH_UP if fraction < until - 1e-9)
 
 
 def losers(
