@@ -27,7 +27,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "thorough": {},
     "thrifty": dict(rungs=THRIFTY_RUNGS, tolerances=THRIFTY_TOLERANCES, settled=0.5, finalists=2),
 }
-"""Settings of the race by name."""
+"""Settings of the race by name. Thrifty expects the best LR to settle sooner, and fewer to be worth going on with."""
 
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
