@@ -55,9 +55,9 @@ class AutoLRSSearch(Searcher):
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
     num_lrs (k), kappa, initial, fit, series, probe_reports, main_reports, promote, envelope.
-    Options of policy="anchored": effort ("thorough", 1.8 to 2.4 T of compute in the README's comparison, or "thrifty", 1.5
-    to 1.9 T), num_lrs, envelope, warmup, rungs, tolerances, drift, settled, early, infill, finalists, branches, averaging,
-    reports, commits. See :class:`~autolrs_ray.core.algorithm.PaperPolicy`, :class:`~autolrs_ray.core.race.AnchoredPolicy`.
+    Options of policy="anchored": effort ("thorough" or "thrifty"), num_lrs, envelope, warmup, rungs, tolerances, drift,
+    settled, early, infill, finalists, branches, averaging, reports, commits.
+    See :class:`~autolrs_ray.core.algorithm.PaperPolicy`, :class:`~autolrs_ray.core.race.AnchoredPolicy`.
 
     Raises TypeError or ValueError, naming the value, for anything out of range.
     """

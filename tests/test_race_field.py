@@ -153,12 +153,6 @@ def test_a_trunk_that_has_lost_its_checkpoints_trains_again_past_rungs_that_it_h
 # -- in-fill -----------------------------------------------------------------------------------------------------------
 
 
-def field(scores, rung=10, xs=None):
-    """Trunks with LRs 1, 2, 3, ... and these scores at `rung`."""
-    xs = xs or [(i + 0.5) / len(scores) for i in range(len(scores))]
-    return [Trunk(float(i + 1), x, scores={rung: s}) for i, (s, x) in enumerate(zip(scores, xs, strict=True))]
-
-
 @pytest.mark.parametrize("best", [0, 3, 7])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_infill_lies_beside_and_between_the_survivors_and_inside_the_interval(best, count):
@@ -178,9 +172,8 @@ def test_infill_lies_beside_and_between_the_survivors_and_inside_the_interval(be
 
 
 def test_infill_keeps_away_from_what_diverged_before_the_rung():
-    trunks = field([1.02, 1.0, 9.0, 9.0], xs=[0.125, 0.375, 0.625, 0.875])
-    for trunk in trunks[2:]:
-        trunk.status, trunk.scores = "diverged", {}
+    trunks = [Trunk(1.0, 0.125, scores={10: 1.02}), Trunk(2.0, 0.375, scores={10: 1.0})]
+    trunks += [Trunk(3.0, 0.625, status="diverged"), Trunk(4.0, 0.875, status="diverged")]
     assert max(infill(trunks, 10, 0.25, 5)) <= 0.5 + 1e-9
 
 

@@ -159,7 +159,7 @@ class AnchoredPolicy(RaceField):
     def _reports_from(self, step: int) -> int:
         """Reports between the boundary `step` and the next: the first rung looks back to a point early in its stretch, and
         what lies between two late boundaries decides nothing."""
-        if not self._is_early(step):
+        if step >= round(self.early * self.total_steps):
             return 1
         return self.reports if step else 2 * self.reports
 
@@ -230,9 +230,6 @@ class AnchoredPolicy(RaceField):
         self.emit("rung", arm=self._arm(index), probe=index, lr=trunk.lr, step=rung, score=trunk.scores[rung],
                   loss=last.loss, averaged_loss=last.averaged_loss)  # fmt: skip
 
-    def _is_early(self, step: int) -> bool:
-        return step < round(self.early * self.total_steps)
-
     # -- the rule ------------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -285,7 +282,7 @@ class AnchoredPolicy(RaceField):
         for trunk in out:
             trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead
             self._end(self.trunks.index(trunk), "dropped")
-        leader, kept = leader_of(field, rung), [trunk.lr for _, trunk in self._open()]
+        kept = [trunk.lr for _, trunk in self._open()]
         self.emit("decision", step=rung, leader=leader.lr, score=leader.scores[rung], dropped=len(out), kept=kept)
         if len(kept) == 1 and len(field) > 1:
             self.emit("choice", stage=0, lr=kept[0], step=rung)

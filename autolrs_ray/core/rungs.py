@@ -17,7 +17,6 @@ FORK_FROM = 0.32
 FLATTERED_UNTIL = 0.32
 """Fraction of the run before which a leader may turn out to be no better than the warm-up had made it look."""
 
-
 CATCH_UP = ((0.12, math.inf), (0.24, 0.5), (0.32, 0.2), (math.inf, 0.05))
 """Up to which fraction of the run an LR within reach may be how much worse than the leader (relative score)."""
 
@@ -75,7 +74,7 @@ def leader_of(trunks: list[Trunk], rung: int) -> Trunk:
 
 def reach(drift: float, settled: float, fraction: float) -> float:
     """Decades by which the best LR may still fall from `fraction` of the run on: `drift` per doubling, until `settled`."""
-    return max(0.0, drift * math.log2(settled / fraction)) if drift else 0.0
+    return max(0.0, drift * math.log2(settled / fraction))
 
 
 def catch_up(fraction: float) -> float:
