@@ -6,32 +6,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autolrs_ray.core.policies import make_policy
     from autolrs_ray.core.policy import AutoLRSError
+    from autolrs_ray.driver.live import LiveProgress
+    from autolrs_ray.driver.replay import ReplayScheduler
+    from autolrs_ray.driver.runner import run
+    from autolrs_ray.driver.scheduler import AutoLRSScheduler
+    from autolrs_ray.driver.searcher import AutoLRSSearch
     from autolrs_ray.lr_range import LRRange, lr_range_test
-    from autolrs_ray.result import RunResult
-    from autolrs_ray.runner import run
-    from autolrs_ray.schedule import LearnedLRScheduler, LearnedSchedule
-    from autolrs_ray.scheduler import AutoLRSScheduler
-    from autolrs_ray.searcher import AutoLRSSearch
-    from autolrs_ray.trainable import AutoLRSTrainable, lr_at, trainable_for
-    from autolrs_ray.training import Trainer, TrainingTask, accuracy
+    from autolrs_ray.outcome.result import RunResult, Timing
+    from autolrs_ray.outcome.schedule import LearnedLRScheduler, LearnedSchedule, Piece
+    from autolrs_ray.record.journal import read_journal
+    from autolrs_ray.show.page import save_report
+    from autolrs_ray.show.plots import save_plots
+    from autolrs_ray.show.tensorboard import save_tensorboard
+    from autolrs_ray.training.local import run_local
+    from autolrs_ray.training.trainer import Trainer, TrainingTask, accuracy
+    from autolrs_ray.trial.trainable import AutoLRSTrainable, lr_at, trainable_for
 
 _HOMES = {
     "AutoLRSError": "core.policy",
-    "AutoLRSScheduler": "scheduler",
-    "AutoLRSSearch": "searcher",
-    "AutoLRSTrainable": "trainable",
+    "AutoLRSScheduler": "driver.scheduler",
+    "AutoLRSSearch": "driver.searcher",
+    "AutoLRSTrainable": "trial.trainable",
     "LRRange": "lr_range",
-    "LearnedLRScheduler": "schedule",
-    "LearnedSchedule": "schedule",
-    "RunResult": "result",
-    "Trainer": "training",
-    "TrainingTask": "training",
-    "accuracy": "training",
-    "lr_at": "trainable",
+    "LearnedLRScheduler": "outcome.schedule",
+    "LearnedSchedule": "outcome.schedule",
+    "LiveProgress": "driver.live",
+    "Piece": "outcome.schedule",
+    "ReplayScheduler": "driver.replay",
+    "RunResult": "outcome.result",
+    "Timing": "outcome.result",
+    "Trainer": "training.trainer",
+    "TrainingTask": "training.trainer",
+    "accuracy": "training.trainer",
+    "lr_at": "trial.trainable",
     "lr_range_test": "lr_range",
-    "run": "runner",
-    "trainable_for": "trainable",
+    "make_policy": "core.policies",
+    "read_journal": "record.journal",
+    "run": "driver.runner",
+    "run_local": "training.local",
+    "save_plots": "show.plots",
+    "save_report": "show.page",
+    "save_tensorboard": "show.tensorboard",
+    "trainable_for": "trial.trainable",
 }
 
 # what the extra "tune" brings, and how to get it: the package is on no index
@@ -47,13 +65,23 @@ __all__ = [
     "LRRange",
     "LearnedLRScheduler",
     "LearnedSchedule",
+    "LiveProgress",
+    "Piece",
+    "ReplayScheduler",
     "RunResult",
+    "Timing",
     "Trainer",
     "TrainingTask",
     "accuracy",
     "lr_at",
     "lr_range_test",
+    "make_policy",
+    "read_journal",
     "run",
+    "run_local",
+    "save_plots",
+    "save_report",
+    "save_tensorboard",
     "trainable_for",
 ]
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from autolrs_ray.plot_data import RunData
-    from autolrs_ray.schedule import LearnedSchedule
+    from autolrs_ray.outcome.schedule import LearnedSchedule
+    from autolrs_ray.show.run_data import RunData
 
 Row = dict[str, Any]
 
@@ -61,7 +61,7 @@ def _load(folder: str) -> RunData:
     """The run in `folder`; exits with one line where there is none. Damage to the journal is told on stderr."""
     if "://" not in folder and not Path(folder).is_dir():
         _fail(f"no such folder: {folder}")
-    from autolrs_ray.plot_data import RunData
+    from autolrs_ray.show.run_data import RunData
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -215,7 +215,7 @@ def show(
     reached, its score there, and its fate. Then the steps, the compute in T (the steps of one training), the wall-clock
     and the warnings.
     """
-    from autolrs_ray.summary import summary
+    from autolrs_ray.show.summary import summary
 
     found = summary(_load(run_dir))
     if as_json:
@@ -238,7 +238,7 @@ def plot(
 ) -> None:
     """Draw loss, learning rate, accuracy and the search, as PNG and SVG, and print the files written."""
     _load(run_dir)
-    from autolrs_ray.plots import save_plots
+    from autolrs_ray.show.plots import save_plots
 
     with _telling():
         files = save_plots(run_dir, output, steps_per_epoch)
@@ -263,7 +263,7 @@ def report(
     What it found, its figures and tables, its cost, its settings, and how to replay the schedule. It fetches nothing.
     """
     _load(run_dir)
-    from autolrs_ray.report import save_report
+    from autolrs_ray.show.page import save_report
 
     with _telling():
         typer.echo(save_report(run_dir, output, steps_per_epoch))
@@ -276,7 +276,7 @@ def tensorboard(
 ) -> None:
     """Write the run for TensorBoard: one curve of the main run, what was tried in groups under it; print the folder."""
     _load(run_dir)
-    from autolrs_ray.tensorboard import save_tensorboard
+    from autolrs_ray.show.tensorboard import save_tensorboard
 
     with _telling():
         typer.echo(str(save_tensorboard(run_dir, output)))
@@ -304,7 +304,7 @@ def export(
     autolrs_ray.LearnedSchedule.load reads both formats (JSON is exact, and small), LearnedLRScheduler replays it in torch.
     """
     schedule = _load(run_dir).result.schedule
-    from autolrs_ray.storage import write_bytes
+    from autolrs_ray.record.stores import write_bytes
 
     if not schedule.pieces:
         _fail(f"no schedule yet in {run_dir}: no stage has been committed")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autolrs_ray.core.plan import require_float, require_int, validate_interval
+from autolrs_ray.core.checks import require_float, require_int, validate_interval
 
 SMOOTHING = 0.9  # of the exponential moving average of the losses
 FALL = 0.05  # of the whole fall of the smoothed loss: where it counts as falling
@@ -40,7 +40,7 @@ class LRRange:
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """A matplotlib Figure of loss over LR, written to `path` (its suffix names the format) if that is given."""
-        from autolrs_ray.plot_style import LR, legend_below, new_figure, plain_log, style
+        from autolrs_ray.show.style import LR, legend_below, new_figure, plain_log, style
 
         with style():
             figure = new_figure()

@@ -16,7 +16,7 @@ from torch import nn
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, TrainingTask
-from autolrs_ray.checkpoints import BackgroundWriter, flush_checkpoint, verify_checkpoint, write_checkpoint
+from autolrs_ray.record.checkpoints import BackgroundWriter, flush_checkpoint, verify_checkpoint, write_checkpoint
 from benchmarks.section import Section, cluster
 
 PROBES = 8

@@ -13,9 +13,9 @@ import torch
 from skopt import Optimizer
 from skopt.space import Real
 
-from autolrs_ray.core import surrogate
-from autolrs_ray.core.forecast import forecast
-from autolrs_ray.training import Trainer
+from autolrs_ray.core.paper import surrogate
+from autolrs_ray.core.paper.forecast import forecast
+from autolrs_ray.training.trainer import Trainer
 from benchmarks.section import Section, spread
 from experiments.digits_task import build
 

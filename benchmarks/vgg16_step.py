@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from autolrs_ray.training import Trainer
+from autolrs_ray.training.trainer import Trainer
 from experiments import vgg16_report
 from experiments.vgg16_task import BATCH_SIZE, CLASSES, PAD, STATISTICS, Settings, build, vgg16
 

@@ -27,8 +27,8 @@ from torch import nn
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask
-from autolrs_ray.result import winner
-from autolrs_ray.training import Data, Trainer
+from autolrs_ray.outcome.result import winner
+from autolrs_ray.training.trainer import Data, Trainer
 from benchmarks.section import Section, cluster, spread
 
 COMMITS = 20

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autolrs_ray.core.plan import RUNGS, THRIFTY_RUNGS, THRIFTY_TOLERANCES, TOLERANCES
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import finite_or_inf
-from autolrs_ray.training import Trainer
+from autolrs_ray.core.race.plan import RUNGS, THRIFTY_RUNGS, THRIFTY_TOLERANCES, TOLERANCES
+from autolrs_ray.training.trainer import Trainer
 from experiments.compare_tasks import (
     DEFAULT_LR,
     GRID,

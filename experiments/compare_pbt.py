@@ -20,8 +20,8 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.schedulers.pb2 import PB2
 
-from autolrs_ray.trainable import AutoLRSTrainable, trainable_for
-from autolrs_ray.training import Trainer
+from autolrs_ray.training.trainer import Trainer
+from autolrs_ray.trial.trainable import AutoLRSTrainable, trainable_for
 from experiments.compare_methods import SLOTS, Outcome
 from experiments.compare_tasks import INTERVALS, Task
 

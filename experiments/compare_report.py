@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autolrs_ray.core.policy import finite_or_inf
-from autolrs_ray.journal import finite
+from autolrs_ray.record.journal import finite
 from experiments.compare_tasks import Task
 
 TITLES = {

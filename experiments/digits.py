@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 import autolrs_ray
-from autolrs_ray.core.plan import envelope_factor
-from autolrs_ray.plots import save_plots
-from autolrs_ray.training import Trainer
+from autolrs_ray.core.envelopes import envelope_factor
+from autolrs_ray.show.plots import save_plots
+from autolrs_ray.training.trainer import Trainer
 from experiments.digits_task import build, split
 
 INTERVAL = (1e-3, 1.0)

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.local import run_local
-from autolrs_ray.training import TrainingTask
+from autolrs_ray.training.local import run_local
+from autolrs_ray.training.trainer import TrainingTask
 from experiments.compare_report import mean_se
 
 

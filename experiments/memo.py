@@ -1,6 +1,6 @@
 """A trainer that trains no stretch twice: what two methods have in common is trained once and looked up afterwards.
 
-A state of `autolrs_ray.training.Trainer` is a function of (task, seed, LR of every step so far). `MemoTrainer` therefore
+A state of `autolrs_ray.Trainer` is a function of (task, seed, LR of every step so far). `MemoTrainer` therefore
 keeps only the LR history and its rolling hash, looks losses up by that hash, and trains for real where one is missing.
 Results are those of the plain trainer, bit for bit (a test says so); the steps each method *would* train are counted
 by whoever drives it.
@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autolrs_ray.training import Trainer, lowest
+from autolrs_ray.training.trainer import Trainer, lowest
 
 MAX_SNAPSHOTS = 250
 

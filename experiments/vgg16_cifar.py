@@ -34,9 +34,9 @@ from typing import Any
 import torch
 
 import autolrs_ray
-from autolrs_ray.core.plan import ENVELOPES
+from autolrs_ray.core.envelopes import ENVELOPES
 from autolrs_ray.core.policy import finite_or_inf
-from autolrs_ray.training import Trainer
+from autolrs_ray.training.trainer import Trainer
 from experiments import vgg16_report
 from experiments.vgg16_task import BATCH_SIZE, CLASSES, DEFAULT_PEAK, PADDINGS, Settings, build, read_cifar
 
@@ -148,7 +148,7 @@ def run_search(job: Job, out: Path) -> dict[str, Any]:
         build, job.steps, policy=job.policy, config=asdict(job.settings), name=job.name(), storage_path=out,
         seed=job.seed, resources=job.resources, slots=job.slots, **job.options,
     )  # fmt: skip
-    from autolrs_ray.plots import save_plots
+    from autolrs_ray.show.plots import save_plots
 
     save_plots(result.folder)
     accuracy = "averaged_accuracy" if result.weights == "averaged" else "val_accuracy"
@@ -162,7 +162,7 @@ def run_search(job: Job, out: Path) -> dict[str, Any]:
 
 def last_report(result: autolrs_ray.RunResult, key: str) -> float | None:
     """The last value of `key` that the main run's trial reported, if its reports are still there."""
-    from autolrs_ray.plot_data import RunData
+    from autolrs_ray.show.run_data import RunData
 
     rows = RunData.load(result.folder).main_rows()
     return next((row[key] for row in reversed(rows) if key in row), None)

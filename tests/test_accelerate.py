@@ -11,7 +11,7 @@ from torch import nn
 
 from autolrs_ray import LearnedLRScheduler, LearnedSchedule
 from autolrs_ray.integrations.follower import Follower
-from autolrs_ray.schedule import Piece
+from autolrs_ray.outcome.schedule import Piece
 from tests.doc_blocks import check_every_update, run_section
 
 accelerate = pytest.importorskip("accelerate")

@@ -13,10 +13,10 @@ from ray.tune.logger.mlflow import MLflowLoggerCallback
 
 import autolrs_ray
 from autolrs_ray import RunResult, trainable_for
-from autolrs_ray.plot_data import RunData
-from autolrs_ray.replay import ReplayScheduler
-from autolrs_ray.schedule import LearnedSchedule, Piece
-from autolrs_ray.tensorboard import save_tensorboard
+from autolrs_ray.driver.replay import ReplayScheduler
+from autolrs_ray.outcome.schedule import LearnedSchedule, Piece
+from autolrs_ray.show.run_data import RunData
+from autolrs_ray.show.tensorboard import save_tensorboard
 from tests.doc_blocks import run_section
 from tests.tasks import build_tiny
 from tests.trainables import NotesUpdates, Quadratic, notes_updates

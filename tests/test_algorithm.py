@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from autolrs_ray.core.forecast import forecast
+from autolrs_ray.core.paper.forecast import forecast
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.segments import next_report
@@ -102,7 +102,7 @@ def test_the_paper_policy_follows_algorithm_1_over_20_random_stages(seed):
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 15])
 @pytest.mark.parametrize("kappa", [0.5, 2.0, 1000.0])
 def test_proposals_given_the_same_observations_lie_within_a_grid_cell_of_the_plain_gp(n, kappa):
-    from autolrs_ray.core.surrogate import propose
+    from autolrs_ray.core.paper.surrogate import propose
 
     rng = np.random.default_rng(n)
     for _ in range(5):

@@ -8,9 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from autolrs_ray.core.plan import ENVELOPES, RacePlan, envelope_factor
+from autolrs_ray.core.envelopes import ENVELOPES, envelope_factor
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import Point, Verdict
+from autolrs_ray.core.race.plan import RacePlan
 from autolrs_ray.core.segments import next_report
 from tests.races import anchored, drive
 from tests.simulation import Simulation

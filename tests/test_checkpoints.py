@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from autolrs_ray import checkpoints
-from autolrs_ray.checkpoints import (
+from autolrs_ray.record import checkpoints
+from autolrs_ray.record.checkpoints import (
     PICKLE_FILE,
     STATE_FILE,
     BackgroundWriter,
@@ -23,7 +23,7 @@ from autolrs_ray.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from autolrs_ray.trainable import AutoLRSTrainable, trainable_for, writes_manifests
+from autolrs_ray.trial.trainable import AutoLRSTrainable, trainable_for, writes_manifests
 from tests.crashes import Malice
 from tests.tasks import build_tiny
 

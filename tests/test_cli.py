@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from autolrs_ray.cli import app
-from autolrs_ray.journal import JOURNAL_FILE, Record
-from autolrs_ray.schedule import LearnedSchedule
+from autolrs_ray.outcome.schedule import LearnedSchedule
+from autolrs_ray.record.journal import JOURNAL_FILE, Record
 
 ROOT = Path(__file__).resolve().parent.parent
 Event = dict[str, Any]

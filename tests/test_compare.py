@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.local import run_local
-from autolrs_ray.training import Trainer
+from autolrs_ray.training.local import run_local
+from autolrs_ray.training.trainer import Trainer
 from experiments import compare, known_answers
 from experiments.compare_methods import METHODS, Lab, anchored, one_cycle, paper, tuned
 from experiments.compare_report import mean_se, summarise, verdict

@@ -22,8 +22,8 @@ from typer.main import get_command
 import autolrs_ray
 from autolrs_ray import LearnedSchedule
 from autolrs_ray.cli import app
-from autolrs_ray.core.plan import ENVELOPES
-from autolrs_ray.schedule import Piece
+from autolrs_ray.core.envelopes import ENVELOPES
+from autolrs_ray.outcome.schedule import Piece
 from tests import doc_blocks
 from tests.markdown import blocks, execute
 

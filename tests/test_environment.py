@@ -10,9 +10,10 @@ import pytest
 import ray
 import torch
 
-from autolrs_ray import AutoLRSSearch, searcher
-from autolrs_ray.environment import environment
-from autolrs_ray.journal import read_journal
+from autolrs_ray import AutoLRSSearch
+from autolrs_ray.driver import searcher
+from autolrs_ray.driver.environment import environment
+from autolrs_ray.record.journal import read_journal
 
 
 def test_it_names_the_software_and_the_machine_without_a_cluster() -> None:

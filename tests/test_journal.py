@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autolrs_ray import journal
-from autolrs_ray.journal import (
+from autolrs_ray.record import journal
+from autolrs_ray.record.journal import (
     JOURNAL_FILE,
     PREVIOUS_STATE_FILE,
     STATE_FILE,
@@ -211,7 +211,7 @@ def test_a_crash_between_any_two_steps_of_writing_leaves_a_state(record, survive
 
 OPEN = """
     import sys
-    from autolrs_ray.journal import Record
+    from autolrs_ray.record.journal import Record
     try:
         Record(sys.argv[1])
     except RuntimeError as error:
@@ -231,14 +231,14 @@ def test_a_second_process_is_refused_until_the_first_has_closed(tmp_path):
 
 
 def test_a_process_that_was_killed_leaves_no_lock(tmp_path):
-    code = "import os, sys; from autolrs_ray.journal import Record; r = Record(sys.argv[1]); os.kill(os.getpid(), 9)"
+    code = "import os, sys; from autolrs_ray.record.journal import Record; r = Record(sys.argv[1]); os.kill(os.getpid(), 9)"
     assert python(code, tmp_path).returncode == -9
     Record(tmp_path).close()
 
 
 FULL = """
     import resource, sys
-    from autolrs_ray.journal import Record
+    from autolrs_ray.record.journal import Record
     record = Record(sys.argv[1])
     record.append([{"event": "start"}])
     record.write_state({}, {"step": 1})

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from autolrs_ray import AutoLRSSearch
-from autolrs_ray.core.race import AnchoredPolicy
-from autolrs_ray.live import LiveProgress
+from autolrs_ray.core.race.policy import AnchoredPolicy
+from autolrs_ray.driver.live import LiveProgress
 
 
 def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
@@ -34,7 +34,7 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
 
 def test_the_time_left_is_what_the_steps_since_the_view_began_took(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("autolrs_ray.live.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("autolrs_ray.driver.live.time.monotonic", lambda: clock[0])
     search = AutoLRSSearch(1000, num_lrs=2, slots=1)
     search.bound = True
     policy, screen = search.policy, StringIO()

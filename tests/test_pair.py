@@ -15,12 +15,12 @@ from ray import tune
 
 import autolrs_ray
 from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, AutoLRSTrainable, RunResult, TrainingTask
-from autolrs_ray._ray import keep_actors_warm, use_idle_workers
-from autolrs_ray.checkpoints import read_checkpoint
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.local import run_local
-from autolrs_ray.plot_data import RunData
-from autolrs_ray.training import Trainer
+from autolrs_ray.private import keep_actors_warm, use_idle_workers
+from autolrs_ray.record.checkpoints import read_checkpoint
+from autolrs_ray.show.run_data import RunData
+from autolrs_ray.training.local import run_local
+from autolrs_ray.training.trainer import Trainer
 from tests.tasks import build_tiny
 from tests.trainables import ClassTrainable, function_trainable
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autolrs_ray.core import surrogate
+from autolrs_ray.core.paper import surrogate
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
 from autolrs_ray.core.segments import next_report

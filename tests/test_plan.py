@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from autolrs_ray.core.plan import LogInterval
+from autolrs_ray.core.envelopes import LogInterval
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-5, 10.0), (1e-3, 1e-1), (1e-7, 3e-7)])

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from autolrs_ray.core import surrogate
+from autolrs_ray.core.paper import surrogate
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.journal import Record
-from autolrs_ray.local import run_local
-from autolrs_ray.plot_data import RunData, read_reports
-from autolrs_ray.plot_main import accuracy_figure, learning_rate_figure, loss_figure
-from autolrs_ray.plot_search import posterior, race_figure, spread, surrogate_figure
-from autolrs_ray.plots import save_plots
-from autolrs_ray.schedule import LearnedSchedule
-from autolrs_ray.training import Trainer, TrainingTask
+from autolrs_ray.outcome.schedule import LearnedSchedule
+from autolrs_ray.record.journal import Record
+from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
+from autolrs_ray.show.plots import save_plots
+from autolrs_ray.show.run_data import RunData, read_reports
+from autolrs_ray.show.search_figures import posterior, race_figure, spread, surrogate_figure
+from autolrs_ray.training.local import run_local
+from autolrs_ray.training.trainer import Trainer, TrainingTask
 
 PAPER: dict[str, Any] = dict(stage_steps=20, max_stage_steps=40, probe_steps=4, num_lrs=4)
 

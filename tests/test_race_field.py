@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from autolrs_ray.core import surrogate
-from autolrs_ray.core.plan import RUNGS
+from autolrs_ray.core.paper import surrogate
 from autolrs_ray.core.policy import Point
-from autolrs_ray.core.rungs import Trunk, infill
+from autolrs_ray.core.race.plan import RUNGS
+from autolrs_ray.core.race.rule import Trunk, infill
 from tests.races import anchored, drive
 from tests.simulation import Simulation
 

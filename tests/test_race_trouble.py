@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autolrs_ray.core.plan import envelope_factor
+from autolrs_ray.core.envelopes import envelope_factor
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
 from tests.races import anchored, drive
 from tests.simulation import Simulation, diverging

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
-from autolrs_ray.replay import ReplayScheduler
-from autolrs_ray.schedule import LearnedSchedule, Piece
+from autolrs_ray.driver.replay import ReplayScheduler
+from autolrs_ray.outcome.schedule import LearnedSchedule, Piece
 
 PIECES = LearnedSchedule(60, (Piece(0, 20, 1.0), Piece(20, 40, 0.5), Piece(40, 60, 2.0, "linear")))
 

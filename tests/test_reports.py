@@ -11,7 +11,7 @@ import pytest
 
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.segments import Segment
-from autolrs_ray.reports import ReportKeys, check_lr, point_of, step_of
+from autolrs_ray.driver.reports import ReportKeys, check_lr, point_of, step_of
 
 KEYS = ReportKeys("step", "val_loss", "train_loss", "averaged_loss")
 DECAY = Segment("t00", "trunk", 0, 1.0, 0, (50, 100), 2, None, "linear", 100)

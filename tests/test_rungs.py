@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from autolrs_ray.core.plan import TOLERANCES
-from autolrs_ray.core.rungs import Trunk, catch_up, losers, reach
+from autolrs_ray.core.race.plan import TOLERANCES
+from autolrs_ray.core.race.rule import Trunk, catch_up, losers, reach
 
 
 def field(*scores: float) -> list[Trunk]:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR, LambdaLR, SequentialLR
 
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.journal import Record
-from autolrs_ray.schedule import LearnedLRScheduler, LearnedSchedule, Piece
+from autolrs_ray.outcome.schedule import LearnedLRScheduler, LearnedSchedule, Piece
+from autolrs_ray.record.journal import Record
 from tests.simulation import Simulation
 
 STAGES = LearnedSchedule(100, (Piece(0, 10, 0.5, None, 10), Piece(10, 30, 0.2), Piece(30, 100, 0.05, "linear")))
@@ -385,6 +385,6 @@ def test_it_holds_no_cycle_that_would_keep_model_and_optimizer_alive():
 
 
 def test_replaying_needs_no_ray():
-    code = "import sys, autolrs_ray.schedule; print('ray' in sys.modules)"
+    code = "import sys, autolrs_ray.outcome.schedule; print('ray' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"

@@ -15,10 +15,10 @@ from torch import nn
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask
-from autolrs_ray import shared as shared_module
-from autolrs_ray.checkpoints import read_checkpoint
-from autolrs_ray.shared import PackedTensor, SharedCheckpoint, SharedState, pack, state_bytes, unpack
-from autolrs_ray.training import Trainer
+from autolrs_ray.record.checkpoints import read_checkpoint
+from autolrs_ray.training.trainer import Trainer
+from autolrs_ray.trial import shared as shared_module
+from autolrs_ray.trial.shared import PackedTensor, SharedCheckpoint, SharedState, pack, state_bytes, unpack
 
 WIDTH = 512
 STATE_BYTES = 2 * 4 * (10 * WIDTH + WIDTH * WIDTH + WIDTH * 2 + 2 * WIDTH + 2)  # weights and their momentum: 2.2 MB

@@ -11,9 +11,11 @@ import pytest
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.tune import PlacementGroupFactory
 
-from autolrs_ray import AutoLRSSearch, _ray, slots
-from autolrs_ray.nodes import describe_shortage, trials_that_fit
-from autolrs_ray.slots import Slots
+from autolrs_ray import AutoLRSSearch
+from autolrs_ray import private as _ray
+from autolrs_ray.driver import slots
+from autolrs_ray.driver.nodes import describe_shortage, trials_that_fit
+from autolrs_ray.driver.slots import Slots
 
 ONE = {"CPU": 1.0}
 FOUR = {"CPU": 4.0, "GPU": 1.0, "memory": 1e9}

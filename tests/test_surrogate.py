@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from autolrs_ray.core.gp import ClosedFormGP, fit_hyperparameters_mll, lower_confidence_bound, single_task_gp
-from autolrs_ray.core.surrogate import (
+from autolrs_ray.core.envelopes import bin_centred_grid
+from autolrs_ray.core.paper.gp import ClosedFormGP, fit_hyperparameters_mll, lower_confidence_bound, single_task_gp
+from autolrs_ray.core.paper.surrogate import (
     GRID_SIZE,
     Hyperparameters,
-    bin_centred_grid,
     closed_form_posterior,
     fit_hyperparameters,
     propose,

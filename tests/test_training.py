@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 
-from autolrs_ray.checkpoints import (
+from autolrs_ray.record.checkpoints import (
     MANIFEST_FILE,
     STATE_FILE,
     CheckpointError,
@@ -25,7 +25,7 @@ from autolrs_ray.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from autolrs_ray.training import Trainer, TrainingTask, accuracy, lowest
+from autolrs_ray.training.trainer import Trainer, TrainingTask, accuracy, lowest
 from tests.crashes import Malice, dies_after_renames
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -564,7 +564,7 @@ def test_a_malicious_pickle_with_a_matching_manifest_is_not_executed(checkpoint,
         torch.save({"step": 7, "model": Malice(flag)}, target)
     else:
         target.write_bytes(pickle.dumps(Malice(flag)))
-    from autolrs_ray.checkpoints import _sha256
+    from autolrs_ray.record.checkpoints import _sha256
 
     manifest = {"size": target.stat().st_size, "sha256": _sha256(target), "step": 7}
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as transforms
 
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.journal import JOURNAL_FILE
-from autolrs_ray.training import Trainer
+from autolrs_ray.record.journal import JOURNAL_FILE
+from autolrs_ray.training.trainer import Trainer
 from benchmarks import vgg16_step
 from experiments import vgg16_cifar, vgg16_report, vgg16_task
 from experiments.vgg16_task import Settings, crop_and_flip, draw_moves, vgg16

@@ -9,10 +9,10 @@ import pytest
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
-from autolrs_ray import watchdog
 from autolrs_ray.core.policy import AutoLRSError, way_on
 from autolrs_ray.core.segments import Segment
-from autolrs_ray.watchdog import Watchdog
+from autolrs_ray.driver import watchdog
+from autolrs_ray.driver.watchdog import Watchdog
 
 SEGMENT = Segment("main", "main", 0, 0.1, 0, (100, 1000), 1, total_steps=1000)
 

@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from autolrs_ray.core.algorithm import PaperPolicy
-from autolrs_ray.core.plan import (
-    RUNGS,
-    THRIFTY_RUNGS,
-    THRIFTY_TOLERANCES,
-    TOLERANCES,
-    RacePlan,
-    StagePlan,
-    require_int,
-    require_one_of,
-    require_tuple,
-    validate_interval,
-)
+from autolrs_ray.core.checks import require_int, require_one_of, require_tuple, validate_interval
+from autolrs_ray.core.paper.plan import StagePlan
+from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Policy
-from autolrs_ray.core.race import AnchoredPolicy
+from autolrs_ray.core.race.plan import RUNGS, THRIFTY_RUNGS, THRIFTY_TOLERANCES, TOLERANCES, RacePlan
+from autolrs_ray.core.race.policy import AnchoredPolicy
 
 DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 

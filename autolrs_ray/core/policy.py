@@ -2,7 +2,7 @@
 
 A policy never trains. It asks for segments of training (`wanted`), hears of every reported loss (`report`), of written
 checkpoints (`saved`) and of failures (`failed`), and answers each report with a verdict. Whoever drives it (the Ray Tune
-pair, or the plain loop in :mod:`autolrs_ray.local`) maps verdicts to its own verbs.
+pair, or the plain loop in :mod:`autolrs_ray.training.local`) maps verdicts to its own verbs.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from autolrs_ray.core.plan import EnvelopeSpec, lr_factor
+from autolrs_ray.core.envelopes import EnvelopeSpec, lr_factor
 
 
 @dataclass(frozen=True)

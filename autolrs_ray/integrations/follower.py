@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from autolrs_ray.core.plan import require_int
+from autolrs_ray.core.checks import require_int
 from autolrs_ray.core.segments import Segment, next_report
 
 

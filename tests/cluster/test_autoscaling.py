@@ -20,7 +20,7 @@ from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 
 import autolrs_ray
 from autolrs_ray import AutoLRSError, RunResult, TrainingTask
-from autolrs_ray.nodes import node_resources
+from autolrs_ray.driver.nodes import node_resources
 from tests.cluster.conftest import free_port, wait_for_port
 from tests.tasks import build_tiny
 

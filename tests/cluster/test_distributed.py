@@ -19,8 +19,8 @@ from torch.distributed import TCPStore
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask, trainable_for
-from autolrs_ray.distributed import WorkerGroup, _Worker, rendezvous, worker_resources
-from autolrs_ray.training import Trainer
+from autolrs_ray.training.trainer import Trainer
+from autolrs_ray.trial.distributed import WorkerGroup, _Worker, rendezvous, worker_resources
 from tests.tasks import build_tiny
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

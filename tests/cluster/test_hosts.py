@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from autolrs_ray.journal import read_journal
+from autolrs_ray.record.journal import read_journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]

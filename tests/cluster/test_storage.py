@@ -14,15 +14,16 @@ import torch
 from typer.testing import CliRunner
 
 import autolrs_ray
-from autolrs_ray import LearnedSchedule, RunResult, storage
-from autolrs_ray.checkpoints import CheckpointError, write_checkpoint
+from autolrs_ray import LearnedSchedule, RunResult
 from autolrs_ray.cli import app
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.journal import JOURNAL_FILE, STATE_FILE, Record, read_journal
-from autolrs_ray.local import run_local
-from autolrs_ray.plots import save_plots
-from autolrs_ray.storage import Mirror, RunTakenError, open_store
-from autolrs_ray.training import Trainer
+from autolrs_ray.record import stores as storage
+from autolrs_ray.record.checkpoints import CheckpointError, write_checkpoint
+from autolrs_ray.record.journal import JOURNAL_FILE, STATE_FILE, Record, read_journal
+from autolrs_ray.record.stores import Mirror, RunTakenError, open_store
+from autolrs_ray.show.plots import save_plots
+from autolrs_ray.training.local import run_local
+from autolrs_ray.training.trainer import Trainer
 from tests.faults.harness import Driver
 from tests.tasks import build_tiny
 

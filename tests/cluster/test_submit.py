@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from autolrs_ray.journal import read_journal
+from autolrs_ray.record.journal import read_journal
 from tests.cluster.conftest import free_port, wait_for_port
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,13 +24,14 @@ import torch
 from ray.tune import Callback
 
 import autolrs_ray
-from autolrs_ray import RunResult, journal
-from autolrs_ray.checkpoints import read_checkpoint
-from autolrs_ray.core import forecast, surrogate
-from autolrs_ray.core.algorithm import PaperPolicy
+from autolrs_ray import RunResult
+from autolrs_ray.core.paper import forecast, surrogate
+from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Verdict
-from autolrs_ray.core.race import AnchoredPolicy
-from autolrs_ray.storage import local_copy
+from autolrs_ray.core.race.policy import AnchoredPolicy
+from autolrs_ray.record import journal
+from autolrs_ray.record.checkpoints import read_checkpoint
+from autolrs_ray.record.stores import local_copy
 from tests.faults.trainables import Fragile
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class RecordWith:
-    """`os` for autolrs_ray.journal, in which every fsync and rename is a chance to die first."""
+    """`os` for autolrs_ray.record.journal, in which every fsync and rename is a chance to die first."""
 
     def __init__(self, chance: Callable[[], None]) -> None:
         self._chance = chance

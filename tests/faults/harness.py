@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autolrs_ray.journal import JOURNAL_FILE, RecordWarning, read_journal
-from autolrs_ray.storage import join, read_bytes
+from autolrs_ray.record.journal import JOURNAL_FILE, RecordWarning, read_journal
+from autolrs_ray.record.stores import join, read_bytes
 from tests.faults.driver import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from autolrs_ray.journal import read_journal
+from autolrs_ray.record.journal import read_journal
 from tests.faults.harness import KILLS, SCALE, Driver, journal_at, journal_text, moment_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600 + 120 * SCALE)]

@@ -12,7 +12,7 @@ from statistics import median
 import psutil
 import pytest
 
-from autolrs_ray.journal import read_journal
+from autolrs_ray.record.journal import read_journal
 from tests.faults.harness import LIMIT_S, SCALE, Driver, journal_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300 + 60 * SCALE)]

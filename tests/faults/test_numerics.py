@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autolrs_ray.journal import read_journal
+from autolrs_ray.record.journal import read_journal
 from tests.faults.harness import Driver
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]

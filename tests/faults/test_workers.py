@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from autolrs_ray.journal import read_journal
+from autolrs_ray.record.journal import read_journal
 from tests.faults.harness import COUNTS, Driver
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autolrs_ray import AutoLRSTrainable, TrainingTask
-from autolrs_ray.checkpoints import STATE_FILE
+from autolrs_ray.record.checkpoints import STATE_FILE
 from tests.tasks import build_tiny
 
 

@@ -1,0 +1,65 @@
+"""Checks of arguments: each returns the value it was given, or raises with the name and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require_int(name: str, value: Any, minimum: int) -> int:
+    """Return `value` if it is an int >= `minimum`; raise TypeError or ValueError that names it otherwise."""
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def require_float(name: str, value: Any, low: float, high: float, low_open: bool = False) -> float:
+    """Return `value` as float if it is a finite real number in [low, high] (or (low, high] if `low_open`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    if not math.isfinite(number) or number > high or number < low or (low_open and number == low):
+        raise ValueError(f"{name} must be a finite number in {'(' if low_open else '['}{low}, {high}], got {value!r}")
+    return number
+
+
+def require_bool(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False; raise TypeError that names it otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def require_one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """Return `value` if it is one of the names `allowed`; raise ValueError that names it, whatever it is, otherwise."""
+    names = sorted(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name} must be one of {names}, got {value!r}")
+    return value
+
+
+def require_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """Return `value` as a tuple if it is a list or tuple; raise TypeError that names it otherwise."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple, got {value!r} ({type(value).__name__})")
+    return tuple(value)
+
+
+def validate_interval(lr_interval: Any) -> tuple[float, float]:
+    """Return (min_lr, max_lr) with 0 < min_lr < max_lr, both finite; raise with the value otherwise."""
+    try:
+        low, high = lr_interval
+    except (TypeError, ValueError):
+        raise TypeError(f"lr_interval must be a pair (min_lr, max_lr), got {lr_interval!r}") from None
+    low = require_float("min_lr", low, 0.0, math.inf, low_open=True)
+    high = require_float("max_lr", high, 0.0, math.inf, low_open=True)
+    if not low < high:
+        raise ValueError(f"min_lr must be below max_lr, got {low=}, {high=}; widen lr_interval")
+    return low, high

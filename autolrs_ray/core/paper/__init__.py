@@ -1,0 +1,1 @@
+"""The paper's policy: stages, probes, forecasts, proposals."""

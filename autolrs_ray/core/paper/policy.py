@@ -1,0 +1,356 @@
+"""The paper's policy: Algorithm 1 of AutoLRS (Jin et al., ICLR 2021), with probes that may run at the same time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from autolrs_ray.core.checks import require_bool, require_int
+from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, envelope_factor
+from autolrs_ray.core.paper.plan import StagePlan
+from autolrs_ray.core.paper.probes import best_of, divergence_wall, opening_loss, outcome_of
+from autolrs_ray.core.paper.proposals import Probe, ProposalRule
+from autolrs_ray.core.paper.state import PaperState
+from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
+from autolrs_ray.core.segments import Segment
+
+MAIN = "main"
+MAX_ROUNDS = 2  # rounds of probes in a stage whose probes all diverged; each round lies two decades lower
+MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the run ends
+
+
+@dataclass
+class PaperPolicy(PaperState):
+    """Stage-wise search. Symbols of the paper: tau = stage_steps, tau' = probe_steps, k = num_lrs.
+
+    series: "authors" ranks probes by training loss while tau < tau_max and by validation loss after, "validation" by
+    validation loss always. initial: "random" (one random LR, as the authors do) or "grid" (4 bin-centred LRs).
+    A probe that ends above 4 times the larger of the stage's start loss and the run's first (validation losses) has diverged;
+    a main trial that does goes back to the stage's start with the best of the smaller LRs.
+    promote: hand the winning probe's state to the main trial instead of training its steps again.
+    floor: lower bound of the metric for the forecast (0 for a loss, None where it has none).
+    envelope: the paper has none; with one, LR(t) = stage LR * envelope(t).
+    """
+
+    lr_interval: tuple[float, float] = (1e-3, 1e-1)
+    plan: StagePlan = field(default_factory=lambda: StagePlan(8000, 1000, 8000, 100))
+    num_lrs: int = 10
+    kappa: float = 1000.0
+    initial: str = "random"
+    fit: str = "map"
+    series: str = "authors"
+    probe_reports: int = 16
+    main_reports: int = 8
+    promote: bool = True
+    floor: float | None = 0.0
+    envelope: EnvelopeSpec = None
+
+    _rule: ProposalRule = field(init=False, repr=False)
+    _stages: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("probe_reports", "main_reports", "concurrency"):
+            require_int(name, getattr(self, name), 1)
+        require_bool("promote", self.promote)
+        if self.series not in ("authors", "validation"):
+            raise ValueError(f'series must be "authors" or "validation", got {self.series!r}')
+        self._rule = ProposalRule(self.num_lrs, self.kappa, self.initial, self.fit, self.seed)
+        envelope_factor(self.envelope, 0, self.total_steps)
+        self._stages = len(self.plan.stages())
+        self.interval = self.lr_interval
+        self._begin()
+
+    def _begin(self) -> None:
+        self.step, self.checkpoint, self.probes, self.chosen = 0, None, [], None
+        self.loss = self.first_loss = None
+        self.stage, self.phase = self.plan.stage(0, self.plan.warmup_steps), "warmup"
+        if not self.plan.warmup_steps:
+            self._open_stage()
+
+    # -- what is wanted ------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return self.phase == "done"
+
+    @property
+    def trials_needed(self) -> int:
+        return 1 + self.num_lrs * self._stages
+
+    @property
+    def breadth(self) -> int:
+        return self.q
+
+    def cost(self, slots: int) -> tuple[float, float]:
+        stages, q = self.plan.stages(), max(1, min(slots, self.num_lrs))
+        probed = sum(stage.probe_steps for stage in stages) / self.total_steps
+        again = sum(stage.probe_steps for stage in stages if self.promote and stage.probe_steps < stage.steps)
+        given = again / self.total_steps
+        return 1.0 + self.num_lrs * probed - given, 1.0 + -(-self.num_lrs // q) * probed - given
+
+    def wanted(self) -> list[Segment]:
+        if self.phase == "search":
+            self._propose()
+            arms = [(self._arm(i), probe) for i, probe in enumerate(self.probes) if probe.status == "open"]
+            return [self._probe_segment(arm, probe) for arm, probe in arms if arm not in self._issued]
+        if self.phase in ("warmup", "train") and MAIN not in self._issued:
+            return [self._main_segment()]
+        return []
+
+    def _probe_segment(self, arm: str, probe: Probe) -> Segment:
+        end = self.stage.start + self.stage.probe_steps
+        return self._segment(arm, "probe", probe.lr, self.stage.start, end, self.probe_reports, self.checkpoint)
+
+    def _main_segment(self) -> Segment:
+        if self.phase == "warmup":
+            end = self.plan.warmup_steps
+            return Segment(
+                MAIN, "main", -1, self.plan.warmup_lr, 0, (end,), self.main_reports, None, None, self.total_steps, end
+            )
+        assert self.chosen is not None
+        probe = self.probes[self.chosen]
+        promoted = self.promote and probe.checkpoint is not None and probe.step < self.stage.end
+        start, source = (probe.step, probe.checkpoint) if promoted else (self.stage.start, self.checkpoint)
+        return self._segment(MAIN, "main", probe.lr, start, self.stage.end, self.main_reports, source)
+
+    def _segment(
+        self, arm: str, role: str, lr: float, start: int, end: int, reports: int, source: str | None
+    ) -> Segment:
+        return Segment(arm, role, self.stage.index, lr, start, (end,), reports, source, self.envelope, self.total_steps)
+
+    # -- proposals -----------------------------------------------------------------------------------------------------
+
+    def set_concurrency(self, slots: int, later: int | None = None) -> None:
+        super().set_concurrency(max(slots, later or 0))
+        if self.phase == "search" and len(self.probes) <= 1:  # the first proposal is the same for every q
+            self.q = min(self.concurrency, self.num_lrs)
+
+    def _open_stage(self) -> None:
+        self.phase, self.q = "search", min(self.concurrency, self.num_lrs)
+        self.interval, self.rounds, self.rollbacks, self.probes, self.chosen = self.lr_interval, 0, 0, [], None
+        self._points = {}
+        self.emit("stage", stage=self.stage.index, start=self.stage.start, steps=self.stage.steps,
+                  probe_steps=self.stage.probe_steps, concurrency=self.q)  # fmt: skip
+
+    def _propose(self) -> None:
+        first = self.rounds * self.num_lrs
+        while proposal := self._rule.next_x(self.stage.index, self.rounds, self.probes[first:], self.q):
+            x, failure = proposal
+            if failure:
+                self.emit("warning", stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
+            lr, i = LogInterval(*self.interval).lr(x), len(self.probes)
+            self.probes.append(Probe(lr, x))
+            self.emit("proposal", stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
+
+    # -- reports -------------------------------------------------------------------------------------------------------
+
+    def report(self, arm: str, point: Point, can_save: bool = True) -> Verdict:
+        if arm == MAIN:
+            return self._report_main(point, can_save)
+        index = next((i for i, probe in enumerate(self.probes) if self._arm(i) == arm), None)
+        if self.phase != "search" or index is None or self.probes[index].status != "open":
+            return Verdict.FINISH
+        points = self._record(arm, point)
+        if not math.isfinite(point.loss):
+            self._resolve(index, "diverged")
+            return Verdict.FINISH
+        if point.step < self.stage.start + self.stage.probe_steps:
+            return Verdict.CONTINUE
+        self.probes[index].step = point.step
+        wall = divergence_wall(self.loss, self.first_loss, self.floor)
+        self._resolve(index, "diverged" if points[-1].loss > wall else "done")
+        leads = best_of(self.probes) == index
+        return Verdict.FINISH_AND_SAVE if leads and self.promote and can_save else Verdict.FINISH
+
+    def _record(self, arm: str, point: Point) -> list[Point]:
+        points = self._points.setdefault(arm, [])
+        while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
+            points.pop()
+        points.append(point)
+        return points
+
+    def _resolve(self, index: int, status: str) -> None:
+        probe, points = self.probes[index], self._points.get(self._arm(index), [])
+        by_training = self.series == "authors" and not self.plan.is_full_length(self.stage.index)
+        found = outcome_of(points, self.stage.start, self.stage.steps, by_training, self.floor)
+        predicted = found.predicted
+        if predicted.failure:
+            message = f"forecaster failed ({predicted.failure}); the mean of the last losses instead"
+            self.emit("warning", stage=self.stage.index, message=message)
+        probe.status = "diverged" if status == "done" and not math.isfinite(predicted.value) else status
+        probe.first_loss = points[0].loss if points and math.isfinite(points[0].loss) else None
+        if probe.status == "done":
+            probe.forecast, probe.stderr = predicted.value, predicted.stderr
+            probe.loss, probe.train_loss = points[-1].loss, points[-1].train_loss
+            probe.moved = len({self.loss, *(point.loss for point in points)} - {None}) > 1
+            self._keep_leading()
+        self.emit(
+            "probe",
+            stage=self.stage.index, probe=index, arm=self._arm(index), lr=probe.lr, status=probe.status,
+            forecast=probe.forecast, stderr=probe.stderr, method=predicted.method, series=found.series,
+            steps=found.steps, losses=[loss if math.isfinite(loss) else None for loss in found.losses],
+        )  # fmt: skip
+        self._points.pop(self._arm(index), None)
+        self._choose_if_complete()
+
+    def _choose_if_complete(self) -> None:
+        if self.phase != "search" or len(self.probes) < (self.rounds + 1) * self.num_lrs:
+            return
+        if any(probe.status == "open" for probe in self.probes):
+            return
+        try:
+            self._choose()
+        except AutoLRSError:
+            self._open_stage()  # whoever mends the cause and resumes gets this stage searched anew
+            raise
+
+    def _choose(self) -> None:
+        refuse_ignored_lr([(p.lr, p.loss, p.train_loss, p.moved) for p in self.probes if p.loss is not None])
+        best = best_of(self.probes)
+        if best is not None:
+            self.phase, self.chosen = "train", best
+            self.first_loss = opening_loss(self.probes, best) if self.first_loss is None else self.first_loss
+            probe = self.probes[best]
+            self.emit("choice", stage=self.stage.index, probe=best, lr=probe.lr, forecast=probe.forecast)
+            return
+        statuses = sorted({probe.status for probe in self.probes})
+        self.rounds += 1
+        if self.rounds >= MAX_ROUNDS or statuses == ["failed"]:
+            tried = ", ".join(f"{probe.lr:.3g} ({probe.status})" for probe in self.probes)
+            raise AutoLRSError(
+                f"stage {self.stage.index}: none of the learning rates tried gave a finite loss: {tried}. Lower "
+                "lr_interval, or look at the loss and the data of the first steps; the trials' error files say more."
+            )
+        self.interval = (self.interval[0] / 100.0, self.interval[0])
+        self.emit("warning", stage=self.stage.index, message=f"all probes diverged; trying {self.interval} instead")
+
+    def _report_main(self, point: Point, can_save: bool) -> Verdict:
+        if self.phase not in ("warmup", "train"):
+            return Verdict.PAUSE
+        if not math.isfinite(point.loss):
+            return self._roll_back(point)
+        if self.first_loss is None and self.phase == "warmup":
+            self.first_loss = point.loss
+        end = self.plan.warmup_steps if self.phase == "warmup" else self.stage.end
+        if point.step < end:
+            return Verdict.CONTINUE
+        if self._has_blown_up(point):  # as for probes, at the end only: at a high LR a loss may rise at first
+            return self._roll_back(point)
+        if not can_save:
+            patience = max(self.stage.steps, end - self.step)
+            if point.step >= end + patience:
+                raise AutoLRSError(
+                    f"the main trial came to step {point.step} without a checkpoint; its segment ended at {end}. "
+                    "Pass checkpoint= to tune.report at least once every stage_steps steps."
+                )
+            return Verdict.CONTINUE
+        self._end_loss = point.loss  # `loss` stays the stage's start until the end is durable
+        return Verdict.FINISH_AND_SAVE if point.step >= self.total_steps else Verdict.PAUSE
+
+    def _has_blown_up(self, point: Point) -> bool:
+        """Whether a stage ends above the wall, by the training loss too, where there is one: batch norm's running statistics
+        can make a validation loss huge after a few steps at a high LR, and the model is well.
+
+        Never in the warm-up, which has no smaller LR to go back to, or with a state from before first losses were kept.
+        """
+        if self.phase == "warmup" or self.first_loss is None:
+            return False
+        loss = point.loss if point.train_loss is None else min(point.loss, point.train_loss)
+        return loss > divergence_wall(self.loss, self.first_loss, self.floor)
+
+    def _roll_back(self, point: Point) -> Verdict:
+        """The chosen LR diverged after its probe ended: forbid it and take the best of the smaller ones."""
+        self.rollbacks += 1
+        lr = self.plan.warmup_lr if self.chosen is None else self.probes[self.chosen].lr
+        if self.chosen is not None:
+            for probe in self.probes:
+                if probe.lr >= lr:
+                    probe.status = "diverged"
+        best = best_of(self.probes)
+        if best is None or self.chosen is None or self.rollbacks > MAX_ROLLBACKS:
+            raise AutoLRSError(
+                f"the main trial diverged at step {point.step} with {lr=:.3g} and no smaller learning rate is left; "
+                f"the last good checkpoint is {self.checkpoint} (step {self.step}). Start anew with a lower lr_interval."
+            )
+        self.chosen = best
+        self.emit("rollback", stage=self.stage.index, step=point.step, lr=lr, new_lr=self.probes[best].lr)
+        return Verdict.ROLLBACK
+
+    # -- checkpoints and failures --------------------------------------------------------------------------------------
+
+    def saved(self, arm: str, step: int, path: str) -> None:
+        if arm != MAIN:
+            leading = self._leading()
+            if leading is not None and self._arm(leading) == arm and self.probes[leading].checkpoint != path:
+                self.probes[leading].checkpoint, self.probes[leading].step = path, step
+                self.emit("saved", stage=self.stage.index, arm=arm, step=step, checkpoint=path)
+            return
+        if self.phase == "warmup" and step >= self.plan.warmup_steps:
+            self._commit(step, path, self.plan.warmup_lr, None)
+        elif self.phase == "train" and step >= self.stage.end:
+            assert self.chosen is not None
+            probe = self.probes[self.chosen]
+            self._commit(step, path, probe.lr, probe.forecast)
+
+    def _commit(self, step: int, path: str, lr: float, forecast_value: float | None) -> None:
+        warmup = self.phase == "warmup"
+        row = dict(
+            stage=-1 if warmup else self.stage.index, start=self.step, end=step, lr=lr, loss=self._end_loss,
+            forecast=forecast_value, warmup=warmup,
+        )  # fmt: skip
+        if not warmup:
+            self._remember_stage(lr, forecast_value)
+        self.step, self.checkpoint, self.loss = step, path, self._end_loss
+        self.withdraw(MAIN)
+        self.emit("commit", **row, checkpoint=path)
+        if step >= self.total_steps:
+            self.phase = "done"
+            self.emit("done", step=step, loss=self.loss, checkpoint=path)
+            return
+        self.stage = self.plan.stage(0 if warmup else self.stage.index + 1, step)
+        self._open_stage()
+
+    def failed(self, arm: str, reason: str) -> None:
+        if arm == MAIN:
+            raise AutoLRSError(
+                f"the main trial failed for good ({reason}). The {self.last_good(arm)}, or allow more max_failures."
+            )
+        for i, probe in enumerate(self.probes):
+            if self._arm(i) == arm and probe.status == "open":
+                self.emit("warning", stage=self.stage.index, message=f"probe {arm} failed: {reason}")
+                self._resolve(i, "failed")
+
+    def is_open(self, arm: str) -> bool:
+        if arm == MAIN:
+            return not self.done
+        return self.phase == "search" and any(
+            self._arm(i) == arm and probe.status == "open" for i, probe in enumerate(self.probes)
+        )
+
+    def lost(self, path: str) -> None:
+        for probe in self.probes:
+            if probe.checkpoint == path:
+                probe.checkpoint = None
+        if self.checkpoint != path:
+            if self.previous is not None and self.previous["checkpoint"] == path:
+                self.previous = None
+            return
+        back, self.previous = self.previous, None
+        way = "starting from scratch" if back is None else "going back a stage"
+        self.emit("warning", stage=self.stage.index, message=f"checkpoint {path} is unreadable; {way}")
+        self._issued.discard(MAIN)
+        if back is None:
+            self._begin()
+            return
+        self._return_to_stage(back)
+
+    def progress(self) -> dict[str, Any]:
+        resolved = sum(probe.status != "open" for probe in self.probes)
+        best = self._leading()
+        return dict(
+            phase=self.phase, stage=self.stage.index, stages=self._stages, resolved=resolved,
+            trials=max(len(self.probes), (self.rounds + 1) * self.num_lrs),
+            lr=self.probes[best].lr if best is not None else None, loss=self.loss, step=self.step,
+            total_steps=self.total_steps,
+        )  # fmt: skip

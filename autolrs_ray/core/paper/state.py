@@ -1,0 +1,91 @@
+"""What the paper's policy remembers: all that a restart needs, as JSON values, and the checkpoints it can go back to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autolrs_ray.core.paper.plan import Stage
+from autolrs_ray.core.paper.probes import best_of
+from autolrs_ray.core.paper.proposals import Probe
+from autolrs_ray.core.policy import Point, Policy, way_on
+
+
+@dataclass
+class PaperState(Policy):
+    """The state of :class:`~autolrs_ray.core.paper.policy.PaperPolicy`, which decides what becomes of it."""
+
+    # durable state
+    phase: str = "search"
+    stage: Stage = field(init=False)
+    step: int = 0
+    checkpoint: str | None = None
+    previous: dict[str, Any] | None = None
+    loss: float | None = None
+    first_loss: float | None = None  # of the run, as far as it was measured; `loss` is where the stage started
+    q: int = 0
+    interval: tuple[float, float] = field(init=False)
+    rounds: int = 0
+    rollbacks: int = 0
+    probes: list[Probe] = field(default_factory=list)
+    chosen: int | None = None
+
+    # volatile
+    _end_loss: float | None = field(default=None, init=False, repr=False)  # of a stage, until its end is durable
+    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+
+    def _arm(self, index: int) -> str:
+        return f"s{self.stage.index:03d}p{index:02d}"
+
+    def _keep_leading(self) -> None:
+        """Let go of all probes' checkpoints but the leading one's: `checkpoints` allows their deletion."""
+        leading = self._leading()
+        for i, probe in enumerate(self.probes):
+            if i != leading:
+                probe.checkpoint = None
+
+    def _leading(self) -> int | None:
+        return best_of(self.probes) if self.chosen is None else self.chosen
+
+    def checkpoints(self) -> set[str]:
+        leading = self._leading()
+        paths = {self.checkpoint, self.probes[leading].checkpoint if leading is not None else None}
+        if self.previous is not None:
+            paths.add(self.previous["checkpoint"])
+        return {path for path in paths if path is not None}
+
+    def last_good(self, arm: str) -> str:
+        return way_on(self.checkpoint, self.step, "the run was in its first stage")
+
+    def _remember_stage(self, lr: float, forecast: float | None) -> None:
+        """The stage that is being committed is the one to go back to, should the checkpoint at its end be lost."""
+        self.previous = dict(stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint, lr=lr,
+                             forecast=forecast, loss=self.loss)  # fmt: skip
+
+    def _return_to_stage(self, back: dict[str, Any]) -> None:
+        """Train the stage of `back`, which `_remember_stage` left, again at the LR it was trained at."""
+        self.stage, self.step, self.checkpoint = Stage(**back["stage"]), back["step"], back["checkpoint"]
+        self.loss = back.get("loss")
+        self.probes = [Probe(back["lr"], 0.0, "done", back["forecast"])]
+        self.phase, self.chosen = "train", 0
+        self.rounds = self.rollbacks = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(
+            policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
+            previous=self.previous, loss=self.loss, first_loss=self.first_loss, q=self.q, interval=list(self.interval),
+            rounds=self.rounds, rollbacks=self.rollbacks, concurrency=self.concurrency,
+            probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
+        )  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("policy") != "paper":
+            raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'paper'")
+        self.phase, self.stage = state["phase"], Stage(**state["stage"])
+        self.step, self.checkpoint, self.loss, self.q = state["step"], state["checkpoint"], state["loss"], state["q"]
+        self.first_loss = state.get("first_loss")  # states written before it was kept have none
+        self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
+        self.probes = [Probe(**probe) for probe in state["probes"]]
+        self.chosen, self.previous = state["chosen"], state["previous"]
+        self.concurrency = state["concurrency"]  # it shapes the proposals: a run goes on with what it began with
+        self._issued, self._points, self._events, self._end_loss = set(), {}, [], None

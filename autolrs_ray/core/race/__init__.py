@@ -1,0 +1,1 @@
+"""The anchored policy: a race of learning rates, and its rule."""

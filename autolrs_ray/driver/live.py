@@ -1,0 +1,104 @@
+"""The state of a run while it goes on, instead of Tune's tables: one line, and the trunks still in the race below it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from ray.tune import Callback
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from autolrs_ray.core.race.policy import AnchoredPolicy
+from autolrs_ray.driver.searcher import AutoLRSSearch
+
+INTERVAL_S = 0.25
+MAX_TRUNKS = 8  # lines of the race; the rest are counted
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class LiveProgress(Callback):  # type: ignore[misc]
+    """Shows stage, trials, learning rate, loss, slots and time left; a line per change where there is no terminal."""
+
+    def __init__(self, search: AutoLRSSearch) -> None:
+        self._search = search
+        self._console = Console(file=sys.stderr)
+        self._live: Live | None = None
+        self._began, self._shown, self._first_step = time.monotonic(), 0.0, -1
+        self._last: tuple[Any, ...] = ()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        now = time.monotonic()
+        if now - self._shown < INTERVAL_S or not self._search.bound:
+            return
+        self._shown = now
+        progress = self._search.policy.progress()
+        if self._first_step < 0:
+            self._first_step = progress["step"]
+            compute, wall = self._search.policy.cost(self._search.slots)
+            self._console.print(
+                f"AutoLRS {self._search.policy_name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on "
+                f"{self._search.slots} slots (T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, transient=True, auto_refresh=False)
+                self._live.start()
+            self._live.update(self.view(progress), refresh=True)
+        else:
+            change = (progress["phase"], progress["stage"], progress["step"])
+            if change != self._last:
+                self._last = change
+                self._console.print(self.line(progress), highlight=False, soft_wrap=True)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def view(self, progress: dict[str, Any]) -> Group:
+        """The line, and under the anchored policy the trunks in the race: LR, score at the last rung, steps trained."""
+        line, policy = Text(self.line(progress)), self._search.policy
+        if not isinstance(policy, AnchoredPolicy):
+            return Group(line)
+        racing = [trunk for trunk in policy.trunks if trunk.status in ("open", "won")]
+        racing.sort(
+            key=lambda trunk: (-len(trunk.scores), trunk.scores[max(trunk.scores)] if trunk.scores else trunk.lr)
+        )
+        table = Table.grid(padding=(0, 2))
+        for trunk in racing[:MAX_TRUNKS]:
+            loss = f"{trunk.scores[max(trunk.scores)]:.4g}" if trunk.scores else "-"
+            reached = max([trunk.step, *trunk.scores])
+            table.add_row(f"  lr {trunk.lr:.3g}", f"loss {loss}", ProgressBar(policy.total_steps, reached, width=30))
+        more = len(racing) - MAX_TRUNKS
+        return Group(line, table, Text(f"  and {more} more")) if more > 0 else Group(line, table)
+
+    def line(self, progress: dict[str, Any]) -> str:
+        """The line for one state of the policy."""
+        search = self._search
+        parts = [f"AutoLRS {search.policy_name}"]
+        if search.policy_name == "paper":
+            parts.append(f"stage {progress['stage'] + 1}/{progress['stages']} {progress['phase']}")
+            parts.append(f"probes {progress['resolved']}/{progress['trials']}")
+        else:
+            parts.append(f"rung {progress['stage']}/{progress['stages']}")
+            parts.append(f"{progress['trials'] - progress['resolved']} of {progress['trials']} LRs in the race")
+        parts.append(f"lr {progress['lr']:.3g}" if progress["lr"] is not None else "lr -")
+        parts.append(f"loss {progress['loss']:.4g}" if progress["loss"] is not None else "loss -")
+        parts.append(f"step {progress['step']}/{progress['total_steps']}")
+        parts.append(f"{search.active}/{search.slots} slots")
+        elapsed, done = time.monotonic() - self._began, progress["step"] - max(0, self._first_step)
+        left = elapsed * (progress["total_steps"] - progress["step"]) / done if done > 0 else None
+        parts.append(
+            f"{_duration(elapsed)} gone, {_duration(left)} left" if left is not None else f"{_duration(elapsed)} gone"
+        )
+        return " | ".join(parts)

@@ -1,0 +1,116 @@
+"""One call that sets up Tune the right way."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from autolrs_ray.driver.live import LiveProgress
+from autolrs_ray.driver.scheduler import AutoLRSScheduler
+from autolrs_ray.driver.searcher import CONFIG_KEY, AutoLRSSearch
+from autolrs_ray.outcome.result import RunResult
+from autolrs_ray.record.stores import Mirror, is_uri, join, normal
+from autolrs_ray.training.trainer import TrainingTask
+from autolrs_ray.trial.trainable import trainable_for
+
+
+def run(
+    trainable: Callable[[dict[str, Any]], Any] | type[tune.Trainable],
+    total_steps: int,
+    *,
+    config: dict[str, Any] | None = None,
+    name: str = "autolrs",
+    storage_path: str | os.PathLike[str] = "runs",
+    resources: dict[str, float] | tune.PlacementGroupFactory | None = None,
+    workers: int = 1,
+    resume: bool | str = "auto",
+    max_failures: int = 3,
+    reuse_actors: bool = True,
+    seed: int = 0,
+    callbacks: list[tune.Callback] | None = None,
+    progress: bool = True,
+    **search: Any,
+) -> RunResult:
+    """Train `trainable` for `total_steps` with automatic learning rates, and return what was found.
+
+    trainable: a function `build(config) -> TrainingTask`, an AutoLRSTrainable, or any Tune trainable (class, or function
+    that calls tune.report). config: passed on to it, with "seed". resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
+    workers: processes that train each trial together (torch's DistributedDataParallel); `resources` are then of each.
+    name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`). storage_path is a
+    folder that all nodes share, or a URI such as s3://bucket/runs.
+    max_failures: how often a crashed trial is started again. search: every option of :class:`AutoLRSSearch`.
+
+    Raises what AutoLRSSearch raises for bad options, and AutoLRSError if the run cannot go on.
+    """
+    storage = normal(storage_path)
+    if _builds_task(trainable):
+        trainable = trainable_for(trainable, workers=workers)
+    elif workers != 1:
+        raise ValueError(f"workers={workers} needs a function build(config) -> TrainingTask, got {trainable!r}")
+    if workers > 1 and not isinstance(resources, tune.PlacementGroupFactory):
+        from autolrs_ray.trial.distributed import worker_resources
+
+        resources = worker_resources(workers, resources)
+    searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
+    if is_uri(storage):
+        searcher.mirror = Mirror.at(join(storage, name))
+    if resources is not None:
+        trainable = tune.with_resources(trainable, resources)
+    reports = [LiveProgress(searcher)] if progress else []
+    with _settings(TUNE_GLOBAL_CHECKPOINT_S="60", RAY_AIR_NEW_OUTPUT="0"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
+        try:
+            tune.run(
+                trainable,
+                name=name,
+                storage_path=storage,
+                config={**(config or {}), "seed": seed},
+                search_alg=searcher,
+                scheduler=AutoLRSScheduler(),
+                num_samples=-1,
+                metric=searcher.loss_key,
+                mode=searcher.mode or "min",
+                max_failures=max_failures,
+                reuse_actors=reuse_actors,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+                callbacks=[*reports, *(callbacks or [])],
+                verbose=0,
+            )
+        finally:
+            searcher.close()  # or the folder stays locked while anyone holds on to an error's traceback
+    return RunResult.load(join(storage, name))
+
+
+def _builds_task(trainable: Any) -> bool:
+    """True for a function annotated to return a TrainingTask."""
+    if isinstance(trainable, type) or not callable(trainable):
+        return False
+    returns = getattr(trainable, "__annotations__", {}).get("return")
+    return returns is TrainingTask or (isinstance(returns, str) and returns.split(".")[-1] == "TrainingTask")
+
+
+def _trial_name(trial: Trial) -> str:
+    """The arm's name and the trial's own id: s003p07_1a2b3_00042."""
+    arm = trial.config.get(CONFIG_KEY)
+    label = arm["arm"] if isinstance(arm, dict) else str(arm)
+    return re.sub(r"[^A-Za-z0-9_-]", "", f"{label}_{trial.trial_id}")
+
+
+@contextmanager
+def _settings(**values: str) -> Iterator[None]:
+    """Environment variables that Tune reads, unless the user has set them; put back afterwards."""
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)

@@ -1,0 +1,150 @@
+"""What a run found and what it cost, read from its journal."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from autolrs_ray.outcome.schedule import LearnedSchedule, committed_rows
+from autolrs_ray.record.journal import read_journal
+from autolrs_ray.record.stores import below, is_uri, local_copy
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. wall_s: first event to last, waiting for a resume left out. training_s and probing_s: the time in which the
+    main trial, or else probes only, trained or evaluated; overhead_s: the rest. trial_s: summed over all trials."""
+
+    wall_s: float
+    training_s: float
+    probing_s: float
+    overhead_s: float
+    trial_s: float
+    max_concurrent: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Outcome of a run.
+
+    schedule: the learning rate at every step. checkpoint: folder of the final state, or its URI, where the run's is one.
+    loss: final validation metric, as a loss (negated for mode "max"). main_steps, search_steps: optimizer steps committed,
+    and trained beside them.
+    rows: one dict per committed stage (paper) or checkpoint of the winner (anchored). events: the whole journal.
+    """
+
+    folder: Path | str
+    done: bool
+    policy: str
+    loss: float | None
+    checkpoint: str | None
+    schedule: LearnedSchedule
+    rows: list[dict[str, Any]]
+    main_steps: int
+    search_steps: int
+    timing: Timing
+    events: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def compute(self) -> float:
+        """Optimizer steps of all trials over the steps of the main training (the paper's policy: 1.9)."""
+        return (self.main_steps + self.search_steps) / max(1, self.main_steps)
+
+    @property
+    def weights(self) -> str:
+        """Which weights of the final checkpoint are better on the validation data: "averaged" or "raw"."""
+        last = self.rows[-1] if self.rows else {}
+        raw, averaged = last.get("loss"), last.get("averaged_loss")
+        return "averaged" if averaged is not None and (raw is None or averaged <= raw) else "raw"
+
+    def model_state(self) -> dict[str, Any]:
+        """The final model's state_dict on the CPU, of the weights named by `weights`; for runs of a TrainingTask.
+
+        Raises ValueError if the run has no checkpoint yet or one of another version's format, CheckpointError if it cannot be
+        read.
+        """
+        from autolrs_ray.record.checkpoints import read_checkpoint, require_format
+
+        if self.checkpoint is None:
+            raise ValueError(f"the run in {self.folder} has committed no checkpoint yet")
+        with local_copy(self.checkpoint) as folder:
+            state = read_checkpoint(folder)
+        require_format(state)
+        if self.weights == "raw":
+            return dict(state["model"])
+        prefix = "module."  # torch's AveragedModel wraps the model under this name
+        best = state["averages"][state["best_average"]]
+        return {key[len(prefix) :]: value for key, value in best.items() if key.startswith(prefix)}
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> RunResult:
+        """Read the run in `folder` or at its URI.
+
+        Raises FileNotFoundError if it holds no journal, ValueError if it never started.
+        """
+        events = read_journal(folder)
+        config = next((event["config"] for event in events if event["event"] == "start"), None)
+        if config is None:
+            raise ValueError(f"the journal in {folder} has no start: its first line is damaged")
+        last_end = next((event for event in reversed(events) if event["event"] in ("done", "extend")), None)
+        done = last_end if last_end is not None and last_end["event"] == "done" else None
+        where = str(folder) if is_uri(folder) else Path(folder)
+        arm = winner(events, config)
+        rows = committed_rows(events, arm)
+        last = done or (rows[-1] if rows else {})
+        checkpoint = _located(where, last.get("checkpoint"))
+        segments = [event for event in events if event["event"] == "segment"]
+        trained = sum(event["end"] - event["start"] for event in segments)
+        main_steps = max((row["end"] for row in rows), default=0)
+        return cls(
+            folder=where, done=done is not None, policy=config["policy"], loss=last.get("loss"),
+            checkpoint=checkpoint, schedule=LearnedSchedule.from_events(events, config, arm), rows=rows,
+            main_steps=main_steps, search_steps=max(0, trained - main_steps), timing=_timing(events, segments, arm),
+            events=events,
+        )  # fmt: skip
+
+
+def _located(folder: Path | str, checkpoint: str | None) -> str | None:
+    """The journal's paths on a store have no scheme: the URI of such a checkpoint of the run in `folder`."""
+    return below(folder, checkpoint) if isinstance(folder, str) and checkpoint is not None else checkpoint
+
+
+def winner(events: list[dict[str, Any]], config: dict[str, Any]) -> str:
+    """The arm that is the main run: "main" (paper), the winning trunk, or the leader so far (anchored)."""
+    if config["policy"] == "paper":
+        return "main"
+    for event in reversed(events):
+        if event["event"] == "done":
+            return str(event["arm"])
+    rungs = [event for event in events if event["event"] == "rung"]
+    ended = {event["arm"] for event in events if event["event"] == "trunk"}
+    alive = [event for event in rungs if event["arm"] not in ended]
+    return str(min(alive, key=lambda event: (-event["step"], event["score"]))["arm"]) if alive else "t00"
+
+
+def _timing(events: list[dict[str, Any]], segments: list[dict[str, Any]], arm: str) -> Timing:
+    times = [event["time"] for event in events]
+    gaps = [event["time"] - before["time"] for before, event in pairwise(events) if event["event"] == "resume"]
+    wall_s = times[-1] - times[0] - sum(gaps) if times else 0.0
+    spans = [(e["began"], e["began"] + e["busy_s"], e["arm"] == arm) for e in segments]
+    main_s = _covered([(low, high) for low, high, main in spans if main])
+    any_s = _covered([(low, high) for low, high, _ in spans])
+    edges = sorted([(low, 1) for low, _, _ in spans] + [(high, -1) for _, high, _ in spans])
+    most = running = 0
+    for _, change in edges:
+        running += change
+        most = max(most, running)
+    trial_s = sum(high - low for low, high, _ in spans)
+    return Timing(wall_s, main_s, any_s - main_s, max(0.0, wall_s - any_s), trial_s, most)
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, end = 0.0, float("-inf")
+    for low, high in sorted(spans):
+        total += max(0.0, high - max(low, end))
+        end = max(end, high)
+    return total

@@ -1,0 +1,212 @@
+"""The learned schedule: a function step -> learning rate, as JSON or CSV, and a torch scheduler that replays it.
+
+Nothing here needs Ray. File format 1: {"format": 1, "total_steps": T, "pieces": [{"start", "end", "lr", "envelope",
+"warmup_steps"}, ...]}; a piece holds for steps start <= t < end.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autolrs_ray import __version__
+from autolrs_ray.core.checks import require_float, require_int
+from autolrs_ray.core.envelopes import ENVELOPES
+from autolrs_ray.core.segments import Segment
+from autolrs_ray.record.stores import is_uri
+
+FORMAT = 1
+
+
+def committed_rows(events: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """The commits of `arm` in a journal, in order of steps. Where a run lost a checkpoint and went back, the later count.
+
+    A branch begins with the commits of its parent.
+    """
+    events, kept = list(events), list[dict[str, Any]]()
+    for event in events:
+        if event["event"] == "proposal" and event.get("arm") == arm and "parent" in event:
+            parents = committed_rows(events, event["parent"])
+            kept = [row for row in parents if row["end"] <= event["start"]]
+        if event["event"] == "commit" and event.get("arm", "main") == arm:
+            start = event.get("start", event["end"] - 1)
+            kept = [*(earlier for earlier in kept if earlier["end"] <= start), event]
+    return kept
+
+
+@dataclass(frozen=True)
+class Piece:
+    """LR(t) = lr * envelope(t) for start <= t < end, times a linear rise over the run's first `warmup_steps` steps."""
+
+    start: int
+    end: int
+    lr: float
+    envelope: str | None = None
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        require_int("start", self.start, 0)
+        require_int("end", self.end, self.start + 1)
+        require_float("lr", self.lr, 0.0, math.inf)
+        require_int("warmup_steps", self.warmup_steps, 0)
+
+
+@dataclass(frozen=True)
+class LearnedSchedule:
+    """Learning rate by optimizer step: pieces in order. (Damage to a run's journal may leave a gap.)"""
+
+    total_steps: int
+    pieces: tuple[Piece, ...]
+    _starts: list[int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        require_int("total_steps", self.total_steps, 1)
+        object.__setattr__(self, "_starts", [piece.start for piece in self.pieces])  # the class is frozen
+        for before, after in pairwise(self.pieces):
+            if after.start < before.end:
+                raise ValueError(f"pieces must be in order and must not overlap, got {before} and {after}")
+
+    def _refuse_unknown(self, envelope: str | None) -> None:
+        if envelope is not None and envelope not in ENVELOPES:
+            raise ValueError(
+                f"unknown envelope {envelope!r}: a run with an envelope of its own cannot be replayed from its record"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update from `step` to `step + 1`. Past the last piece it is held.
+
+        Raises ValueError for a step before the first piece or in a gap, or an envelope that was the user's own function.
+        """
+        i = bisect_right(self._starts, step) - 1
+        if i < 0 or (step >= self.pieces[i].end and i < len(self.pieces) - 1):
+            raise ValueError(
+                f"no learning rate at step {step}; the nearest pieces are {self.pieces[max(0, i) : i + 2]}"
+            )
+        piece = self.pieces[i]
+        self._refuse_unknown(piece.envelope)
+        step = min(step, piece.end - 1)
+        segment = Segment("", "main", 0, piece.lr, piece.start, (piece.end,), 1, None, piece.envelope,
+                          self.total_steps, piece.warmup_steps)  # fmt: skip
+        return segment.lr_at(step)
+
+    @classmethod
+    def from_events(cls, events: Iterable[dict[str, Any]], config: dict[str, Any], arm: str) -> LearnedSchedule:
+        """The schedule of the main run in a journal."""
+        events = list(events)
+        totals = [config["total_steps"], *(event["total_steps"] for event in events if event["event"] == "extend")]
+        total = totals[-1]
+        default = "quadratic" if config["policy"] == "anchored" else None
+        envelope = config["options"].get("envelope", default)
+        rows = committed_rows(events, arm)
+        if config["policy"] == "anchored":
+            changes = [row["end"] for row, after in pairwise(rows) if after["lr"] != row["lr"]]
+            lrs = [lr for lr, _ in groupby(rows, key=lambda row: row["lr"])]
+            edges = pairwise([0, *changes, total] if rows else [])
+            ramp = rows[0].get("warmup_steps", 0) if rows else 0
+            pieces = tuple(Piece(*edge, lr, envelope, ramp) for edge, lr in zip(edges, lrs, strict=True))
+        else:
+            ramp = config["options"].get("warmup_steps", 0)
+            pieces = tuple(
+                Piece(row["start"], row["end"], row["lr"], *((None, ramp) if row["warmup"] else (envelope, 0)))
+                for row in rows
+            )
+        return cls(total, pieces)
+
+    @property
+    def peak_lr(self) -> float:
+        """The largest learning rate before envelope and warm-up; NaN for a schedule without pieces."""
+        return max((piece.lr for piece in self.pieces), default=math.nan)
+
+    def to_json(self) -> str:
+        for piece in self.pieces:
+            self._refuse_unknown(piece.envelope)
+        return json.dumps(
+            {"format": FORMAT, "total_steps": self.total_steps, "pieces": [asdict(p) for p in self.pieces]}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> LearnedSchedule:
+        """Raises ValueError if `text` is not a schedule of a known format."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise ValueError(
+                    f"format {data['format']!r} is not {FORMAT}, the one that autolrs_ray {__version__} reads: export the "
+                    "schedule again with this version, or install the one that wrote it"
+                )
+            schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]))
+            schedule.to_json()
+            return schedule
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is not a learned schedule: {error}") from error
+
+    def write_csv(self, path: str | os.PathLike[str], every: int = 1) -> None:
+        """Rows step,lr for every `every`-th step."""
+        with open(path, "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["step", "lr"])
+            rows.writerows((step, repr(self.lr_at(step))) for step in range(0, self.total_steps, every))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LearnedSchedule:
+        """From a JSON file, a CSV file with rows step,lr (held until the next row), or a run folder or its URI."""
+        file = Path(path)
+        if is_uri(path) or file.is_dir():
+            from autolrs_ray.outcome.result import RunResult
+
+            return RunResult.load(path).schedule
+        if file.suffix != ".csv":
+            return cls.from_json(file.read_text())
+        try:
+            with open(file, newline="") as rows:
+                points = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(rows)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a learned schedule: expected rows step,lr ({error!r})") from error
+        if not points:
+            raise ValueError(f"{file} has no rows; expected step,lr")
+        ends = [step for step, _ in points[1:]] + [points[-1][0] + 1]
+        return cls(ends[-1], tuple(Piece(step, end, lr) for (step, lr), end in zip(points, ends, strict=True)))
+
+
+class LearnedLRScheduler(LRScheduler):
+    """Replays a learned schedule: step it once per optimizer step. Groups keep the ratios of their initial LRs.
+
+    So do groups that are added later, whose initial LR is the one they come with. Raises ValueError where the first group's is
+    not positive, and what the schedule raises at steps that it does not cover.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, last_epoch: int = -1) -> None:
+        self.schedule = schedule
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Any]:
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:
+            shared = next(other for other in groups if other["lr"] is group["lr"])  # a tensor as the default of both
+            self.base_lrs.append(group.setdefault("initial_lr", float(shared.get("initial_lr", group["lr"]))))
+        lr, first = self.schedule.lr_at(max(0, self.last_epoch)), float(self.base_lrs[0])
+        if not first > 0:
+            raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")
+        return [lr * (float(base) / first) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **{k: v for k, v in super().state_dict().items() if k != "schedule"},
+            "schedule": self.schedule.to_json(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        self.schedule = LearnedSchedule.from_json(state.pop("schedule"))
+        super().load_state_dict(state)

@@ -1,0 +1,1 @@
+"""What lies on disk or on an object store, and that it can be trusted."""

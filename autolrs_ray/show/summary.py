@@ -1,0 +1,83 @@
+"""A run as one table: its stages or trunks, what they cost and what went wrong, as JSON values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autolrs_ray.show.run_data import RunData
+
+Row = dict[str, Any]
+
+
+def _stages(data: RunData) -> list[Row]:
+    """One row per committed stage of a paper run."""
+    probes: dict[int, dict[str, str]] = {}
+    for event in data.events("probe"):
+        probes.setdefault(event["stage"], {})[event["arm"]] = event["status"]
+    return [
+        dict(
+            stage="warm-up" if row["warmup"] else row["stage"], start=row["start"], end=row["end"], lr=row["lr"],
+            forecast=data.reported(row["forecast"]), realised=data.reported(row["loss"]),
+            tried=len(statuses), failed=sum(status != "done" for status in statuses),
+        )
+        for row in data.commits(warmup=True)
+        for statuses in [list(probes.get(row["stage"], {}).values())]
+    ]  # fmt: skip
+
+
+def _trunks(data: RunData) -> list[Row]:
+    """One row per trunk of an anchored run, the smallest LR first. step: how far it came."""
+    scores: dict[str, Row] = {}
+    steps: dict[str, int] = {}
+    for event in data.events("rung"):
+        scores[event["arm"]] = event
+        steps[event["arm"]] = max(event["step"], steps.get(event["arm"], 0))
+    for event in data.events("commit"):
+        steps[event["arm"]] = max(event["end"], steps.get(event["arm"], 0))
+    infill = {event["arm"] for event in data.events("proposal") if event.get("infill")}
+    fates = data.fates()
+    rows = [
+        dict(
+            arm=arm, lr=lr, infill=arm in infill, rung=scores.get(arm, {}).get("step"),
+            score=data.reported(scores.get(arm, {}).get("score")), fate=fates[arm], step=steps.get(arm, 0),
+        )
+        for arm, lr in data.lrs().items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: float(row["lr"]))
+
+
+def _totals(data: RunData) -> Row:
+    """What the run cost. Times in seconds; None where the journal holds no segments (a run without Ray)."""
+    result, timing = data.result, data.result.timing
+    measured = any(True for _ in data.events("segment"))
+    return dict(
+        total_steps=data.config["total_steps"], main_steps=result.main_steps,
+        search_steps=result.search_steps if measured else None, compute=result.compute if measured else None,
+        wall_s=timing.wall_s, training_s=timing.training_s if measured else None,
+        probing_s=timing.probing_s if measured else None, overhead_s=timing.overhead_s if measured else None,
+        max_concurrent=timing.max_concurrent if measured else None,
+    )  # fmt: skip
+
+
+def _warnings(data: RunData) -> list[str]:
+    """What went wrong and was mended, in order."""
+    told = []
+    for event in data.result.events:
+        if event["event"] == "warning":
+            told.append(event["message"])
+        elif event["event"] == "rollback":
+            told.append(f"stage {event['stage']}: the main trial diverged at step {event['step']} with LR "
+                        f"{event['lr']:.3g}; done again with {event['new_lr']:.3g}")  # fmt: skip
+        elif event["event"] == "resume":
+            told.append(f"the run was interrupted, and resumed from step {event['step']}")
+    return told
+
+
+def summary(data: RunData) -> Row:
+    """What `show` shows, as JSON values. Scores and losses are the metric as it was reported."""
+    rows = dict(trunks=_trunks(data)) if data.anchored else dict(stages=_stages(data))
+    return dict(
+        folder=str(data.result.folder), policy=data.config["policy"], done=data.result.done, metric=data.metric,
+        mode=data.config["mode"], value=data.reported(data.result.loss), checkpoint=data.result.checkpoint, **rows,
+        totals=_totals(data), warnings=_warnings(data),
+    )  # fmt: skip

@@ -1,0 +1,5 @@
+"""A torch training loop whose step t is a function of (seed, t); no Ray."""
+
+from autolrs_ray.training.trainer import Trainer, TrainingTask, accuracy
+
+__all__ = ["Trainer", "TrainingTask", "accuracy"]

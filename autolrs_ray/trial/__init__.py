@@ -1,0 +1,1 @@
+"""A training inside a Tune trial."""

@@ -1,0 +1,229 @@
+"""One trial trained by several processes: torch's DistributedDataParallel inside a Tune trial.
+
+The trial's actor holds no model. It starts one worker per bundle of the trial's own placement group, so that Tune counts and
+places the whole trial, and tells all of them the same learning rates and the same checkpoint. Each step's batch is the one
+that a single process would train on, cut into equal shares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from autolrs_ray.record.checkpoints import read_checkpoint, snapshot, write_checkpoint
+from autolrs_ray.training.trainer import Batch, Data, Trainer, TrainingTask
+
+LOOPBACK = "127.0.0.1"
+
+
+class DistributedTrainer(Trainer):
+    """A Trainer that is one of `world` processes of an initialised process group; all must make the same calls.
+
+    Raises ValueError if the batch cannot be shared evenly.
+    """
+
+    def __init__(self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False) -> None:
+        super().__init__(build, seed, averaging)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.task.batch_size % self.world:
+            raise ValueError(
+                f"batch_size={self.task.batch_size} is shared by {self.world} workers: choose a multiple of {self.world}"
+            )
+        self._train_forward = DistributedDataParallel(self._forward)
+
+    def _indices(self, step: int) -> Tensor:
+        return super()._indices(step)[self.rank :: self.world]
+
+    def _batches(self, data: Data) -> Iterator[Batch]:
+        length, share = len(data[0]) if isinstance(data, tuple) else len(data), self.task.eval_batch_size  # type: ignore[arg-type]
+        rows = torch.arange(self.rank, length, self.world, device=self._row_device(data))
+        return (self._take(data, part) for part in torch.split(rows, share) if len(part))
+
+    def train(self, until: int, lr_at: Callable[[int], float]) -> float:
+        loss = super().train(until, lr_at)
+        for model in (self.model, *(average.module for average in self.averages)):
+            for buffer in model.buffers():  # batch-norm statistics are of each rank's own share
+                dist.broadcast(buffer, 0)
+        return self._summed({"loss": loss / self.world})["loss"]
+
+    def _metrics(self, network: Any, data: Data | None) -> dict[str, float]:
+        return self._summed(super()._metrics(network, data))
+
+    def _summed(self, values: dict[str, float]) -> dict[str, float]:
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all parameters and buffers of this rank, averaged ones too."""
+        digest = hashlib.sha256()
+        for module in (self.model, *self.averages):
+            for tensor in module.state_dict().values():
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def rendezvous(host: str, world: int) -> TCPStore:
+    """The store through which `world` processes find each other. It listens at `host` alone, at a free port; one that torch
+    opens by itself listens at all addresses of the machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port: int = listener.getsockname()[1]
+    return TCPStore(host, port, world, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+class _Worker:
+    """The actor of one rank."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.trainer: DistributedTrainer
+
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def serve(self, near: bool) -> tuple[str, int]:
+        """Open the rendezvous, on rank 0; its address. near: all ranks are on this node."""
+        host = LOOPBACK if near else ray.util.get_node_ip_address()
+        self._store = rendezvous(host, self.world)
+        return host, self._store.port
+
+    def join(self, address: tuple[str, int], backend: str | None) -> None:
+        if self.rank:
+            self._store = TCPStore(*address, self.world, is_master=False)
+        if address[0] == LOOPBACK:
+            names = [name for _, name in socket.if_nameindex()]
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", next(name for name in names if name in ("lo", "lo0")))
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world)
+
+    def build(self, build: Callable[[], TrainingTask], seed: int, averaging: bool) -> int:
+        self.trainer = DistributedTrainer(build, seed, averaging)
+        return self.trainer.steps_per_epoch
+
+    def train(self, until: int, lrs: list[float]) -> float:
+        first = self.trainer.step
+        return self.trainer.train(until, lambda step: lrs[step - first])
+
+    def evaluate(self, averaged: bool) -> dict[str, float]:
+        return self.trainer.evaluate(averaged=averaged)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(snapshot(self.trainer.state_dict()))
+
+    def fingerprint(self) -> str:
+        return self.trainer.fingerprint()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state)
+
+    def reset(self) -> None:
+        self.trainer.reset()
+
+
+class WorkerGroup:
+    """Does what a Trainer does, with all workers of the trial it is created in.
+
+    build: () -> TrainingTask, called once in every worker. workers: processes; each gets one bundle of the trial's
+    placement group. backend: of torch.distributed (None: "nccl" where there is CUDA, else "gloo").
+
+    Raises RuntimeError if the trial's placement group has too few bundles, or if the ranks' weights drift apart.
+    """
+
+    def __init__(
+        self, build: Callable[[], TrainingTask], seed: int, averaging: bool, workers: int, backend: str | None = None
+    ) -> None:
+        self.seed, self.averaging, self.step = seed, averaging, 0
+        group = get_current_placement_group()
+        bundles = group.bundle_specs if group is not None else []
+        if group is None or len(bundles) < workers:
+            raise RuntimeError(
+                f"{workers} workers per trial need a bundle each, but the trial's resources have {len(bundles)}: use "
+                "autolrs_ray.run(..., workers=...), or tune.with_resources(trainable, worker_resources(workers, ...))"
+            )
+        actor = ray.remote(_Worker)
+        self._workers = [
+            actor.options(**_placed(group, len(bundles) - workers + rank)).remote(rank, workers)
+            for rank in range(workers)
+        ]
+        near = len(set(self._all("node"))) == 1
+        address = ray.get(self._workers[0].serve.remote(near))
+        self._all("join", address, backend)
+        self.steps_per_epoch: int = self._all("build", build, seed, averaging)[0]
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """Call `method` on every rank at once; their answers, in order of rank."""
+        return list(ray.get([getattr(worker, method).remote(*arguments) for worker in self._workers]))
+
+    def train(self, until: int, lr_at: Callable[[int], float]) -> float:
+        """As Trainer.train; the loss is the mean over the ranks."""
+        lrs = [lr_at(step) for step in range(self.step, until)]
+        loss: float = self._all("train", until, lrs)[0]
+        self.step = max(self.step, until)
+        return loss
+
+    def evaluate(self, averaged: bool = False) -> dict[str, float]:
+        """As Trainer.evaluate on the validation data, each rank on its share of it."""
+        values: dict[str, float] = self._all("evaluate", averaged)[0]
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of rank 0, once all ranks are found to have the same weights."""
+        fingerprints = self._all("fingerprint")
+        if len(set(fingerprints)) > 1:
+            raise RuntimeError(
+                f"the weights of the {len(fingerprints)} workers differ at step {self.step}: {fingerprints}"
+            )
+        state: dict[str, Any] = ray.get(self._workers[0].state_dict.remote())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._all("load_state_dict", ray.put(state))
+        self.step = state["step"]
+
+    def save(self, folder: str | os.PathLike[str], flush: bool = True) -> None:
+        """As Trainer.save."""
+        write_checkpoint(self.state_dict(), folder, flush)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """As Trainer.load."""
+        self.load_state_dict(read_checkpoint(folder))
+
+    def reset(self) -> None:
+        """Back to step 0 and the initial weights."""
+        self._all("reset")
+        self.step = 0
+
+    def close(self) -> None:
+        """End the workers. They end with the trial's actor in any case."""
+        for worker in self._workers:
+            ray.kill(worker)
+
+
+def _placed(group: PlacementGroup, index: int) -> dict[str, Any]:
+    """Actor options that give a worker all of the bundle at `index`."""
+    amounts = dict(group.bundle_specs[index])
+    own = {"num_cpus": amounts.pop("CPU", 0), "num_gpus": amounts.pop("GPU", 0), "memory": amounts.pop("memory", None)}
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    return {**own, "resources": amounts, "scheduling_strategy": strategy}
+
+
+def worker_resources(workers: int, each: dict[str, float] | None = None) -> Any:
+    """The PlacementGroupFactory of a trial with `workers` processes; each: resources of one (default: one CPU)."""
+    from ray.tune import PlacementGroupFactory
+
+    names = {"cpu": "CPU", "gpu": "GPU"}
+    bundle = {names.get(name, name): amount for name, amount in (each or {"cpu": 1}).items() if amount > 0}
+    return PlacementGroupFactory([{}, *[bundle] * workers])
