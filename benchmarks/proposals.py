@@ -13,7 +13,7 @@ import torch
 from skopt import Optimizer
 from skopt.space import Real
 
-from autolrs_ray.core.paper import surrogate
+from autolrs_ray.core.paper import kernel, surrogate
 from autolrs_ray.core.paper.forecast import forecast
 from autolrs_ray.training.trainer import Trainer
 from benchmarks.section import Section, spread
@@ -73,8 +73,8 @@ def measure(quick: bool) -> Section:
     mll = _timed(
         lambda: surrogate.propose(list(zip(x, losses, strict=True)), [], 2.0, 1.0, "mll"), max(3, repeats // 3)
     )
-    values, at = surrogate.standardise(losses), torch.tensor(x, dtype=torch.double)
-    fit = _timed(lambda: surrogate.fit_hyperparameters(at, values), repeats)
+    values, at = kernel.standardise(losses), torch.tensor(x, dtype=torch.double)
+    fit = _timed(lambda: kernel.fit_hyperparameters(at, values), repeats)
     forecasts = [time for curve in series for time in _timed(lambda curve=curve: forecast(steps, curve, 800), repeats)]
     median, reference = statistics.median, statistics.median(theirs)
     rows = [

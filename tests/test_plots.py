@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from autolrs_ray.core.paper import surrogate
+from autolrs_ray.core.paper import kernel
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.outcome.schedule import LearnedSchedule
 from autolrs_ray.record.journal import Record
@@ -299,7 +299,7 @@ def test_the_drawn_posterior_is_the_surrogates_in_units_of_the_loss(losses: list
     ordered = sorted(zip(losses, seen.tolist(), strict=True))
     assert seen.tolist()[losses.index(min(losses))] == pytest.approx(min(losses))
     assert all(shown == pytest.approx(loss) or shown < loss for loss, shown in ordered)  # only clipped from above
-    assert surrogate.standardise(seen.tolist()) == pytest.approx(surrogate.standardise(losses), abs=1e-9)
+    assert kernel.standardise(seen.tolist()) == pytest.approx(kernel.standardise(losses), abs=1e-9)
     assert len(set(losses)) == 1 or float(sd[1]) > 0
 
 

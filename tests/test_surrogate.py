@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from autolrs_ray.core.envelopes import bin_centred_grid
-from autolrs_ray.core.paper.gp import ClosedFormGP, fit_hyperparameters_mll, lower_confidence_bound, single_task_gp
-from autolrs_ray.core.paper.surrogate import (
-    GRID_SIZE,
-    Hyperparameters,
-    closed_form_posterior,
-    fit_hyperparameters,
-    propose,
-    space_filling,
-    standardise,
-)
+from autolrs_ray.core.paper.gp import ClosedFormGP, fit_hyperparameters_mll, lower_confidence_bound
+from autolrs_ray.core.paper.kernel import Hyperparameters, closed_form_posterior, fit_hyperparameters, standardise
+from autolrs_ray.core.paper.surrogate import GRID_SIZE, propose, space_filling
 
 GRID = torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
 
@@ -33,6 +26,26 @@ def data(n, seed=0):
     rng = np.random.default_rng(seed)
     x = torch.tensor(rng.uniform(size=n), dtype=torch.float64)
     return x, standardise([bowl(float(v)) + 0.01 * float(rng.standard_normal()) for v in x])
+
+
+def single_task_gp(x, y, hyper):
+    """BoTorch's own model of (x, y), shapes (n,), with given hyperparameters."""
+    import gpytorch  # with `gp` imported before, what they deprecate among themselves is no error here
+    from botorch.models import SingleTaskGP
+
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=2.5)).to(torch.float64)
+    kernel.outputscale = hyper.outputscale
+    kernel.base_kernel.lengthscale = hyper.lengthscale
+    model = SingleTaskGP(
+        x[:, None],
+        y[:, None],
+        train_Yvar=torch.full((x.numel(), 1), hyper.noise, dtype=torch.float64),
+        covar_module=kernel,
+        mean_module=gpytorch.means.ZeroMean(),
+        outcome_transform=None,
+    )
+    model.eval()
+    return model
 
 
 # -- the posterior -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from autolrs_ray.core.envelopes import LogInterval
-from autolrs_ray.core.paper import surrogate
+from autolrs_ray.core.paper import kernel, surrogate
 from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.show.main_figures import NAMES
 from autolrs_ray.show.run_data import Row, RunData
@@ -46,9 +46,9 @@ def posterior(
 
     x, at: (n,), (m,), log LR scaled to [0, 1]; losses: (n,). Returns (m,), (m,) and (n,) tensors in units of the loss.
     """
-    y = surrogate.standardise(losses)
+    y = kernel.standardise(losses)
     points, grid = (torch.tensor(list(values), dtype=torch.float64) for values in (x, at))
-    mean, sd = surrogate.closed_form_posterior(points, y, grid, surrogate.FITS[fit](points, y))
+    mean, sd = kernel.closed_form_posterior(points, y, grid, surrogate.FITS[fit](points, y))
     order = sorted(range(len(losses)), key=lambda i: losses[i])
     second = next((i for i in order if losses[i] > losses[order[0]]), order[0])
     rise = float(y[second] - y[order[0]])  # `standardise` clips from above, never the second lowest loss: two points

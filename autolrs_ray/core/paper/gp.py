@@ -1,4 +1,4 @@
-"""The Gaussian process as BoTorch models: ours in closed form, and BoTorch's own, with which tests compare it.
+"""The Gaussian process as BoTorch models: in closed form, with BoTorch's acquisition and BoTorch's fit.
 
 Importing this module imports BoTorch, which takes about a second: :mod:`autolrs_ray.core.paper.surrogate` does so on first use.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autolrs_ray.core.paper.surrogate import Hyperparameters, closed_form_posterior, fit_hyperparameters
+from autolrs_ray.core.paper.kernel import Hyperparameters, closed_form_posterior, fit_hyperparameters
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what they deprecate among themselves; an error here would cost us the surrogate
@@ -66,20 +66,3 @@ def fit_hyperparameters_mll(x: Tensor, y: Tensor) -> Hyperparameters:
     return Hyperparameters(
         kernel.base_kernel.lengthscale.item(), kernel.outputscale.item(), model.likelihood.noise.item()
     )
-
-
-def single_task_gp(x: Tensor, y: Tensor, hyper: Hyperparameters) -> SingleTaskGP:
-    """BoTorch's own model of (x, y), shapes (n,), with given hyperparameters."""
-    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=2.5)).to(torch.float64)
-    kernel.outputscale = hyper.outputscale
-    kernel.base_kernel.lengthscale = hyper.lengthscale
-    model = SingleTaskGP(
-        x[:, None],
-        y[:, None],
-        train_Yvar=torch.full((x.numel(), 1), hyper.noise, dtype=torch.float64),
-        covar_module=kernel,
-        mean_module=gpytorch.means.ZeroMean(),
-        outcome_transform=None,
-    )
-    model.eval()
-    return model
