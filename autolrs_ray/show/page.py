@@ -53,7 +53,7 @@ def save_report(
 def render(data: RunData, steps_per_epoch: float | None = None) -> str:
     """The report as HTML. Everything that comes from the run is escaped."""
     environment = Environment(
-        loader=PackageLoader("autolrs_ray", "templates"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("autolrs_ray.show", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(number=number, lr=lambda value: number(value, 3), seconds=seconds)
