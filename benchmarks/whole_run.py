@@ -27,7 +27,7 @@ from torch import nn
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask
-from autolrs_ray.outcome.result import winner
+from autolrs_ray.outcome.history import winner
 from autolrs_ray.training.trainer import Data, Trainer
 from benchmarks.section import Section, cluster, spread
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from autolrs_ray.cli import app
 from autolrs_ray.outcome.schedule import LearnedSchedule
-from autolrs_ray.record.journal import JOURNAL_FILE, Record
+from autolrs_ray.record.journal import JOURNAL_FILE
+from autolrs_ray.record.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 Event = dict[str, Any]

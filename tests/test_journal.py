@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -15,15 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autolrs_ray.record import journal
-from autolrs_ray.record.journal import (
-    JOURNAL_FILE,
-    PREVIOUS_STATE_FILE,
-    STATE_FILE,
-    Record,
-    RecordWarning,
-    read_journal,
-)
+from autolrs_ray.record import mirror
+from autolrs_ray.record.journal import JOURNAL_FILE, RecordWarning, read_journal, sealed
+from autolrs_ray.record.mirror import LOCK_FILE, Mirror
+from autolrs_ray.record.record import PREVIOUS_STATE_FILE, STATE_FILE, Record
 from tests.crashes import dies_after_renames
 
 EVENTS = [
@@ -115,7 +112,7 @@ def test_a_damaged_line_is_left_out_with_a_warning_and_the_others_stay(record, d
 @given(st.data())
 def test_whatever_happens_to_one_byte_no_wrong_event_is_read(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("r")
-    lines = [journal._sealed(event).encode() for event in EVENTS]
+    lines = [sealed(event).encode() for event in EVENTS]
     content = bytearray(b"\n".join(lines) + b"\n")
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] = data.draw(st.integers(0, 255))
@@ -178,7 +175,7 @@ def test_a_damaged_state_falls_back_to_the_previous_one_and_its_part_of_the_jour
     elif content == "altered":
         current.write_text(current.read_text().replace('"step":2', '"step":7'))
     elif content == "foreign":
-        current.write_text(journal._sealed({"format": 99, "state": {}}))
+        current.write_text(sealed({"format": 99, "state": {}}))
     else:
         current.write_bytes(content)
     with pytest.warns(RecordWarning, match=PREVIOUS_STATE_FILE):
@@ -211,7 +208,7 @@ def test_a_crash_between_any_two_steps_of_writing_leaves_a_state(record, survive
 
 OPEN = """
     import sys
-    from autolrs_ray.record.journal import Record
+    from autolrs_ray.record.record import Record
     try:
         Record(sys.argv[1])
     except RuntimeError as error:
@@ -231,14 +228,16 @@ def test_a_second_process_is_refused_until_the_first_has_closed(tmp_path):
 
 
 def test_a_process_that_was_killed_leaves_no_lock(tmp_path):
-    code = "import os, sys; from autolrs_ray.record.journal import Record; r = Record(sys.argv[1]); os.kill(os.getpid(), 9)"
+    code = (
+        "import os, sys; from autolrs_ray.record.record import Record; r = Record(sys.argv[1]); os.kill(os.getpid(), 9)"
+    )
     assert python(code, tmp_path).returncode == -9
     Record(tmp_path).close()
 
 
 FULL = """
     import resource, sys
-    from autolrs_ray.record.journal import Record
+    from autolrs_ray.record.record import Record
     record = Record(sys.argv[1])
     record.append([{"event": "start"}])
     record.write_state({}, {"step": 1})
@@ -269,3 +268,92 @@ def test_an_unusable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Record(Path(tmp_path, "file"))
+
+
+# -- what others may lay in the folder ---------------------------------------------------------------------------------
+
+
+def test_no_file_of_the_record_is_written_through_a_symbolic_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (STATE_FILE, PREVIOUS_STATE_FILE):
+        (folder / name).symlink_to(victim)
+        (folder / f"{name}.tmp").symlink_to(victim)
+    record = Record(folder)
+    record.append(EVENTS[:1])
+    for step in range(2):
+        record.write_state({}, {"step": step})
+    assert not any(path.is_symlink() for path in (folder / STATE_FILE, folder / f"{STATE_FILE}.tmp"))
+    record.journal.unlink()
+    record.journal.symlink_to(victim)
+    with pytest.raises(OSError, match=JOURNAL_FILE):
+        record.append(EVENTS[:1])
+    record.close()
+    (folder / LOCK_FILE).unlink()
+    (folder / LOCK_FILE).symlink_to(victim)
+    with pytest.raises(OSError, match=LOCK_FILE):
+        Record(folder)
+    assert victim.read_text() == "precious"
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_one_before(tmp_path):
+    code = """
+        import resource, signal, sys
+        from autolrs_ray.record.stores import write_bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            write_bytes(sys.argv[1], b"y" * 2000)
+        except OSError as error:
+            print(type(error).__name__)
+    """
+    file = tmp_path / "report.html"
+    file.write_text("good")
+    assert python(code, file).stdout == "OSError\n"
+    assert (file.read_text(), list(tmp_path.iterdir())) == ("good", [file])
+
+
+class Store:
+    """A store that fails at the `fails`-th request from 0 on, and holds nothing but what was written to it."""
+
+    type_name = "fake"
+
+    def __init__(self, fails):
+        self.files, self.left = {}, fails
+
+    def request(self):
+        self.left -= 1
+        if self.left == -1:
+            raise OSError("the store does not answer")
+
+    def create_dir(self, path):
+        self.request()
+
+    def delete_file(self, path):
+        self.request()
+        del self.files[path]
+
+    def open_input_stream(self, path):
+        self.request()
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return io.BytesIO(self.files[path])
+
+    @contextlib.contextmanager
+    def open_output_stream(self, path):
+        self.request()
+        yield (buffer := io.BytesIO())
+        self.files[path] = buffer.getvalue()
+
+
+@pytest.mark.parametrize("fails", range(7))
+def test_a_store_that_fails_while_the_record_is_opened_leaves_no_lock_and_no_folder(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(mirror, "SETTLE_S", 0.0)
+    store = Store(fails)
+    with pytest.raises(OSError, match="does not answer"):
+        Record(tmp_path / "copy", Mirror(store, "bucket/run"))
+    assert store.files == {}
+    assert not (tmp_path / "copy").exists()
+    Record(tmp_path / "copy", Mirror(store, "bucket/run")).close()

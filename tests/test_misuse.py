@@ -332,7 +332,7 @@ class TestOnRay:
             start(ClassTrainable, tmp_path, search, metric="train_loss", mode="min")
 
     def test_two_drivers_on_one_folder(self, tmp_path: Path) -> None:
-        from autolrs_ray.record.journal import Record
+        from autolrs_ray.record.record import Record
 
         record = Record(tmp_path / "run")
         with pytest.raises(RuntimeError, match="another process is driving"):

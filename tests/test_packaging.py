@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import autolrs_ray
 from autolrs_ray import INSTALL_TUNE
-from autolrs_ray.record.journal import Record
+from autolrs_ray.record.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ REPLAY = """
 import sys, torch, autolrs_ray
 from autolrs_ray import LearnedLRScheduler, LearnedSchedule, lr_range_test
 from autolrs_ray.integrations.follower import Follower
-from autolrs_ray.record.journal import Record
+from autolrs_ray.record.record import Record
 from autolrs_ray.outcome.schedule import Piece
 
 folder = sys.argv[1]

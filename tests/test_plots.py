@@ -15,7 +15,7 @@ from torch import nn
 from autolrs_ray.core.paper import kernel
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.outcome.schedule import LearnedSchedule
-from autolrs_ray.record.journal import Record
+from autolrs_ray.record.record import Record
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.plots import save_plots
 from autolrs_ray.show.run_data import RunData, read_reports

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from autolrs_ray.cli import app
 from autolrs_ray.outcome.schedule import LearnedSchedule
-from autolrs_ray.record.journal import Record
+from autolrs_ray.record.record import Record
 from autolrs_ray.show.page import number, render, save_report, seconds
 from autolrs_ray.show.run_data import RunData
 from tests.test_plots import PAPER, write_reports, write_run

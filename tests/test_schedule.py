@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR
 
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.outcome.schedule import LearnedLRScheduler, LearnedSchedule, Piece
-from autolrs_ray.record.journal import Record
+from autolrs_ray.record.record import Record
 from tests.simulation import Simulation
 
 STAGES = LearnedSchedule(100, (Piece(0, 10, 0.5, None, 10), Piece(10, 30, 0.2), Piece(30, 100, 0.05, "linear")))

@@ -23,7 +23,7 @@ from autolrs_ray.driver.searcher import CONFIG_KEY, LR_KEY, PAIR_HELP, AutoLRSSe
 from autolrs_ray.driver.slots import Slots
 from autolrs_ray.driver.watchdog import Watchdog
 from autolrs_ray.private import drop_windows, keep_actors_warm, set_source, starting_actor, use_idle_workers
-from autolrs_ray.record.stores import Mirror
+from autolrs_ray.record.mirror import Mirror
 from autolrs_ray.trial.trainable import writes_manifests
 
 if TYPE_CHECKING:

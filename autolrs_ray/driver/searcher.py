@@ -24,8 +24,9 @@ from autolrs_ray.driver.environment import environment
 from autolrs_ray.driver.nodes import require_shared
 from autolrs_ray.driver.reports import ReportKeys, point_of
 from autolrs_ray.record.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
-from autolrs_ray.record.journal import Record, finite
-from autolrs_ray.record.stores import Mirror, RunTakenError
+from autolrs_ray.record.journal import finite
+from autolrs_ray.record.mirror import Mirror, RunTakenError
+from autolrs_ray.record.record import Record
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from autolrs_ray.outcome.schedule import LearnedSchedule, committed_rows
+from autolrs_ray.outcome.history import committed_rows, start_of, winner
+from autolrs_ray.outcome.schedule import LearnedSchedule
 from autolrs_ray.record.journal import read_journal
 from autolrs_ray.record.stores import below, is_uri, local_copy
 
@@ -86,9 +87,7 @@ class RunResult:
         Raises FileNotFoundError if it holds no journal, ValueError if it never started.
         """
         events = read_journal(folder)
-        config = next((event["config"] for event in events if event["event"] == "start"), None)
-        if config is None:
-            raise ValueError(f"the journal in {folder} has no start: its first line is damaged")
+        config = start_of(events, folder)
         last_end = next((event for event in reversed(events) if event["event"] in ("done", "extend")), None)
         done = last_end if last_end is not None and last_end["event"] == "done" else None
         where = str(folder) if is_uri(folder) else Path(folder)
@@ -110,19 +109,6 @@ class RunResult:
 def _located(folder: Path | str, checkpoint: str | None) -> str | None:
     """The journal's paths on a store have no scheme: the URI of such a checkpoint of the run in `folder`."""
     return below(folder, checkpoint) if isinstance(folder, str) and checkpoint is not None else checkpoint
-
-
-def winner(events: list[dict[str, Any]], config: dict[str, Any]) -> str:
-    """The arm that is the main run: "main" (paper), the winning trunk, or the leader so far (anchored)."""
-    if config["policy"] == "paper":
-        return "main"
-    for event in reversed(events):
-        if event["event"] == "done":
-            return str(event["arm"])
-    rungs = [event for event in events if event["event"] == "rung"]
-    ended = {event["arm"] for event in events if event["event"] == "trunk"}
-    alive = [event for event in rungs if event["arm"] not in ended]
-    return str(min(alive, key=lambda event: (-event["step"], event["score"]))["arm"]) if alive else "t00"
 
 
 def _timing(events: list[dict[str, Any]], segments: list[dict[str, Any]], arm: str) -> Timing:

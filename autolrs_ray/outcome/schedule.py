@@ -24,25 +24,11 @@ from autolrs_ray import __version__
 from autolrs_ray.core.checks import require_float, require_int
 from autolrs_ray.core.envelopes import ENVELOPES
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.outcome.history import committed_rows, start_of, winner
+from autolrs_ray.record.journal import read_journal
 from autolrs_ray.record.stores import is_uri
 
 FORMAT = 1
-
-
-def committed_rows(events: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    """The commits of `arm` in a journal, in order of steps. Where a run lost a checkpoint and went back, the later count.
-
-    A branch begins with the commits of its parent.
-    """
-    events, kept = list(events), list[dict[str, Any]]()
-    for event in events:
-        if event["event"] == "proposal" and event.get("arm") == arm and "parent" in event:
-            parents = committed_rows(events, event["parent"])
-            kept = [row for row in parents if row["end"] <= event["start"]]
-        if event["event"] == "commit" and event.get("arm", "main") == arm:
-            start = event.get("start", event["end"] - 1)
-            kept = [*(earlier for earlier in kept if earlier["end"] <= start), event]
-    return kept
 
 
 @dataclass(frozen=True)
@@ -163,9 +149,9 @@ class LearnedSchedule:
         """From a JSON file, a CSV file with rows step,lr (held until the next row), or a run folder or its URI."""
         file = Path(path)
         if is_uri(path) or file.is_dir():
-            from autolrs_ray.outcome.result import RunResult
-
-            return RunResult.load(path).schedule
+            events = read_journal(path)
+            config = start_of(events, path)
+            return cls.from_events(events, config, winner(events, config))
         if file.suffix != ".csv":
             return cls.from_json(file.read_text())
         try:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from autolrs_ray.record.journal import fsync_folder
+from autolrs_ray.record.files import fsync_folder, replacing
 
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
@@ -52,22 +52,12 @@ def write_checkpoint(state: dict[str, Any], folder: str | os.PathLike[str], flus
     path = Path(folder)
     new = [path, *path.parents][: sum(not parent.exists() for parent in (path, *path.parents))]
     path.mkdir(parents=True, exist_ok=True)
-    temporary = path / (STATE_FILE + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path / STATE_FILE, flush) as file:
         hashing = _HashingFile(file)
         torch.save(state, cast(BinaryIO, hashing))
-        file.flush()
-        if flush:
-            os.fsync(file.fileno())
-    os.replace(temporary, path / STATE_FILE)
     manifest = {"size": hashing.size, "sha256": hashing.sha256.hexdigest(), "step": state["step"]}
-    temporary = path / (MANIFEST_FILE + ".tmp")
-    with open(temporary, "w") as text:
-        json.dump(manifest, text)
-        text.flush()
-        if flush:
-            os.fsync(text.fileno())
-    os.replace(temporary, path / MANIFEST_FILE)
+    with replacing(path / MANIFEST_FILE, flush) as file:
+        file.write(json.dumps(manifest).encode())
     if flush:
         for changed in (path, *(made.parent for made in new)):
             fsync_folder(changed)

@@ -1,34 +1,23 @@
-"""The record of a run: an append-only journal of decisions and an atomically replaced state, both JSON.
+"""The journal of a run: one JSON line per event, each with a CRC-32 of itself, appended and flushed to disk.
 
-Tables, plots, exports and results read the journal; resuming reads the state, which names the journal's length it belongs
-to. Every journal line ends in a CRC-32 of itself; lines that do not match are left out with a warning. The state repeats
-the lines that the learned schedule is made of, so that a damaged journal is mended from it.
+Lines that do not match their checksum are left out with a warning.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
-import shutil
-import time
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from autolrs_ray.record.stores import LOCK_FILE, Mirror, is_uri, join, read_bytes
+from autolrs_ray.record.files import no_link
+from autolrs_ray.record.stores import is_uri, join, read_bytes
 
 JOURNAL_FILE = "autolrs.jsonl"
-STATE_FILE = "autolrs_state.json"
-PREVIOUS_STATE_FILE = "autolrs_state.previous.json"
-DAMAGED_STATE_FILE = "autolrs_state.damaged.json"
-ORPHANED_JOURNAL_FILE = "autolrs.orphaned.jsonl"
-FORMAT = 2
-REPEATED = ("start", "commit")  # the events that the state repeats
-MIRRORED = (JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE)  # the journal before the state that names its length
 
 
 class RecordWarning(UserWarning):
@@ -46,34 +35,19 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _sealed(record: dict[str, Any]) -> str:
+def sealed(record: dict[str, Any]) -> str:
+    """`record` as a line of strict JSON, without its end, that carries its own checksum."""
     body = json.dumps(finite(record), separators=(",", ":"), allow_nan=False)
     return f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}'
 
 
-def _opened(line: str) -> dict[str, Any]:
+def opened(line: str) -> dict[str, Any]:
     """The record of a sealed line; ValueError if it does not match its CRC."""
     body, mark, crc = line.rstrip("\n").rpartition(',"crc":')
     if not mark or not crc.endswith("}") or zlib.crc32((body + "}").encode()) != int(crc[:-1]):
         raise ValueError("the line does not match its checksum")
     record: dict[str, Any] = json.loads(body + "}")
     return record
-
-
-def fsync_folder(path: Path) -> None:
-    """Make renames and new names in `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -88,7 +62,7 @@ def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            events.append(_opened(line.decode()))
+            events.append(opened(line.decode()))
         except ValueError:
             damaged += 1
     if damaged:
@@ -107,140 +81,15 @@ def _journal_at(path: str) -> tuple[str, bytes]:
         raise FileNotFoundError(message) from None
 
 
-class Record:
-    """Journal and state of one run folder. One process at a time: the second to open the folder is refused.
-
-    mirror: the run's folder on a store, where the record belongs; `folder` is then a working copy, fetched from there now,
-    copied there with every state, and deleted in the end.
-
-    Raises RuntimeError if another process has the folder open.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], mirror: Mirror | None = None) -> None:
-        self.folder, self._mirror = Path(folder), mirror
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock: TextIO = open(self.folder / LOCK_FILE, "a+")  # noqa: SIM115 - held as long as the run
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Append `lines` to the journal at `path` and flush them to disk: all of them, or none where it raises OSError."""
+    content = "".join(line + "\n" for line in lines).encode()
+    with open(path, "ab", buffering=0, opener=no_link) as file:
+        before = file.tell()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise RuntimeError(
-                f"another process is driving the run in {self.folder}; wait for it, stop it, or choose another name"
-            ) from None
-        if mirror is not None:
-            mirror.acquire()
-            mirror.fetch(self.folder, MIRRORED)
-        self._closed = False
-        self._repeated: list[str] = []
-
-    def __str__(self) -> str:
-        return str(self._mirror or self.folder)
-
-    @property
-    def journal(self) -> Path:
-        return self.folder / JOURNAL_FILE
-
-    def exists(self) -> bool:
-        """True if the folder holds the state of an earlier run."""
-        return (self.folder / STATE_FILE).exists() or (self.folder / PREVIOUS_STATE_FILE).exists()
-
-    def begin(self, event: dict[str, Any]) -> None:
-        """Start a journal with `event`. One without a state, left by a run that was killed at once, is put aside."""
-        if self.journal.exists():
-            os.replace(self.journal, self.folder / ORPHANED_JOURNAL_FILE)
-        self.append([event])
-
-    def append(self, events: list[dict[str, Any]]) -> None:
-        """Append `events`, each with the wall-clock time unless it has one, and flush them to disk."""
-        if not events:
-            return
-        now = time.time()
-        lines = [_sealed({"time": now, **event}) for event in events]
-        content = "".join(line + "\n" for line in lines).encode()
-        with open(self.journal, "ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                if file.write(content) != len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.journal))
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)  # half a line would spoil the next one too
-                raise
-        self._repeated += [line for event, line in zip(events, lines, strict=True) if event["event"] in REPEATED]
-
-    def write_state(self, config: dict[str, Any], state: dict[str, Any]) -> None:
-        """Replace the state: temporary name, fsync, rename, fsync of the folder. The one before stays beside it."""
-        length = self.journal.stat().st_size if self.journal.exists() else 0
-        current, temporary = self.folder / STATE_FILE, self.folder / (STATE_FILE + ".tmp")
-        content = dict(format=FORMAT, config=config, journal_bytes=length, repeated=self._repeated, state=state)
-        _write_durably(temporary, _sealed(content))
-        if current.exists():
-            os.replace(current, self.folder / PREVIOUS_STATE_FILE)
-        os.replace(temporary, current)
-        fsync_folder(self.folder)
-        if self._mirror is not None:
-            self._mirror.push(self.folder, MIRRORED)
-
-    def load_state(self) -> dict[str, Any]:
-        """The last intact state: a dict with "config" and "state". The journal is cut back to where it belongs, and mended.
-
-        Damage raises RecordWarning; RuntimeError if no state can be read.
-        """
-        failures = []
-        for name in (STATE_FILE, PREVIOUS_STATE_FILE):
-            try:
-                record = _opened((self.folder / name).read_text())
-                if record["format"] != FORMAT:
-                    raise ValueError(
-                        f"format {record['format']} is not {FORMAT}: end the run with the version that began it"
-                    )
-            except (OSError, ValueError, KeyError) as error:
-                failures.append(f"{name}: {error}")
-                continue
-            if failures:
-                warnings.warn(f"{self.folder}: {failures[0]}; using {name}", RecordWarning, stacklevel=2)
-                if (self.folder / STATE_FILE).exists():  # or it would take the place of the one before it
-                    os.replace(self.folder / STATE_FILE, self.folder / DAMAGED_STATE_FILE)
-            self._cut(record["journal_bytes"])
-            self._mend(record["repeated"])
-            return record
-        raise RuntimeError(
-            f"cannot resume from {self.folder}: {'; '.join(failures)}. Move the folder away to start anew"
-        )
-
-    def _cut(self, length: int) -> None:
-        if not self.journal.exists():
-            return
-        with open(self.journal, "r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size < length:
-                warnings.warn(f"{self.journal} has lost its last {length - size} bytes", RecordWarning, stacklevel=3)
-            file.truncate(min(length, size))
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            if end and file.read(1) != b"\n":  # cut short within a line: the next one is not to be spoilt by it
-                file.write(b"\n")
-
-    def _mend(self, repeated: list[str]) -> None:
-        """Put the lines that the state repeats back into the journal, where it has lost them."""
-        self._repeated = repeated
-        events = read_journal(self.journal) if self.journal.exists() else []
-        found = {_sealed(event) for event in events}
-        lost = [line for line in repeated if line not in found]
-        if lost:
-            message = f"{self.journal} had lost {len(lost)} of the lines that the state repeats; they are put back"
-            warnings.warn(message, RecordWarning, stacklevel=3)
-            events = sorted([*map(_opened, lost), *events], key=lambda event: float(event["time"]))
-            temporary = self.folder / (JOURNAL_FILE + ".tmp")
-            _write_durably(temporary, "".join(_sealed(event) + "\n" for event in events))
-            os.replace(temporary, self.journal)
-            fsync_folder(self.folder)
-
-    def close(self) -> None:
-        """Give the folder free for another process."""
-        if not self._closed:
-            self._closed = True
-            if self._mirror is not None:
-                self._mirror.release()
-                shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.close()
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)  # half a line would spoil the next one too
+            raise

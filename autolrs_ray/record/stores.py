@@ -1,38 +1,22 @@
-"""Run folders on any store that pyarrow has a filesystem for (s3://, gs://, ...), beside plain local folders.
+"""Files on any store that pyarrow has a filesystem for (s3://, gs://, ...), beside plain local ones.
 
-The record of a run is written to a local folder first, as always, and at every commit copied to the store: the journal
-before the state that names its length, so that a copy cut short at any point leaves a state and a journal that fit.
 Credentials and endpoints come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from the URI.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
-import socket
 import tempfile
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
-logger = logging.getLogger(__name__)
+from autolrs_ray.record.files import write_whole
 
-BEAT_S = 5.0  # how often the driver of a run renews its lock on the store
-LEASE_S = 15.0  # a lock that has not changed for so long is that of a driver that died
-SETTLE_S = 1.0  # two drivers that take a lock at once: the later write wins, and is seen after this
-LOCK_FILE = "autolrs.lock"
 SECRET = re.compile("key|secret|token|passw|ticket|^sig", re.IGNORECASE)  # in the name of a query's value
-
-
-class RunTakenError(RuntimeError):
-    """Another process drives the run."""
 
 
 def is_uri(path: str | os.PathLike[str]) -> bool:
@@ -88,23 +72,23 @@ def open_store(uri: str) -> tuple[Any, str]:
 def read_bytes(path: str) -> bytes:
     """The content of a local file or of the object at a URI. Raises FileNotFoundError if it is not there, OSError if the
     store does not answer."""
-    return _read(*open_store(path)) if is_uri(path) else Path(path).read_bytes()
+    return read_from(*open_store(path)) if is_uri(path) else Path(path).read_bytes()
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a local file or the object at a URI. Raises OSError."""
+    """Write a local file, whole or not at all, or the object at a URI. Raises OSError."""
     if is_uri(path):
-        _write(*open_store(path), content)
+        write_to(*open_store(path), content)
     else:
-        Path(path).write_bytes(content)
+        write_whole(path, content)
 
 
-def _read(filesystem: Any, path: str) -> bytes:
+def read_from(filesystem: Any, path: str) -> bytes:
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read())
 
 
-def _write(filesystem: Any, path: str, content: bytes) -> None:
+def write_to(filesystem: Any, path: str, content: bytes) -> None:
     with filesystem.open_output_stream(path) as stream:
         stream.write(content)
 
@@ -150,7 +134,7 @@ def _download_named(filesystem: Any, root: str, name: str, folder: Path) -> None
         if info.type is FileType.File:
             target = folder / Path(info.path).relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(_read(filesystem, info.path))
+            target.write_bytes(read_from(filesystem, info.path))
 
 
 def upload(folder: Path, uri: str) -> list[str]:
@@ -159,133 +143,5 @@ def upload(folder: Path, uri: str) -> list[str]:
     filesystem.create_dir(path)
     files = sorted(file for file in folder.iterdir() if file.is_file())
     for file in files:
-        _write(filesystem, f"{path}/{file.name}", file.read_bytes())
+        write_to(filesystem, f"{path}/{file.name}", file.read_bytes())
     return [join(uri, file.name) for file in files]
-
-
-class Mirror:
-    """A run's record on a store: copied there at every commit, fetched from there when a run goes on.
-
-    One driver at a time, as far as a store without locks allows: the driver renews a lock object every BEAT_S, a second one
-    is refused while it changes, and takes over when it has stood still for LEASE_S. Before every commit the driver reads
-    the lock and gives up if it is another's. Between that read and the write lies the time of one request, in which two
-    drivers that both think themselves alone can each write once: stores offer no atomic "write if the lock is mine" here.
-    """
-
-    def __init__(self, filesystem: Any, path: str) -> None:
-        self._filesystem, self.path = filesystem, path.rstrip("/")
-        self._lock = f"{self.path}/{LOCK_FILE}"
-        self._owner = uuid.uuid4().hex
-        self._beats = 0
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    @classmethod
-    def at(cls, uri: str) -> Mirror:
-        return cls(*open_store(uri))
-
-    def __str__(self) -> str:
-        return f"{self._filesystem.type_name}://{self.path}"
-
-    # -- the lock ------------------------------------------------------------------------------------------------------
-
-    def _locked_by(self) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = json.loads(_read(self._filesystem, self._lock))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return {"owner": "unreadable"}
-        return found
-
-    def _beat(self) -> None:
-        self._beats += 1
-        lock = dict(owner=self._owner, beat=self._beats, host=socket.gethostname(), pid=os.getpid())
-        _write(self._filesystem, self._lock, json.dumps(lock).encode())
-
-    def acquire(self) -> None:
-        """Become the driver of the run, waiting LEASE_S where the last one died. Raises RunTakenError if it is alive."""
-        self._filesystem.create_dir(self.path)
-        first = self._locked_by()
-        if first is not None:
-            logger.warning("%s has a lock; waiting %.0f s to see if its driver is alive", self, LEASE_S)
-            deadline = time.monotonic() + LEASE_S
-            while (now := self._locked_by()) is not None and time.monotonic() < deadline:
-                if now != first:
-                    raise self._taken(now)
-                time.sleep(min(SETTLE_S, LEASE_S / 4))
-        self._beat()
-        time.sleep(SETTLE_S)
-        self.confirm()
-        self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="autolrs-lock")
-        self._thread.start()
-
-    def _taken(self, lock: dict[str, Any] | None) -> RunTakenError:
-        if lock is None:
-            return RunTakenError(f"the lock on {self} is gone: someone has deleted it. Start again to take it anew")
-        return RunTakenError(
-            f"another process is driving the run in {self} (process {lock.get('pid')} on {lock.get('host')}); wait for it, "
-            "stop it, or choose another name"
-        )
-
-    def confirm(self) -> None:
-        """Raise RunTakenError unless the lock is ours."""
-        lock = self._locked_by()
-        if lock is None or lock.get("owner") != self._owner:
-            raise self._taken(lock)
-
-    def _keep_beating(self) -> None:
-        while not self._stop.wait(BEAT_S):
-            try:
-                self.confirm()
-                self._beat()
-            except RunTakenError:
-                return  # the next commit says so
-            except OSError as error:
-                logger.warning("cannot renew the lock on %s: %s", self, error)
-
-    def release(self) -> None:
-        """Give the run free. A lock that cannot be deleted is found dead after LEASE_S."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        try:
-            self.confirm()
-            self._filesystem.delete_file(self._lock)
-        except (OSError, RunTakenError) as error:
-            logger.warning("%s", error)
-
-    # -- the record ----------------------------------------------------------------------------------------------------
-
-    def fetch(self, folder: Path, names: tuple[str, ...]) -> None:
-        """Copy the files called `names` that the store has into `folder`."""
-        for name in names:
-            try:
-                content = _read(self._filesystem, f"{self.path}/{name}")
-            except FileNotFoundError:
-                continue
-            (folder / name).write_bytes(content)
-
-    def verify(self, path: str, manifests: bool = False) -> None:
-        """Raise CheckpointError unless the checkpoint at `path` on this store is whole. One without a manifest, of a
-        trainable that is not ours, has only to be there. manifests: none is of such a trainable. Raises OSError."""
-        from pyarrow.fs import FileType
-
-        from autolrs_ray.record.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
-
-        files = self._filesystem.get_file_info([path, f"{path}/{MANIFEST_FILE}"])
-        if not manifests and files[0].type is FileType.Directory and files[1].type is FileType.NotFound:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                download(self._filesystem, path, folder)
-            except OSError as error:
-                raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-            verify_checkpoint(folder)
-
-    def push(self, folder: Path, names: tuple[str, ...]) -> None:
-        """Copy the files called `names` to the store, in that order. Raises RunTakenError, OSError."""
-        self.confirm()
-        for name in names:
-            if (folder / name).exists():
-                _write(self._filesystem, f"{self.path}/{name}", (folder / name).read_bytes())

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from autolrs_ray.core.policies import DEFAULT_INTERVALS
-from autolrs_ray.outcome.result import RunResult, winner
-from autolrs_ray.outcome.schedule import committed_rows
+from autolrs_ray.outcome.history import committed_rows, winner
+from autolrs_ray.outcome.result import RunResult
 from autolrs_ray.record.stores import local_copy
 
 Row = dict[str, Any]

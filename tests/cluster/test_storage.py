@@ -17,10 +17,13 @@ import autolrs_ray
 from autolrs_ray import LearnedSchedule, RunResult
 from autolrs_ray.cli import app
 from autolrs_ray.core.policies import make_policy
+from autolrs_ray.record import mirror
 from autolrs_ray.record import stores as storage
 from autolrs_ray.record.checkpoints import CheckpointError, write_checkpoint
-from autolrs_ray.record.journal import JOURNAL_FILE, STATE_FILE, Record, read_journal
-from autolrs_ray.record.stores import Mirror, RunTakenError, open_store
+from autolrs_ray.record.journal import JOURNAL_FILE, read_journal
+from autolrs_ray.record.mirror import Mirror, RunTakenError
+from autolrs_ray.record.record import STATE_FILE, Record
+from autolrs_ray.record.stores import open_store
 from autolrs_ray.show.plots import save_plots
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.trainer import Trainer
@@ -33,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("bucket")
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("BEAT_S", 0.1), ("LEASE_S", 1.0), ("SETTLE_S", 0.1)):
-        monkeypatch.setattr(storage, name, seconds)
+        monkeypatch.setattr(mirror, name, seconds)
 
 
 def state(step: int) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def test_a_copy_cut_short_leaves_the_last_state(
 ) -> None:
     uri = f"{bucket}/cut{written}"
     record = begun(tmp_path / "here", uri, written=2)
-    real, left = storage._write, [written]
+    real, left = mirror.write_to, [written]
 
     def fails(filesystem: Any, path: str, content: bytes) -> None:
         if not path.endswith("lock"):
@@ -106,11 +109,11 @@ def test_a_copy_cut_short_leaves_the_last_state(
             left[0] -= 1
         real(filesystem, path, content)
 
-    monkeypatch.setattr(storage, "_write", fails)
+    monkeypatch.setattr(mirror, "write_to", fails)
     with pytest.raises(OSError, match="gone away"):
         write(record, 3)
     monkeypatch.undo()
-    monkeypatch.setattr(storage, "LEASE_S", 0.1)
+    monkeypatch.setattr(mirror, "LEASE_S", 0.1)
     silence(record)  # the driver dies
     there = Record(tmp_path / "there", Mirror.at(uri))
     assert there.load_state()["state"] == state(2)
@@ -160,17 +163,17 @@ def test_a_damaged_checkpoint_is_noticed(bucket: str, tmp_path: Path) -> None:
     write_checkpoint({"step": 3, "weights": torch.ones(5)}, tmp_path)
     uri = f"{bucket}/damage/trial/checkpoint_000000"
     storage.upload(tmp_path, uri)
-    mirror, path = Mirror.at(f"{bucket}/damage"), open_store(uri)[1]
-    mirror.verify(path)
+    store, path = Mirror.at(f"{bucket}/damage"), open_store(uri)[1]
+    store.verify(path)
     content = storage.read_bytes(f"{uri}/state.pt")
     storage.write_bytes(f"{uri}/state.pt", content[:-1] + b"?")
     with pytest.raises(CheckpointError, match="does not match its manifest"):
-        mirror.verify(path)
+        store.verify(path)
     open_store(uri)[0].delete_dir(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        mirror.verify(path)
+        store.verify(path)
     storage.write_bytes(f"{uri}/of_another_kind", b"")
-    mirror.verify(path)
+    store.verify(path)
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from autolrs_ray.core.paper import forecast, surrogate
 from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Verdict
 from autolrs_ray.core.race.policy import AnchoredPolicy
-from autolrs_ray.record import journal
+from autolrs_ray.record import files, journal, record
 from autolrs_ray.record.checkpoints import read_checkpoint
 from autolrs_ray.record.stores import local_copy
 from tests.faults.trainables import Fragile
@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class RecordWith:
-    """`os` for autolrs_ray.record.journal, in which every fsync and rename is a chance to die first."""
+    """`os` for the modules of autolrs_ray.record, in which every fsync and rename is a chance to die first."""
 
     def __init__(self, chance: Callable[[], None]) -> None:
         self._chance = chance
@@ -107,7 +107,8 @@ def killed_at(where: str) -> None:
             policy.saved = saving
 
     if name == "sync":
-        journal.os = RecordWith(chance)  # type: ignore[assignment]
+        for module in (files, journal, record):
+            module.os = RecordWith(chance)  # type: ignore[assignment]
     elif name == "line":
         journal.open = opened  # type: ignore[attr-defined]
     else:

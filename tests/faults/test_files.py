@@ -16,7 +16,8 @@ import pytest
 
 from autolrs_ray import AutoLRSSearch
 from autolrs_ray.record.checkpoints import PICKLE_FILE
-from autolrs_ray.record.journal import JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE
+from autolrs_ray.record.journal import JOURNAL_FILE
+from autolrs_ray.record.record import PREVIOUS_STATE_FILE, STATE_FILE
 from tests.faults.harness import COUNTS, SCALE, Driver, journal_text
 from tests.faults.trainables import flip as flipped
 
