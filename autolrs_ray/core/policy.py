@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.segments import Segment
 
 
@@ -167,8 +168,9 @@ class Policy(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Nothing counts as issued: every unfinished segment is wanted again."""
 
-    def emit(self, event: str, **fields: Any) -> None:
-        self._events.append({"event": event, **fields})
+    def emit(self, event: Event | str, **fields: Any) -> None:
+        """Have an event written to the journal. Raises ValueError for a name that is none of `Event`'s."""
+        self._events.append({"event": Event(event), **fields})
 
     def drain_events(self) -> list[dict[str, Any]]:
         """Events since the last call, for the journal."""

@@ -1,0 +1,32 @@
+"""The names of what a run's journal tells, each with the fields that come with it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Event(StrEnum):
+    """What has happened. Losses are to be minimised (a metric of mode "max" is negated), steps are optimizer steps.
+
+    Every event has "time" as well, in seconds since 1970.
+    """
+
+    START = "start"  # a run begins: config, environment
+    RESUME = "resume"  # it goes on in another process: step, environment
+    EXTEND = "extend"  # it goes on to more steps: total_steps, step, lr
+    PROPOSAL = "proposal"  # a learning rate is to be tried: arm, probe, stage, lr
+    SEGMENT = "segment"  # a trial has trained from start to end: arm, role, stage, lr, began and busy_s (seconds)
+    COMMIT = "commit"  # a checkpoint counts: arm or stage, start, end, lr, loss, checkpoint
+    CHOICE = "choice"  # a stage or the race has chosen: stage, lr
+    DONE = "done"  # the run is over: arm, step, loss, checkpoint
+    WARNING = "warning"  # something went wrong and was mended: message
+    ERROR = "error"  # the run has ended with it: message
+    # of the paper's policy
+    STAGE = "stage"  # a stage begins: stage, start, steps, probe_steps, concurrency
+    PROBE = "probe"  # one has ended: stage, probe, arm, lr, status, forecast, stderr, method, series, steps, losses
+    SAVED = "saved"  # the leading probe's end state is durable: stage, arm, step, checkpoint
+    ROLLBACK = "rollback"  # the main trial diverged: stage, step, lr, new_lr
+    # of the race
+    RUNG = "rung"  # a trunk has come to one: arm, probe, lr, step, score, loss, averaged_loss
+    DECISION = "decision"  # a rung is decided: step, leader, score, dropped, kept
+    TRUNK = "trunk"  # one has left the race: arm, probe, lr, status, step
