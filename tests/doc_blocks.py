@@ -113,7 +113,7 @@ class TrialStub:
         return self._folder / f"step-{step}"
 
 
-def trunk(start: int, *boundaries: int, lr: float = 0.1) -> dict[str, Any]:
+def trunk(start: int, *boundaries: int, lr: float = 0.1, **more: Any) -> dict[str, Any]:
     """The config of a trial that trains from `start` to the last of `boundaries` at `lr`."""
-    segment = dict(arm="t00", role="trunk", stage=0, lr=lr, start=start, boundaries=boundaries, reports=1)
+    segment = dict(arm="t00", role="trunk", stage=0, lr=lr, start=start, boundaries=boundaries, reports=1, **more)
     return {"lr": lr, "seed": 0, "autolrs": segment}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,33 @@ def test_follower_refuses_what_it_cannot_follow() -> None:
         Follower({"lr": 0.3}).write_lr(optimizer, 0)
     with pytest.raises(ValueError, match="report_every must be at least 1, got 0"):
         Follower({"lr": 0.3, "report_every": 0})
+
+
+def test_follower_takes_groups_that_are_added_later_with_the_lr_they_come_with() -> None:
+    layers = [nn.Linear(1, 1) for _ in range(3)]
+    optimizer = torch.optim.SGD(layers[0].parameters(), lr=torch.tensor(0.5), foreach=False)
+    follower = Follower({"lr": 2.0})
+    follower.write_lr(optimizer, 0)
+    optimizer.add_param_group({"params": list(layers[1].parameters()), "lr": 0.05})
+    optimizer.add_param_group(
+        {"params": list(layers[2].parameters())}
+    )  # the default, which is the tensor it was built with
+    for _ in range(2):
+        follower.write_lr(optimizer, 1)
+        assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([2.0, 0.2, 2.0])
+    restored = torch.optim.SGD([{"params": list(layer.parameters())} for layer in layers], lr=0.5)
+    restored.load_state_dict(optimizer.state_dict())
+    Follower({"lr": 1.0}).write_lr(restored, 2)
+    assert [float(group["lr"]) for group in restored.param_groups] == pytest.approx([1.0, 0.1, 1.0])
+
+
+@pytest.mark.parametrize(("module", "library"), [("lightning", "lightning"), ("huggingface", "transformers")])
+def test_a_missing_extra_names_the_command_that_installs_it(
+    module: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)  # an import of it raises ModuleNotFoundError
+    monkeypatch.delitem(sys.modules, f"autolrs_ray.integrations.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install '\.\[{module}\]'"):
+        importlib.import_module(f"autolrs_ray.integrations.{module}")

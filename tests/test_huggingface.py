@@ -46,17 +46,17 @@ def test_what_is_added_is_under_fifteen_lines() -> None:
     assert len([line for line in blocks(SECTION)[1].splitlines() if line.strip()]) < 15
 
 
-def trainer_with(folder: Path, **options: Any) -> Any:
+def trainer_with(folder: Path, arguments: dict[str, Any] | None = None, **options: Any) -> Any:
     """A Trainer on the documentation's model and data; two micro-batches to a step."""
     namespace: dict[str, Any] = {}
     exec(blocks(SECTION)[0], namespace)
     examples = namespace["examples"](slice(0, 64))
-    arguments = namespace["TrainingArguments"](
+    plans = namespace["TrainingArguments"](
         output_dir=str(folder), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=4, use_cpu=True,
-        disable_tqdm=True, report_to="none",
+        disable_tqdm=True, report_to="none", **(arguments or {}),
     )  # fmt: skip
     options = {"eval_dataset": examples, **options}
-    return namespace["Trainer"](model_init=namespace["make_model"], args=arguments, train_dataset=examples, **options)
+    return namespace["Trainer"](model_init=namespace["make_model"], args=plans, train_dataset=examples, **options)
 
 
 def test_without_the_pair_it_reports_optimizer_steps_and_its_scheduler_has_no_say(
@@ -140,3 +140,99 @@ def test_no_validation_data_is_refused(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, eval_dataset=None)
     with pytest.raises(ValueError, match="build the Trainer with an eval_dataset"):
         fit(trainer, {"lr": 0.1})
+
+
+# -- Trainers as people configure them -----------------------------------------------------------------------------------
+
+
+def own_plans(folder: Path, **options: Any) -> Any:
+    """A Trainer with evaluations, saves and a schedule of its own, and a callback that asks for more of them."""
+    from transformers import TrainerCallback
+
+    class Extra(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_evaluate = control.should_save = True
+
+    arguments = dict(
+        eval_on_start=True, save_strategy="best", eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_loss",
+        logging_steps=1, lr_scheduler_type="reduce_lr_on_plateau",
+    )  # fmt: skip
+    return trainer_with(folder, arguments, callbacks=[Extra()], **options)
+
+
+def test_evaluations_and_saves_that_the_pair_did_not_ask_for_are_no_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autolrs_ray.integrations.huggingface import fit
+
+    trial = TrialStub(tmp_path, monkeypatch)
+    fit(own_plans(tmp_path / "unused"), trunk(0, 2, 5))
+    trial.source = trial.checkpoint(2)
+    fit(own_plans(tmp_path / "unused"), trunk(2, 5))
+    assert [report["step"] for report in trial.reports] == [2, 5, 5]
+    assert all("val_loss" in report for report in trial.reports)
+    assert trial.reports[1]["val_loss"] == trial.reports[2]["val_loss"]
+
+
+def test_a_report_holds_the_metrics_of_all_evaluation_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autolrs_ray.integrations.huggingface import fit
+
+    trial = TrialStub(tmp_path, monkeypatch)
+    examples = trainer_with(tmp_path).eval_dataset
+    trainer = own_plans(tmp_path / "unused", eval_dataset={"a": examples[:32], "a_b": examples[32:]})
+    config = trunk(0, 2, 5)
+    config["autolrs"]["reports"] = 2
+    fit(trainer, config)
+    assert [report["step"] for report in trial.reports] == [1, 2, 3, 5]
+    assert all({"val_a_loss", "val_a_b_loss", "train_loss"} <= set(report) for report in trial.reports)
+
+
+def test_its_log_has_the_lr_in_use_and_its_schedule_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+
+    from autolrs_ray.integrations.huggingface import fit
+
+    TrialStub(tmp_path, monkeypatch)
+    told: list[float] = []
+    lengths: list[int] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            lengths.append(state.max_steps)
+            if "learning_rate" in logs:
+                told.append(logs["learning_rate"])
+
+    trainer = trainer_with(tmp_path / "unused", {"logging_steps": 1}, callbacks=[Watch()])
+    with updates_here() as used:
+        fit(trainer, trunk(0, 2, 3, lr=0.8, envelope="linear", total_steps=8))
+    assert told == used == pytest.approx([0.8, 0.7, 0.6])
+    assert [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line] == told
+    assert set(lengths) == {8}
+
+
+@pytest.mark.parametrize("name", ["load_best_model_at_end", "save_only_model", "auto_find_batch_size"])
+def test_plans_that_the_pair_cannot_keep_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    from autolrs_ray.integrations.huggingface import fit
+
+    trainer = trainer_with(tmp_path)
+    setattr(trainer.args, name, True)
+    with pytest.raises(ValueError, match=f"{name}=True is not possible here"):
+        fit(trainer, {"lr": 0.1})
+
+
+def test_what_ends_a_trial_early_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    from autolrs_ray.integrations.huggingface import fit
+
+    class Stopping(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    TrialStub(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="EarlyStoppingCallback is not possible here"):
+        fit(trainer_with(tmp_path, callbacks=[EarlyStoppingCallback()]), trunk(0, 4))
+    with pytest.raises(RuntimeError, match="stopped at step 2, before the trial's end at 4"):
+        fit(trainer_with(tmp_path, callbacks=[Stopping()]), trunk(0, 4))

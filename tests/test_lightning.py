@@ -214,3 +214,143 @@ def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Exception, match="Weights only load failed"):
         fit(parts["trainer"], parts["Classifier"](), trunk(6, 20), train_dataloaders=data, val_dataloaders=data)
     assert not (tmp_path / "executed").exists()
+
+
+# -- modules as people write them --------------------------------------------------------------------------------------
+
+
+def quiet_trainer(parts: dict[str, Any], **options: Any) -> Any:
+    return parts["L"].Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def data_of(parts: dict[str, Any]) -> dict[str, Any]:
+    loader = parts["loader"]
+    return {"train_dataloaders": loader(slice(0, 256), True), "val_dataloaders": loader(slice(256, 320), False)}
+
+
+def test_schedulers_are_built_for_the_whole_run_and_one_that_waits_for_a_metric_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autolrs_ray.integrations.lightning import fit
+
+    parts, trial, lengths = lightning_parts(), TrialStub(tmp_path, monkeypatch), []
+
+    class Scheduled(parts["Classifier"]):
+        kind = "onecycle"
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            lengths.append((self.trainer.estimated_stepping_batches, self.trainer.max_steps))
+            if self.kind == "plateau":
+                plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=lengths[-1][0])
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    for start, end, kind in ((0, 3, "onecycle"), (3, 20, "onecycle"), (0, 20, "plateau")):
+        trial.source = trial.checkpoint(start) if start else None
+        module = Scheduled()
+        module.kind = kind
+        with updates_here() as seen:
+            fit(quiet_trainer(parts), module, trunk(start, end, lr=0.7, total_steps=20), **data_of(parts))
+        assert seen == [0.7] * (end - start)
+    assert lengths == [(20, 20)] * 3
+    assert [report["step"] for report in trial.reports] == [3, 20, 20]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_skipped_batches_and_manual_optimization(manual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autolrs_ray.integrations.lightning import fit
+
+    parts, trial = lightning_parts(), TrialStub(tmp_path, monkeypatch)
+
+    class Skipping(parts["Classifier"]):
+        automatic_optimization = not manual
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            if not manual:
+                return loss if batch_idx % 3 else None
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            return None
+
+    with updates_here() as seen:
+        fit(quiet_trainer(parts), Skipping(), trunk(0, 4, 10, lr=0.3), **data_of(parts))
+    assert seen == [0.3] * 10
+    assert [report["step"] for report in trial.reports] == [4, 10]
+    assert all(("train_loss" in report) != manual for report in trial.reports)
+
+
+def test_a_batch_of_several_updates_that_misses_a_report_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autolrs_ray.integrations.lightning import fit
+
+    parts = lightning_parts()
+    TrialStub(tmp_path, monkeypatch)
+
+    class Twice(parts["Classifier"]):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for _ in range(2):
+                self.manual_backward(super().training_step(batch, batch_idx))
+                self.optimizers().step()
+
+    with pytest.raises(RuntimeError, match="report was due after step 3, inside of one batch.* 2 optimizer steps"):
+        fit(quiet_trainer(parts), Twice(), trunk(0, 3, 10), **data_of(parts))
+
+
+def test_a_group_that_is_unfrozen_later_keeps_its_share_of_the_lr_also_after_a_restore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.pytorch.callbacks import BackboneFinetuning
+
+    from autolrs_ray.integrations.lightning import fit
+
+    parts, trial = lightning_parts(), TrialStub(tmp_path, monkeypatch)
+
+    class Backbone(parts["Classifier"]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = torch.nn.Linear(8, 8)
+            self.network = torch.nn.Sequential(self.backbone, self.network)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.2, momentum=0.9)
+
+    for start, end in ((0, 5), (5, 12), (12, 20)):  # an epoch has 8 steps
+        trial.source = trial.checkpoint(start) if start else None
+        trainer = quiet_trainer(parts, callbacks=[BackboneFinetuning(unfreeze_backbone_at_epoch=1)])
+        fit(trainer, Backbone(), trunk(start, end, lr=0.6, total_steps=20), **data_of(parts))
+        lrs = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        assert lrs == pytest.approx([0.6] if end == 5 else [0.6, 0.06])
+
+
+def test_what_ends_a_trial_early_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    from autolrs_ray.integrations.lightning import fit
+
+    parts = lightning_parts()
+    TrialStub(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="EarlyStopping is not possible here"):
+        fit(
+            quiet_trainer(parts, callbacks=[EarlyStopping("val_loss")]),
+            parts["Classifier"](),
+            trunk(0, 9),
+            **data_of(parts),
+        )
+
+    class Stopping(parts["L"].Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 4
+
+    with pytest.raises(RuntimeError, match="stopped at step 4, before the trial's end at 9"):
+        fit(quiet_trainer(parts, callbacks=[Stopping()]), parts["Classifier"](), trunk(0, 9), **data_of(parts))

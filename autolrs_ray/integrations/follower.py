@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from autolrs_ray.core.checks import require_int
 from autolrs_ray.core.segments import Segment, next_report
 
@@ -29,12 +31,16 @@ class Follower:
         self.segment = Segment.from_config(segment) if isinstance(segment, dict) else None
         self._lr = float(config["lr"])
         self._every = require_int("report_every", config.get("report_every", 100), 1)
-        self._ratios: list[float] | None = None
 
     @property
     def end(self) -> int | None:
         """Step at which the trial's training ends; None without the pair."""
         return self.segment.end if self.segment else None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run, of which this trial trains a part; None without the pair."""
+        return max(self.segment.total_steps, self.segment.end) if self.segment else None
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update from `step` to `step + 1`."""
@@ -43,14 +49,20 @@ class Follower:
     def write_lr(self, optimizer: HasGroups, step: int) -> float:
         """Write the LR of the update from `step` to `step + 1` into `optimizer`; call it right before every update.
 
-        Groups keep the ratios of the LRs they were built with. Raises ValueError if the first of those was not positive.
+        Groups keep the ratios of the LRs they were built with, or came with where they were added later ("initial_lr", as
+        torch's schedulers keep it). Raises ValueError if the first of those was not positive.
         """
-        if self._ratios is None:
-            self._ratios = _ratios(optimizer.param_groups)
-        lr = self.lr_at(step)
-        for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
-            group["lr"] = lr * ratio
+        lr, groups = self.lr_at(step), optimizer.param_groups
+        first = _built(groups)
+        for group in groups:
+            _set(group, lr * (group["initial_lr"] / first))
         return lr
+
+    def write_built_lrs(self, optimizer: HasGroups) -> None:
+        """Write the LRs that the groups were built with: callbacks that add a group take its LR from those it finds."""
+        _built(optimizer.param_groups)
+        for group in optimizer.param_groups:
+            _set(group, group["initial_lr"])
 
     def report_due(self, step: int) -> bool:
         """True if a report is due after `step` steps."""
@@ -70,9 +82,25 @@ class Follower:
         return result
 
 
-def _ratios(groups: Iterable[dict[str, Any]]) -> list[float]:
-    """LRs of `groups` over that of the first. Schedulers of torch keep what a group was built with as "initial_lr"."""
-    built = [float(group.get("initial_lr", group["lr"])) for group in groups]
-    if not built[0] > 0:
-        raise ValueError(f"build the optimizer with lr > 0 in its first group, got {built[0]}: ratios are kept to it")
-    return [lr / built[0] for lr in built]
+def _built(groups: Iterable[dict[str, Any]]) -> float:
+    """Note in every group the LR it was built with, where that is not yet noted; returns that of the first."""
+    groups = list(groups)
+    for group in groups:
+        if "initial_lr" not in group:
+            group["initial_lr"] = float(group["lr"])
+            if isinstance(
+                group["lr"], Tensor
+            ):  # one tensor may be the LR of several groups, and the default of those to come
+                group["lr"] = group["lr"].clone()
+        group["initial_lr"] = float(group["initial_lr"])
+    first: float = groups[0]["initial_lr"]
+    if not first > 0:
+        raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")
+    return first
+
+
+def _set(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr

@@ -10,48 +10,70 @@ from contextlib import ExitStack
 from typing import Any
 
 from ray import tune
-from transformers import Trainer, TrainerCallback
 
+from autolrs_ray.integrations import missing
 from autolrs_ray.integrations.follower import Follower
+
+try:
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+except ModuleNotFoundError as error:
+    raise missing(error, "huggingface") from error
+
+_REFUSED = {
+    "load_best_model_at_end": "what a run leaves is the state at its end, which the learning rates were chosen for",
+    "save_only_model": "trials go on from checkpoints, which must hold the optimizer too",
+    "auto_find_batch_size": "trials would train with batches of different sizes, and could not be compared",
+}
 
 
 class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
     """Writes the LR right before every optimizer step, has the Trainer evaluate where the pair wants a report, and reports.
 
-    A report holds the evaluation's metrics, eval_NAME as val_NAME, train_loss (mean since the last log), step (optimizer
-    steps: `state.global_step`), lr, stage and role. Checkpoints are the Trainer's own, attached where they are needed.
+    A report holds the metrics of all evaluation sets, eval_NAME as val_NAME, train_loss (mean since the last log), step
+    (optimizer steps: `state.global_step`), lr, stage and role. Checkpoints are the Trainer's own, attached where they are needed.
+    It comes before the Trainer's other callbacks, so that their log has the LR in use. What these evaluate or save besides is
+    no report.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], sets: int = 1) -> None:
         self.follower = Follower(config)
+        self._sets, self._awaited = sets, 0
         self._metrics: dict[str, float] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.follower.write_lr(optimizer, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        due = self.follower.report_due(state.global_step)
-        control.should_evaluate = due
-        control.should_save = due and self.follower.checkpoint_due(state.global_step)
+        due, end = self.follower.report_due(state.global_step), self.follower.end
+        self._awaited = self._sets if due else 0
+        control.should_evaluate = control.should_evaluate or due
+        control.should_save = control.should_save or (due and self.follower.checkpoint_due(state.global_step))
         control.should_log = control.should_log or due
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = control.should_save = False
+        control.should_training_stop = control.should_training_stop or (end is not None and state.global_step >= end)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self._metrics["train_loss"] = float(logs["loss"])
+        for line in (logs, state.log_history[-1] if state.log_history else None):
+            if line and "learning_rate" in line:
+                line["learning_rate"] = self.follower.lr_at(max(0, state.global_step - 1))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
+        if not self._awaited or not any(name.startswith("eval_") for name in metrics or {}):
+            return
         for name, value in (metrics or {}).items():
             self._metrics[f"val_{name.removeprefix('eval_')}" if name.startswith("eval_") else name] = value
-        if not self.follower.checkpoint_due(state.global_step):
+        self._awaited -= 1
+        if not self._awaited and not self.follower.checkpoint_due(state.global_step):
             tune.report(self._report(state))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        step = state.global_step
+        if not (self.follower.report_due(step) and self.follower.checkpoint_due(step)):
+            return
+        folder = os.path.join(args.output_dir, f"checkpoint-{step}")
         try:
             tune.report(self._report(state), checkpoint=tune.Checkpoint.from_directory(folder))
         finally:
@@ -66,19 +88,35 @@ def fit(trainer: Trainer, config: Mapping[str, Any]) -> None:
     """Train `trainer`'s model as `config` says, from the trial's checkpoint where there is one, with the LRs of the pair.
 
     The intervals of logging aside, the trainer's own plans (max_steps, num_train_epochs, learning_rate, lr_scheduler_type,
-    the strategies and intervals of evaluation and saving, output_dir) are not used: the trial's segment decides.
+    the strategies and intervals of evaluation and saving, eval_on_start, output_dir) are not used: the trial's segment decides.
+    To schedulers and callbacks max_steps is that of the whole run.
 
-    Raises ValueError where there is no eval_dataset.
+    Raises ValueError where there is no eval_dataset, and for load_best_model_at_end, save_only_model, auto_find_batch_size and
+    EarlyStoppingCallback; RuntimeError where something else stops the training.
     """
-    if trainer.eval_dataset is None:
+    args = trainer.args
+    if not trainer.eval_dataset:
         raise ValueError("learning rates are chosen on validation data: build the Trainer with an eval_dataset")
-    callback = AutoLRSCallback(config)
-    trainer.add_callback(callback)
-    if callback.follower.end is not None:
-        trainer.args.max_steps = callback.follower.end
-    trainer.args.logging_nan_inf_filter = False  # a diverged trial must be seen to diverge
+    for name, why in _REFUSED.items():
+        if getattr(args, name, False):
+            raise ValueError(f"{name}=True is not possible here: {why}; leave it out of the TrainingArguments")
+    if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
+        raise ValueError("EarlyStoppingCallback is not possible here: AutoLRS decides which trials stop, and the winner trains "
+                         "to the end; leave it out of the Trainer's callbacks")  # fmt: skip
+    callback = AutoLRSCallback(config, len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else 1)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    end = callback.follower.end
+    if end is not None:
+        args.max_steps = callback.follower.total_steps
+    args.eval_strategy = args.save_strategy = "no"
+    args.eval_on_start, args.metric_for_best_model = False, None
+    args.lr_scheduler_type = "constant"  # others may want a metric, or the length of the run
+    args.logging_nan_inf_filter = False  # a diverged trial must be seen to diverge
     checkpoint = tune.get_checkpoint()
     with ExitStack() as stack:
-        trainer.args.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="autolrs-"))
+        args.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="autolrs-"))
         folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
         trainer.train(resume_from_checkpoint=folder)
+    if end is not None and trainer.state.global_step < end:
+        raise RuntimeError(f"training stopped at step {trainer.state.global_step}, before the trial's end at {end}: a callback "
+                           "stops it, or the training data are empty; AutoLRS decides where trials stop")  # fmt: skip

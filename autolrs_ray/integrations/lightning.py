@@ -9,10 +9,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from ray import tune
 
+from autolrs_ray.integrations import missing
 from autolrs_ray.integrations.follower import Follower
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+    from lightning.pytorch.callbacks import EarlyStopping
+except ModuleNotFoundError as error:
+    raise missing(error, "lightning") from error
 
 FILE = "trainer.ckpt"
 NEVER = sys.maxsize
@@ -48,8 +54,14 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
             raise ValueError(
                 f"one optimizer is supported, got {len(trainer.optimizers)}: global_step counts the steps of all"
             )
+        for schedule in trainer.lr_scheduler_configs:
+            schedule.strict = False  # one that waits for a metric has no say: validation comes where the pair wants it
         self._step = trainer.global_step
         trainer.check_val_every_n_epoch, trainer.val_check_batch = None, NEVER
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Callbacks that unfreeze a part of the model give it a share of the LR they find, at the start of an epoch."""
+        self.follower.write_built_lrs(trainer.optimizers[0])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self.follower.write_lr(optimizer, trainer.global_step)
@@ -57,12 +69,20 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        if loss is not None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None:  # a skipped batch has none, nor has manual optimization that returns none
             parts = trainer.accumulate_grad_batches  # Lightning has divided the loss by it
             self._loss, self._count = self._loss + loss.detach() * parts, self._count + 1
-        stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        self._due = stepped and self.follower.report_due(self._step)
+        before, self._step = self._step, trainer.global_step
+        missed = [step for step in range(before + 1, self._step) if self.follower.report_due(step)]
+        if missed:
+            raise RuntimeError(
+                f"a report was due after step {missed[0]}, inside of one batch: this training_step makes "
+                f"{self._step - before} optimizer steps; make one per batch"
+            )
+        self._due = self._step > before and self.follower.report_due(self._step)
+        end = self.follower.end
+        trainer.should_stop = trainer.should_stop or (end is not None and self._step >= end)
         trainer.val_check_batch = 1 if self._due else NEVER
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,19 +105,29 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
     """Train `module` as `config` says, from the trial's checkpoint where there is one, with the LRs of the pair.
 
     data: what `trainer.fit` takes (train_dataloaders, val_dataloaders, datamodule). Under the pair the trial's segment
-    decides how far training goes, and the trainer's max_steps, max_epochs and validation interval are not used. Build the
-    trainer with `logger=False, enable_checkpointing=False`: Tune keeps reports and checkpoints. They are loaded with
-    `weights_only=True`; a module that saves objects of other kinds needs `weights_only=False` here, which executes what they
-    hold.
+    decides how far training goes. The trainer's own max_epochs and validation interval are not used, and its max_steps are those
+    of the whole run, for schedulers and whatever else asks for them. Build the trainer with `logger=False,
+    enable_checkpointing=False`: Tune keeps reports and checkpoints. They are loaded with `weights_only=True`; a module that
+    saves objects of other kinds needs `weights_only=False` here, which executes what they hold.
 
-    Raises ValueError where there is no validation data, or more than one optimizer.
+    Raises ValueError where there is no validation data, more than one optimizer, or an EarlyStopping; RuntimeError where
+    something else stops the training.
     """
+    if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
+        raise ValueError("EarlyStopping is not possible here: AutoLRS decides which trials stop, and the winner trains "
+                         "to the end; leave it out of the Trainer's callbacks")  # fmt: skip
     callback = AutoLRSCallback(config)
-    trainer.callbacks.append(callback)
-    if callback.follower.end is not None:
-        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, callback.follower.end
+    trainer.callbacks.insert(0, callback)
+    end = callback.follower.end
+    if end is not None:
+        loop = trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = -1, callback.follower.total_steps
+        loop.min_epochs = loop.epoch_loop.min_steps = None
     checkpoint = tune.get_checkpoint()
     with ExitStack() as stack:
         folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
         path = os.path.join(folder, FILE) if folder else None
         trainer.fit(module, ckpt_path=path, **{"weights_only": True, **data})
+    if end is not None and trainer.global_step < end:
+        raise RuntimeError(f"training stopped at step {trainer.global_step}, before the trial's end at {end}: a callback or "
+                           "max_time stops it, or the training data are empty; AutoLRS decides where trials stop")  # fmt: skip
