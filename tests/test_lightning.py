@@ -303,7 +303,7 @@ def test_a_batch_of_several_updates_that_misses_a_report_is_an_error(
                 self.manual_backward(super().training_step(batch, batch_idx))
                 self.optimizers().step()
 
-    with pytest.raises(RuntimeError, match="report was due after step 3, inside of one batch.* 2 optimizer steps"):
+    with pytest.raises(RuntimeError, match=r"report was due after step 3, inside of one batch.* 2 optimizer steps"):
         fit(quiet_trainer(parts), Twice(), trunk(0, 3, 10), **data_of(parts))
 
 
