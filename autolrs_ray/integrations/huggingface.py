@@ -30,7 +30,7 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
     """Writes the LR right before every optimizer step, has the Trainer evaluate where the pair wants a report, and reports.
 
     A report holds the metrics of all evaluation sets, eval_NAME as val_NAME, train_loss (mean since the last log), step
-    (optimizer steps: `state.global_step`), lr, stage and role. Checkpoints are the Trainer's own, attached where they are needed.
+    (`state.global_step`), lr, stage and role. Checkpoints are the Trainer's own, attached where they are needed.
     It comes before the Trainer's other callbacks, so that their log has the LR in use. What these evaluate or save besides is
     no report.
     """

@@ -105,8 +105,8 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
     """Train `module` as `config` says, from the trial's checkpoint where there is one, with the LRs of the pair.
 
     data: what `trainer.fit` takes (train_dataloaders, val_dataloaders, datamodule). Under the pair the trial's segment
-    decides how far training goes. The trainer's own max_epochs and validation interval are not used, and its max_steps are those
-    of the whole run, for schedulers and whatever else asks for them. Build the trainer with `logger=False,
+    decides how far training goes. The trainer's own max_epochs and validation interval are not used, and its max_steps are
+    those of the whole run, for schedulers and whatever else asks for them. Build the trainer with `logger=False,
     enable_checkpointing=False`: Tune keeps reports and checkpoints. They are loaded with `weights_only=True`; a module that
     saves objects of other kinds needs `weights_only=False` here, which executes what they hold.
 
