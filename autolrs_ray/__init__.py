@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from autolrs_ray.show.plots import save_plots
     from autolrs_ray.show.tensorboard import save_tensorboard
     from autolrs_ray.training.local import run_local
-    from autolrs_ray.training.trainer import Trainer, TrainingTask, accuracy
+    from autolrs_ray.training.task import TrainingTask, accuracy
+    from autolrs_ray.training.trainer import Trainer
     from autolrs_ray.trial.trainable import AutoLRSTrainable, lr_at, trainable_for
 
 _HOMES = {
@@ -38,8 +39,8 @@ _HOMES = {
     "RunResult": "outcome.result",
     "Timing": "outcome.result",
     "Trainer": "training.trainer",
-    "TrainingTask": "training.trainer",
-    "accuracy": "training.trainer",
+    "TrainingTask": "training.task",
+    "accuracy": "training.task",
     "lr_at": "trial.trainable",
     "lr_range_test": "lr_range",
     "make_policy": "core.policies",

@@ -28,7 +28,8 @@ from torch import nn
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask
 from autolrs_ray.outcome.history import winner
-from autolrs_ray.training.trainer import Data, Trainer
+from autolrs_ray.training.task import Data
+from autolrs_ray.training.trainer import Trainer
 from benchmarks.section import Section, cluster, spread
 
 COMMITS = 20

@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from autolrs_ray.training.trainer import TrainingTask, accuracy
+from autolrs_ray.training.task import TrainingTask, accuracy
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Split = dict[str, tuple[Tensor, Tensor]]

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from autolrs_ray.training.trainer import TrainingTask, accuracy
+from autolrs_ray.training.task import TrainingTask, accuracy
 
 
 def split() -> dict[str, tuple[Tensor, Tensor]]:

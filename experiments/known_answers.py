@@ -31,7 +31,7 @@ import torch
 
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.training.local import run_local
-from autolrs_ray.training.trainer import TrainingTask
+from autolrs_ray.training.task import TrainingTask
 from experiments.compare_report import mean_se
 
 

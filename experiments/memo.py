@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from autolrs_ray.training.trainer import Trainer, lowest
+from autolrs_ray.training.averages import lowest
+from autolrs_ray.training.trainer import Trainer
 
 MAX_SNAPSHOTS = 250
 

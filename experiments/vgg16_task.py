@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autolrs_ray.training.trainer import TrainingTask, accuracy
+from autolrs_ray.training.task import TrainingTask, accuracy
 
 BATCH_SIZE = 128
 DEFAULT_PEAK = 0.1

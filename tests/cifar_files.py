@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torchvision.datasets.cifar
 
-from autolrs_ray.training.trainer import TrainingTask
+from autolrs_ray.training.task import TrainingTask
 from experiments import vgg16_cifar, vgg16_task
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autolrs_ray.training.trainer import TrainingTask, accuracy
+from autolrs_ray.training.task import TrainingTask, accuracy
 
 
 def build_tiny(config: dict[str, Any]) -> TrainingTask:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autolrs_ray.core.paper.forecast import forecast, tail_mean
-from autolrs_ray.training.trainer import Trainer, TrainingTask
+from autolrs_ray.training.task import TrainingTask
+from autolrs_ray.training.trainer import Trainer
 from experiments.digits_task import split
 
 TAU, PROBE, POINTS = 200, 20, 16

@@ -21,7 +21,8 @@ from autolrs_ray.show.plots import save_plots
 from autolrs_ray.show.run_data import RunData, read_reports
 from autolrs_ray.show.search_figures import posterior, race_figure, spread, surrogate_figure
 from autolrs_ray.training.local import run_local
-from autolrs_ray.training.trainer import Trainer, TrainingTask
+from autolrs_ray.training.task import TrainingTask
+from autolrs_ray.training.trainer import Trainer
 
 PAPER: dict[str, Any] = dict(stage_steps=20, max_stage_steps=40, probe_steps=4, num_lrs=4)
 

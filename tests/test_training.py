@@ -25,7 +25,9 @@ from autolrs_ray.record.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from autolrs_ray.training.trainer import Trainer, TrainingTask, accuracy, lowest
+from autolrs_ray.training.averages import lowest
+from autolrs_ray.training.task import TrainingTask, accuracy
+from autolrs_ray.training.trainer import Trainer
 from tests.crashes import Malice, dies_after_renames
 
 GENERATOR = torch.Generator().manual_seed(5)

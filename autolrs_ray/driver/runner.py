@@ -18,7 +18,7 @@ from autolrs_ray.driver.searcher import CONFIG_KEY, AutoLRSSearch
 from autolrs_ray.outcome.result import RunResult
 from autolrs_ray.record.mirror import Mirror
 from autolrs_ray.record.stores import is_uri, join, normal
-from autolrs_ray.training.trainer import TrainingTask
+from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.trial.trainable import trainable_for
 
 

@@ -10,99 +10,26 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import default_collate
 
-from autolrs_ray.core.checks import require_float, require_tuple
-from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.record.checkpoints import FORMAT, read_checkpoint, require_format, snapshot, write_checkpoint
-
-Batch = tuple[Tensor, Tensor]
-Data = tuple[Tensor, Tensor] | Dataset[Any]
-"""(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
+from autolrs_ray.training.averages import lowest, state_tensors
+from autolrs_ray.training.task import Batch, Data, TrainingTask, chosen, length
 
 _EPOCH, _STEP, _AUGMENT, _VALIDATION = 0, 1, 2, 3  # streams of the counter-based random numbers
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Fraction of rows of `output` (n, classes) whose largest entry is at `target` (n,)."""
-    return (output.argmax(1) == target).float().mean()
-
-
-@dataclass
-class TrainingTask:
-    """What is trained: built once per process by the user's function.
-
-    loss: (model output, target) -> scalar mean over the batch. metrics: further (output, target) -> scalar mean,
-    reported on the validation data as "val_NAME". augment: (inputs, generator) -> inputs, on the device.
-    autocast: run forward passes in bfloat16. compile: True, or a mode of torch.compile ("reduce-overhead": CUDA graphs).
-    val_data must not be the test set: learning rates are chosen on it. val_fraction: the part of its rows, in (0, 1], that
-    reports are taken on: the same ones, drawn by the run's seed, in every trial.
-    average_over: where weights are averaged, one average for each part of the run so far, in (0, 1]: 0.25 spans about its
-    last quarter, 1.0 all of it. The one that is best on the validation data counts. Each costs the memory of the weights,
-    and a validation pass a report.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    loss: Callable[[Tensor, Tensor], Tensor]
-    train_data: Data
-    val_data: Data
-    batch_size: int
-    eval_batch_size: int = 1024
-    val_fraction: float = 1.0
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
-    clip_norm: float | None = None
-    average_over: tuple[float, ...] = (0.25, 0.5, 1.0)
-    autocast: bool = False
-    channels_last: bool = False
-    compile: bool | str = False
-    device: torch.device | str | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.batch_size <= _length(self.train_data):
-            raise ValueError(f"batch_size must be in [1, {_length(self.train_data)}], got {self.batch_size}")
-        if _length(self.val_data) < 1:
-            raise ValueError("val_data is empty: learning rates are chosen on it; hold out a part of the training data")
-        require_float("val_fraction", self.val_fraction, 0.0, 1.0, low_open=True)
-        self.average_over = require_tuple("average_over", self.average_over)
-        for part in self.average_over:
-            require_float("each part of average_over", part, 0.0, 1.0, low_open=True)
-        if not self.average_over or len(set(self.average_over)) < len(self.average_over):
-            raise ValueError(f"average_over must hold one or more different parts of the run, got {self.average_over}")
-
-
-def lowest(losses: Sequence[float]) -> int:
-    """Index of the lowest of `losses`, the first of equals; one that is not finite counts as the highest."""
-    return min(range(len(losses)), key=lambda i: finite_or_inf(losses[i]))
-
-
-def _length(data: Data) -> int:
-    return len(data[0]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
-
-
-def _rows(data: Data, rows: Tensor) -> Data:
-    return (data[0][rows], data[1][rows]) if isinstance(data, tuple) else Subset(data, rows.tolist())
 
 
 def _generator(seed: int, stream: int, index: int) -> torch.Generator:
     """A CPU generator for (seed, stream, index); nearby keys give unrelated numbers."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def _state_tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and buffers of `model`: those that can be averaged, and the counters."""
-    tensors = [*(parameter.detach() for parameter in model.parameters()), *model.buffers()]
-    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
 
 def _addresses(state: Mapping[str, Any]) -> set[int]:
@@ -159,7 +86,7 @@ class Trainer:
 
     def _new_averages(self) -> list[AveragedModel]:
         averages = [AveragedModel(self.model, use_buffers=True) for _ in self.task.average_over]
-        self._tensors = _state_tensors(self.model), [_state_tensors(average.module) for average in averages]
+        self._tensors = state_tensors(self.model), [state_tensors(average.module) for average in averages]
         return averages
 
     @torch.no_grad()
@@ -175,11 +102,11 @@ class Trainer:
 
     def _drawn(self, data: Data) -> Data:
         """`task.val_fraction` of the rows, in their order; all of them as they are."""
-        count = math.ceil(self.task.val_fraction * _length(data))
-        if count == _length(data):
+        count = math.ceil(self.task.val_fraction * length(data))
+        if count == length(data):
             return data
-        order = torch.randperm(_length(data), generator=_generator(self.seed, _VALIDATION, 0))
-        return _rows(data, order[:count].sort().values)
+        order = torch.randperm(length(data), generator=_generator(self.seed, _VALIDATION, 0))
+        return chosen(data, order[:count].sort().values)
 
     def _place(self, data: Data) -> Data:
         if isinstance(data, tuple):
@@ -191,13 +118,13 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per pass over the training data."""
-        return _length(self.train_data) // self.task.batch_size
+        return length(self.train_data) // self.task.batch_size
 
     def _indices(self, step: int) -> Tensor:
         """Rows of the batch at `step`: epochs are permutations, the last short batch of each is left out."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            order = torch.randperm(_length(self.train_data), generator=_generator(self.seed, _EPOCH, epoch))
+            order = torch.randperm(length(self.train_data), generator=_generator(self.seed, _EPOCH, epoch))
             self._order = (epoch, order.to(self.device) if isinstance(self.train_data, tuple) else order)
         start = position * self.task.batch_size
         return self._order[1][start : start + self.task.batch_size]
@@ -259,8 +186,8 @@ class Trainer:
 
     def _batches(self, data: Data) -> Iterator[Batch]:
         size = self.task.eval_batch_size
-        for start in range(0, _length(data), size):
-            yield self._take(data, torch.arange(start, min(start + size, _length(data)), device=self._row_device(data)))
+        for start in range(0, length(data), size):
+            yield self._take(data, torch.arange(start, min(start + size, length(data)), device=self._row_device(data)))
 
     def _row_device(self, data: Data) -> torch.device:
         return self.device if isinstance(data, tuple) else torch.device("cpu")
@@ -306,7 +233,7 @@ class Trainer:
             for name, function in functions.items():
                 sums[name] += function(output.float(), targets) * len(targets)
         network.train()
-        return {name: float(value) / _length(data) for name, value in sums.items()}
+        return {name: float(value) / length(data) for name, value in sums.items()}
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from autolrs_ray.record.checkpoints import read_checkpoint, snapshot, write_checkpoint
-from autolrs_ray.training.trainer import Batch, Data, Trainer, TrainingTask
+from autolrs_ray.training.task import Batch, Data, TrainingTask
+from autolrs_ray.training.trainer import Trainer
 
 LOOPBACK = "127.0.0.1"
 

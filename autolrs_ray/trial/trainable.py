@@ -20,7 +20,8 @@ from autolrs_ray.record.checkpoints import (
     refuse_pickle,
     verify_checkpoint,
 )
-from autolrs_ray.training.trainer import Trainer, TrainingTask
+from autolrs_ray.training.task import TrainingTask
+from autolrs_ray.training.trainer import Trainer
 from autolrs_ray.trial.shared import LEAST_BYTES, SharedCheckpoint, pack, state_bytes
 
 if TYPE_CHECKING:
