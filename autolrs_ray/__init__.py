@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autolrs_ray.show.page import save_report
     from autolrs_ray.show.plots import save_plots
     from autolrs_ray.show.tensorboard import save_tensorboard
+    from autolrs_ray.training.averages import WeightAverages
     from autolrs_ray.training.local import run_local
     from autolrs_ray.training.task import TrainingTask, accuracy
     from autolrs_ray.training.trainer import Trainer
@@ -40,6 +41,7 @@ _HOMES = {
     "Timing": "outcome.result",
     "Trainer": "training.trainer",
     "TrainingTask": "training.task",
+    "WeightAverages": "training.averages",
     "accuracy": "training.task",
     "lr_at": "trial.trainable",
     "lr_range_test": "lr_range",
@@ -73,6 +75,7 @@ __all__ = [
     "Timing",
     "Trainer",
     "TrainingTask",
+    "WeightAverages",
     "accuracy",
     "lr_at",
     "lr_range_test",

@@ -25,7 +25,6 @@ from autolrs_ray.record.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from autolrs_ray.training.averages import lowest
 from autolrs_ray.training.task import TrainingTask, accuracy
 from autolrs_ray.training.trainer import Trainer
 from tests.crashes import Malice, dies_after_renames
@@ -370,11 +369,6 @@ def test_without_averages_there_is_none_to_evaluate():
     for call in (lambda: trainer.evaluate(averaged=True), trainer.evaluate_averages, lambda: trainer.best_average):
         with pytest.raises(ValueError, match="averaging=True"):
             call()
-
-
-def test_a_loss_that_is_not_finite_is_never_the_lowest():
-    assert lowest([math.nan, 2.0, math.inf, 1.0, 1.0, -math.inf]) == 3
-    assert lowest([math.nan, math.inf]) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from autolrs_ray.core.checks import require_float, require_tuple
+from autolrs_ray.core.checks import require_float
+from autolrs_ray.training.averages import require_parts
 
 Batch = tuple[Tensor, Tensor]
 Data = tuple[Tensor, Tensor] | Dataset[Any]
@@ -59,11 +60,7 @@ class TrainingTask:
         if length(self.val_data) < 1:
             raise ValueError("val_data is empty: learning rates are chosen on it; hold out a part of the training data")
         require_float("val_fraction", self.val_fraction, 0.0, 1.0, low_open=True)
-        self.average_over = require_tuple("average_over", self.average_over)
-        for part in self.average_over:
-            require_float("each part of average_over", part, 0.0, 1.0, low_open=True)
-        if not self.average_over or len(set(self.average_over)) < len(self.average_over):
-            raise ValueError(f"average_over must hold one or more different parts of the run, got {self.average_over}")
+        self.average_over = require_parts("average_over", self.average_over)
 
 
 def length(data: Data) -> int:

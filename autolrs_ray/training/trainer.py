@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import default_collate
 
 from autolrs_ray.record.checkpoints import FORMAT, read_checkpoint, require_format, snapshot, write_checkpoint
-from autolrs_ray.training.averages import lowest, state_tensors
+from autolrs_ray.training.averages import lowest
 from autolrs_ray.training.task import Batch, Data, TrainingTask, chosen, length
 
 _EPOCH, _STEP, _AUGMENT, _VALIDATION = 0, 1, 2, 3  # streams of the counter-based random numbers
@@ -30,6 +30,12 @@ def _generator(seed: int, stream: int, index: int) -> torch.Generator:
     """A CPU generator for (seed, stream, index); nearby keys give unrelated numbers."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _state_tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers of `model`: those that can be averaged, and the counters."""
+    tensors = [*(parameter.detach() for parameter in model.parameters()), *model.buffers()]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
 
 def _addresses(state: Mapping[str, Any]) -> set[int]:
@@ -86,7 +92,7 @@ class Trainer:
 
     def _new_averages(self) -> list[AveragedModel]:
         averages = [AveragedModel(self.model, use_buffers=True) for _ in self.task.average_over]
-        self._tensors = state_tensors(self.model), [state_tensors(average.module) for average in averages]
+        self._tensors = _state_tensors(self.model), [_state_tensors(average.module) for average in averages]
         return averages
 
     @torch.no_grad()
