@@ -175,7 +175,7 @@ def _show_stages(found: Row) -> None:
 def _show_trunks(found: Row) -> None:
     header = [("LR", True), ("last rung", True), ("score there", True), ("steps", True), ("fate", False)]
     _print_table(header, (
-        [f"{row['lr']:.3g}" + (" (in-fill)" if row["infill"] else ""), _number(row["rung"]), _number(row["score"]),
+        [f"{row['lr']:.3g}", _number(row["rung"]), _number(row["score"]),
          _number(row["step"]), row["fate"]]
         for row in found["trunks"]
     ))  # fmt: skip

@@ -27,7 +27,7 @@ from torch import nn
 
 import autolrs_ray
 from autolrs_ray import AutoLRSTrainable, RunResult, TrainingTask
-from autolrs_ray.outcome.history import winner
+from autolrs_ray.outcome.history import History
 from autolrs_ray.training.task import Data
 from autolrs_ray.training.trainer import Trainer
 from benchmarks.section import Section, cluster, spread
@@ -140,7 +140,7 @@ def automatic(steps: int, config: dict[str, Any], folder: str, **options: Any) -
 def _split(result: RunResult) -> str:
     """Where the time went: until the first step, training and evaluation of the main run, other trials only, neither."""
     rows = [row for file in Path(result.folder).glob("*/result.json") for row in map(json.loads, file.open())]
-    arm = winner(result.events, result.events[0]["config"])
+    arm = History.of(result.events).arm
     evaluation_s = sum(row["evaluation_s"] for row in rows if row["config"]["autolrs"]["arm"] == arm)
     start_s = min(e["began"] for e in result.events if e["event"] == "segment") - result.events[0]["time"]
     timing = result.timing

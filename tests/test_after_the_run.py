@@ -13,6 +13,7 @@ from ray.tune.logger.mlflow import MLflowLoggerCallback
 
 import autolrs_ray
 from autolrs_ray import RunResult, trainable_for
+from autolrs_ray.core.events import Event
 from autolrs_ray.driver.replay import ReplayScheduler
 from autolrs_ray.outcome.schedule import LearnedSchedule, Piece
 from autolrs_ray.show.run_data import RunData
@@ -44,8 +45,8 @@ def test_tensorboard_shows_one_main_curve_and_the_probes_by_stage(run: RunResult
         target = save_tensorboard(run.folder, tmp_path)
     data = RunData.load(run.folder)
     names = {file.parent.relative_to(target).as_posix() for file in target.rglob("events.out.tfevents.*")}
-    lrs = data.lrs()
-    stages = {event["arm"]: event["stage"] for event in data.events("proposal")}
+    lrs = data.history.lrs
+    stages = {event["arm"]: event["stage"] for event in data.history.named(Event.PROPOSAL)}
     assert names == {"main"} | {f"probes/stage_{stages[arm]:03d}/lr_{lr:.3g}_{arm}" for arm, lr in lrs.items()}
     points = [(step, value) for step, tag, value in events(target / "main") if tag == "val_loss"]
     rows = [(row["step"], row["val_loss"]) for row in data.main_rows()]
@@ -75,7 +76,7 @@ def test_mlflow_gets_every_trial_through_tunes_own_callback(run: RunResult) -> N
     experiment = client.get_experiment_by_name("autolrs")
     assert experiment is not None
     logged = client.search_runs([experiment.experiment_id])
-    assert len(logged) == 1 + len(RunData.load(run.folder).lrs())  # the main trial, and every probe
+    assert len(logged) == 1 + len(RunData.load(run.folder).history.lrs)  # the main trial, and every probe
     losses = [entry.data.metrics["val_loss"] for entry in logged if entry.data.metrics["step"] == 40]
     assert losses == [pytest.approx(run.loss)]
     (main,) = (entry for entry in logged if entry.info.run_name.startswith("main"))
@@ -99,7 +100,7 @@ def test_the_documented_callback_gives_mlflow_one_run_per_trunk(documented: dict
     runs = client.search_runs([client.get_experiment_by_name("race").experiment_id])
     assert len(runs) == 3
     lrs = {run.info.run_name.partition("_")[0]: float(run.data.params["autolrs/lr"]) for run in runs}
-    assert lrs == RunData.load(result.folder).lrs()
+    assert lrs == RunData.load(result.folder).history.lrs
     (winner,) = (run for run in runs if run.data.metrics["step"] == 100)
     assert min(winner.data.metrics["averaged_loss"], winner.data.metrics["val_loss"]) == result.loss
 
@@ -116,7 +117,7 @@ def test_the_documented_callback_gives_wandb_one_offline_run_per_trunk(documente
             for entry in entries if entry.WhichOneof("record_type") == "history"
         ]  # fmt: skip
         found[start.display_name.partition("_")[0]] = [(row["step"], row["averaged_loss"]) for row in history]
-    reported = {arm: [(row["step"], row["averaged_loss"]) for row in data.reports[arm]] for arm in data.lrs()}
+    reported = {arm: [(row["step"], row["averaged_loss"]) for row in data.reports[arm]] for arm in data.history.lrs}
     assert len(found) == 3
     assert found == reported
     assert found[data.arm][-1][0] == 100
@@ -144,7 +145,7 @@ def wandb_entries(file: Path) -> list[Any]:
 def test_tensorboard_shows_the_winner_as_one_curve_and_the_other_trunks_under_it(documented: dict[str, Any]) -> None:
     result = documented["result"]
     target, data = save_tensorboard(result.folder, documented["folder"] / "tensorboard"), RunData.load(result.folder)
-    others = {arm: lr for arm, lr in data.lrs().items() if arm != data.arm}
+    others = {arm: lr for arm, lr in data.history.lrs.items() if arm != data.arm}
     names = {file.parent.relative_to(target).as_posix() for file in target.rglob("events.out.tfevents.*")}
     assert names == {"main"} | {f"trunks/lr_{lr:.3g}_{arm}" for arm, lr in others.items()}
     assert len(others) == 2

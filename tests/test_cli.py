@@ -68,14 +68,14 @@ def paper(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def anchored(tmp_path: Path) -> Path:
-    """Two trunks of a field and one of the in-fill; 0.5 wins, 0.01 is dropped at step 6, 0.75 diverges."""
+    """Two trunks of a field and one that joined; 0.5 wins, 0.01 is dropped at step 6, 0.75 diverges."""
     rungs = [("t00", 0.01, 6, 2.5), ("t01", 0.5, 6, 2.0), ("t01", 0.5, 30, 1.5)]
     ends = [(0.01, "t00", "dropped", 6), (0.75, "t02", "diverged", 0)]
     return write(tmp_path / "anchored", "anchored", [
         *(dict(event="proposal", stage=0, probe=i, arm=f"t{i:02d}", lr=lr) for i, lr in enumerate((0.01, 0.5))),
         *(dict(event="rung", arm=arm, lr=lr, step=step, score=score, loss=3.0, averaged_loss=score)
           for arm, lr, step, score in rungs),
-        dict(event="proposal", stage=0, probe=2, arm="t02", lr=0.75, infill=True),
+        dict(event="proposal", stage=0, probe=2, arm="t02", lr=0.75),
         *(dict(event="trunk", lr=lr, arm=arm, status=status, step=step) for lr, arm, status, step in ends),
         dict(event="commit", stage=0, arm="t01", end=60, lr=0.5, checkpoint="/c/60", loss=1.0, averaged_loss=0.75),
         dict(event="done", arm="t01", lr=0.5, step=60, loss=0.75, checkpoint="/c/60"),
@@ -119,7 +119,7 @@ def test_show_prints_every_trunk_and_its_fate_for_an_anchored_run(anchored: Path
     lines = table(invoke("show", anchored))
     assert ["0.01", "6", "2.5", "6", "dropped"] in lines
     assert ["0.5", "30", "1.5", "60", "won"] in lines
-    assert ["0.75", "(in-fill)", "-", "-", "0", "diverged"] in lines
+    assert ["0.75", "-", "-", "0", "diverged"] in lines
     text = " ".join(" ".join(line) for line in lines)
     assert "search and times not recorded (no segments in the journal)" in text
 

@@ -7,10 +7,13 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autolrs_ray.record import mirror
-from autolrs_ray.record.journal import JOURNAL_FILE, RecordWarning, read_journal, sealed
+from autolrs_ray.record.journal import FORMAT, JOURNAL_FILE, RecordWarning, read_journal, sealed
 from autolrs_ray.record.mirror import LOCK_FILE, Mirror
 from autolrs_ray.record.record import PREVIOUS_STATE_FILE, STATE_FILE, Record
 from tests.crashes import dies_after_renames
@@ -29,9 +32,15 @@ EVENTS = [
     {"event": "done", "ok": True},
 ]
 
+UNREADABLE = (  # with checksums that fit
+    b'{"event":"commit","lr":NaN}', b'{"event":"commit","lr":-Infinity}', b'{"event":"commit","lr":1e999}',
+    b'{"event":"commit","end":1%s}' % (b"0" * 400), b'{"event":"commit","end":1%s}' % (b"0" * 5000),
+    b'{"event":"warning","message":"\\ud800"}', b'{"event":%s}' % (b"[" * 100_000 + b"]" * 100_000), b'{"event":["commit"]}',
+)  # fmt: skip
+
 
 def without_time(events):
-    return [{key: value for key, value in event.items() if key != "time"} for event in events]
+    return [{key: value for key, value in event.items() if key not in ("time", "line")} for event in events]
 
 
 @pytest.fixture
@@ -96,6 +105,7 @@ def test_text_of_any_kind_survives(record):
         lambda line: b"not json at all",
         lambda line: line.rpartition(b',"crc":')[0] + b"}",
         lambda line: line[:-1] + b"9}",
+        *(lambda line, body=body: b'%s,"crc":%d}' % (body[:-1], zlib.crc32(body)) for body in UNREADABLE),
     ],
 )
 def test_a_damaged_line_is_left_out_with_a_warning_and_the_others_stay(record, damage):
@@ -122,6 +132,12 @@ def test_whatever_happens_to_one_byte_no_wrong_event_is_read(tmp_path_factory, d
         events = read_journal(folder)
     assert all(event in EVENTS for event in events)
     assert len(events) >= 1
+
+
+def test_halves_of_characters_in_a_file_name_are_written_as_escapes(record):
+    record.append([{"event": "warning", "message": "cannot open caf\udce9 \ud83d, é", "\ud800": 1}])
+    (event,) = read_journal(record.folder)
+    assert (event["message"], event["\\ud800"]) == ("cannot open caf\\udce9 \\ud83d, é", 1)
 
 
 def test_a_missing_journal_is_named(tmp_path):
@@ -202,6 +218,56 @@ def test_a_crash_between_any_two_steps_of_writing_leaves_a_state(record, survive
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RecordWarning)
         assert record.load_state()["state"] == {"step": 1}
+
+
+@pytest.mark.parametrize("clock", [[100.0, 5.0, 50.0, 1.0, 7.0], [3.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]])
+@pytest.mark.parametrize("lost", [(1,), (3,), (1, 3), (0, 4)])
+def test_a_mended_journal_keeps_its_order_whatever_the_clock_did(record, monkeypatch, clock, lost):
+    names = ["start", "proposal", "commit", "decision", "commit"]
+    for i, (name, now) in enumerate(zip(names, clock, strict=True)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        record.append([{"event": name, "i": i}])
+    record.write_state({}, {})
+    lines = record.journal.read_bytes().splitlines()
+    record.journal.write_bytes(b"\n".join(b"damaged" if i in lost else line for i, line in enumerate(lines)) + b"\n")
+    repeated = [i for i, name in enumerate(names) if name in ("start", "commit")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecordWarning)
+        record.load_state()
+        record.append([{"event": "done", "i": 5}])
+        found = [event["i"] for event in read_journal(record.folder)]
+    assert found == [i for i in range(6) if i in repeated or i not in lost]
+
+
+def test_a_run_that_was_moved_or_copied_finds_its_checkpoints(tmp_path):
+    record, elsewhere = Record(tmp_path / "a"), "/other/place/checkpoint"
+    own, message = str(record.folder / "main_1" / "checkpoint_000001"), f"{record.folder}/main_1 was lost"
+    record.begin({"event": "start", "config": {}})
+    record.append([{"event": "commit", "checkpoint": own}, {"event": "commit", "checkpoint": elsewhere},
+                   {"event": "warning", "message": message}])  # fmt: skip
+    record.write_state({}, {"checkpoint": own, "previous": [3, own], "forks": {"1": {"path": elsewhere}}, "none": None})
+    record.close()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    moved = Record(tmp_path / "b")
+    there = str(tmp_path / "b" / "main_1" / "checkpoint_000001")
+    assert moved.load_state()["state"] == {
+        "checkpoint": there, "previous": [3, there], "forks": {"1": {"path": elsewhere}}, "none": None,
+    }  # fmt: skip
+    moved.close()
+    assert [event.get("checkpoint") for event in read_journal(tmp_path / "b")[1:3]] == [
+        "./main_1/checkpoint_000001", elsewhere,
+    ]  # fmt: skip
+    assert read_journal(tmp_path / "b")[3]["message"] == message
+
+
+@pytest.mark.parametrize("content", [
+    {"format": 99}, {"format": FORMAT}, {"format": FORMAT, "config": {}, "state": {}, "journal_bytes": "7", "repeated": []},
+    {"format": FORMAT, "config": {}, "state": {}, "journal_bytes": 0, "repeated": ["no line"]}, {"format": [1] * 99},
+])  # fmt: skip
+def test_a_state_with_a_good_checksum_that_is_none_is_refused_by_name(record, content):
+    (record.folder / STATE_FILE).write_text(sealed(content))
+    with pytest.raises(RuntimeError, match=f"cannot resume from {record.folder}: {STATE_FILE}: "):
+        record.load_state()
 
 
 # -- processes and disks -----------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.paper import kernel
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.outcome.schedule import LearnedSchedule
 from autolrs_ray.record.record import Record
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.plots import save_plots
@@ -155,11 +155,10 @@ def test_the_learning_rate_is_drawn_as_it_was_applied_envelope_and_all(anchored:
 
 def test_an_envelope_of_the_users_own_is_drawn_from_the_reported_learning_rates(anchored: Path) -> None:
     data = RunData.load(anchored)
-    pieces = tuple(replace(piece, envelope="my_decay") for piece in data.result.schedule.pieces)
-    result = replace(data.result, schedule=LearnedSchedule(200, pieces))
-    assert learning_rate_figure(RunData(result, data.config, {})) is None
+    history = replace(data.history, config={**data.config, "options": {"envelope": "my_decay"}})
+    assert learning_rate_figure(RunData(history, {})) is None
     rows = [dict(step=step, val_loss=1.0, lr=1.0 / step) for step in (10, 100, 200)]
-    figure = learning_rate_figure(RunData(result, data.config, {data.arm: rows}))
+    figure = learning_rate_figure(RunData(history, {data.arm: rows}))
     assert figure is not None
     line = next(line for line in figure.axes[0].lines if line.get_label() == "learned schedule")
     assert list(line.get_ydata()) == [0.1, 0.01, 0.005]
@@ -180,19 +179,19 @@ def points(rows: list[dict[str, Any]], key: str = "val_loss") -> dict[int, float
 
 def test_what_the_journal_holds_is_drawn_whatever_tunes_files_have_lost(paper: Path, anchored: Path) -> None:
     data = RunData.load(paper)
-    commits = {row["end"]: row["loss"] for row in data.commits()}
+    commits = {row["end"]: row["loss"] for row in data.history.stages}
     first, last = min(commits), max(commits)
     rows = [dict(step=first, val_loss=99.0, val_accuracy=0.5), dict(step=first + 1, val_loss=2.0)]  # and none after
-    data = RunData(data.result, data.config, {"main": rows})
+    data = RunData(data.history, {"main": rows})
     drawn = data.main_rows()
     assert points(drawn) == {**commits, first + 1: 2.0}
     assert points(drawn, "val_accuracy") == {first: 0.5}  # what the journal does not hold is Tune's
     assert [row["step"] for row in drawn] == sorted({*commits, first + 1})
     assert last == 140
     data = RunData.load(anchored)
-    whole, arm = data.scores(), next(arm for arm, fate in data.fates().items() if fate == "dropped")
+    whole, arm = data.scores(), next(arm for arm, fate in data.history.fates.items() if fate == "dropped")
     detail = dict(step=1, val_loss=9.0, averaged_loss=8.0)
-    partial = RunData(data.result, data.config, {arm: [detail], data.arm: [detail]})
+    partial = RunData(data.history, {arm: [detail], data.arm: [detail]})
     for name in (arm, data.arm):
         assert partial.scores()[name] == {1: 8.0, **whole[name]}
     assert set(whole[data.arm]) <= {row["step"] for row in partial.main_rows()}
@@ -200,8 +199,8 @@ def test_what_the_journal_holds_is_drawn_whatever_tunes_files_have_lost(paper: P
 
 def test_probes_are_drawn_from_the_journal_where_tune_has_no_rows_of_them(paper: Path) -> None:
     data = RunData.load(paper)
-    probe = next(event for event in data.events("probe") if event["stage"] == 1)
-    (start,) = (event["start"] for event in data.events("stage") if event["stage"] == 1)
+    probe = next(event for event in data.history.named(Event.PROBE) if event["stage"] == 1)
+    (start,) = (event["start"] for event in data.history.named(Event.STAGE) if event["stage"] == 1)
     key = "train_loss" if probe["series"] == "training" else "val_loss"
     assert points(data.rows(probe["arm"]), key) == {
         start + step: loss for step, loss in zip(probe["steps"], probe["losses"], strict=True)
@@ -217,35 +216,14 @@ def test_what_a_rolled_back_attempt_reported_is_no_part_of_the_main_run(tmp_path
     rows = [dict(step=step, val_loss=lr, config={"autolrs": {"arm": "main", "start": 0, "lr": lr}})
             for lr, steps in attempts for step in steps]  # fmt: skip
     data = RunData.load(tmp_path)
-    assert points(RunData(data.result, data.config, {"main": rows}).main_rows()) == {6: 0.1, 12: 0.1, 20: 1.0}
-
-
-def test_a_branch_begins_with_what_its_parent_reported(tmp_path: Path) -> None:
-    config = dict(total_steps=100, policy="anchored", lr_interval=[1e-3, 1.0], metric="val_loss", mode="min",
-                  time_attr="step", seed=0, options={})  # fmt: skip
-    record = Record(tmp_path)
-    record.append([
-        {"event": "start", "config": config},
-        {"event": "proposal", "stage": 0, "probe": 0, "arm": "t00", "lr": 0.1},
-        *({"event": "commit", "stage": 0, "arm": "t00", "end": end, "lr": 0.1, "loss": 5.0} for end in (20, 40, 60)),
-        {"event": "proposal", "stage": 0, "probe": 1, "arm": "t01", "lr": 0.2, "parent": "t00", "start": 40},
-        {"event": "commit", "stage": 0, "arm": "t01", "end": 100, "lr": 0.2, "loss": 1.0},
-        {"event": "done", "arm": "t01", "lr": 0.2, "step": 100, "loss": 1.0},
-    ])  # fmt: skip
-    record.close()
-    data = RunData.load(tmp_path)
-    reports = {
-        arm: [dict(step=step, val_loss=3.0) for step in steps] for arm, steps in (("t00", (10, 50)), ("t01", (70,)))
-    }
-    rows = RunData(data.result, data.config, reports).main_rows()
-    assert points(rows) == {10: 3.0, 20: 5.0, 40: 5.0, 70: 3.0, 100: 1.0}
+    assert points(RunData(data.history, {"main": rows}).main_rows()) == {6: 0.1, 12: 0.1, 20: 1.0}
 
 
 def test_steps_that_a_promoted_probe_trained_are_part_of_the_main_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", "paper", 40, (1e-3, 1.0), **PAPER)
     data = RunData.load(folder)
-    first = data.commits()[0]
-    arms = {event["arm"]: event["lr"] for event in data.events("probe") if event["stage"] == 0}
+    first = data.history.stages[0]
+    arms = {event["arm"]: event["lr"] for event in data.history.named(Event.PROBE) if event["stage"] == 0}
     for arm in arms:
         write_reports(folder, arm, [dict(step=step, val_loss=2.0, who=arm) for step in (2, 4)])
     write_reports(folder, "main", [dict(step=step, val_loss=1.0, who="main") for step in (10, 20)], start=4)
@@ -257,7 +235,7 @@ def test_steps_that_a_promoted_probe_trained_are_part_of_the_main_run(tmp_path: 
 def test_training_loss_is_averaged_over_equal_stretches_and_validation_loss_is_not(anchored: Path) -> None:
     data = RunData.load(anchored)
     rows = [dict(step=step, train_loss=loss, val_loss=loss) for step, loss in ((1, 4.0), (2, 2.0), (5, 1.0), (10, 3.0))]
-    figure = loss_figure(RunData(data.result, data.config, {data.arm: rows}))
+    figure = loss_figure(RunData(data.history, {data.arm: rows}))
     assert figure is not None
     lines = {line.get_label(): line.get_data() for line in figure.axes[0].lines}
     assert list(lines["training loss"][0]) == [2, 5, 10]  # a hundredth of 200 steps is 2
@@ -271,7 +249,7 @@ def test_without_reports_the_loss_is_that_of_the_commits(paper: Path) -> None:
     figure = loss_figure(data)
     assert figure is not None
     line = next(line for line in figure.axes[0].lines if line.get_label() == "validation loss")
-    commits = list(data.events("commit"))
+    commits = list(data.history.named(Event.COMMIT))
     assert list(line.get_xdata()) == [commit["end"] for commit in commits]
     assert list(line.get_ydata()) == [commit["loss"] for commit in commits]
 
@@ -280,14 +258,14 @@ def test_accuracy_is_drawn_over_epochs_where_their_length_is_known(anchored: Pat
     data = RunData.load(anchored)
     assert accuracy_figure(data) is None
     rows = [dict(step=step, val_loss=1.0, val_accuracy=step / 200) for step in (50, 100, 200)]
-    data = RunData(data.result, data.config, {data.arm: rows})
+    data = RunData(data.history, {data.arm: rows})
     by_step, by_epoch = accuracy_figure(data), accuracy_figure(data, steps_per_epoch=50)
     assert by_step is not None
     assert by_epoch is not None
     assert by_step.axes[0].get_xlabel() == "iterations (optimizer steps)"
     assert by_epoch.axes[0].get_xlabel() == "epochs"
     assert list(by_epoch.axes[0].lines[0].get_xdata()) == [1.0, 2.0, 4.0]
-    own = RunData(data.result, data.config, {data.arm: [{**row, "epoch": 0.5 * i} for i, row in enumerate(rows)]})
+    own = RunData(data.history, {data.arm: [{**row, "epoch": 0.5 * i} for i, row in enumerate(rows)]})
     figure = accuracy_figure(own)
     assert figure is not None
     assert list(figure.axes[0].lines[0].get_xdata()) == [0.0, 0.5, 1.0]
@@ -308,7 +286,7 @@ def test_every_stage_has_a_panel_with_its_tried_and_chosen_lrs(paper: Path) -> N
     data = RunData.load(paper)
     figure = surrogate_figure(data)
     assert figure is not None
-    stages = {event["stage"]: event for event in data.events("commit")}
+    stages = {event["stage"]: event for event in data.history.named(Event.COMMIT)}
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert len(panels) == len(stages) == 4
     for stage, panel in enumerate(panels):
@@ -317,7 +295,11 @@ def test_every_stage_has_a_panel_with_its_tried_and_chosen_lrs(paper: Path) -> N
         tried = [x for line in dots for x in line.get_xdata()]
         assert list(star.get_xdata()) == [stages[stage]["lr"]]
         assert list(star.get_ydata()) == [min(y for line in dots for y in line.get_ydata())]
-        done = [event["lr"] for event in data.events("probe") if event["stage"] == stage and event["status"] == "done"]
+        done = [
+            event["lr"]
+            for event in data.history.named(Event.PROBE)
+            if event["stage"] == stage and event["status"] == "done"
+        ]
         assert sorted(tried) == sorted(done)
 
 
@@ -351,22 +333,22 @@ def test_the_race_shows_every_trunk_the_winner_thickest_and_marks_the_lost(ancho
     curves = [line for line in lines if line.get_linestyle() == "-"]  # dotted ones mark the rungs
     assert len(curves) == 6
     thick = max(curves, key=lambda line: line.get_linewidth())
-    assert thick.get_label() == f"winner (LR {data.lrs()[data.arm]:.3g})"
+    assert thick.get_label() == f"winner (LR {data.history.lrs[data.arm]:.3g})"
     assert max(thick.get_xdata()) == 200
-    lost = [fate for fate in data.fates().values() if fate != "won"]
+    lost = [fate for fate in data.history.fates.values() if fate != "won"]
     marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) and line.get_marker() in set("X^s")]
     assert len(marks) == len(lost) == 5
     assert set(lost) < labels(figure)
     counts = [text.get_text() for text in figure.axes[0].texts]
-    assert counts == [str(len(event["kept"])) for event in data.events("decision")]
+    assert counts == [str(len(event["kept"])) for event in data.history.named(Event.DECISION)]
 
 
 def test_a_metric_to_be_maximised_is_drawn_as_it_was_reported(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", "paper", 40, (1e-3, 1.0), **PAPER)
     data = RunData.load(folder)
-    flipped = RunData(data.result, {**data.config, "mode": "max", "metric": "score"}, {})
+    flipped = RunData(replace(data.history, config={**data.config, "mode": "max", "metric": "score"}), {})
     figure = loss_figure(flipped)
     assert figure is not None
     line = next(line for line in figure.axes[0].lines if line.get_label() == "score")
-    assert list(line.get_ydata()) == [-event["loss"] for event in data.events("commit")]
+    assert list(line.get_ydata()) == [-event["loss"] for event in data.history.named(Event.COMMIT)]
     assert figure.axes[0].get_ylabel() == "score"

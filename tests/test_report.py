@@ -69,7 +69,7 @@ def anchored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_paper_run_shows_stages_surrogate_and_forecasts(paper: Path) -> None:
     page = Page(render(RunData.load(paper)))
-    commits = RunData.load(paper).commits()
+    commits = RunData.load(paper).history.stages
     for row in commits:
         cells = [str(row["stage"]), f"{row['start']}–{row['end']}", number(row["lr"], 3), number(row["forecast"])]
         assert " ".join([*cells, number(row["loss"])]) in page.text
@@ -140,21 +140,6 @@ def test_the_code_that_it_gives_for_a_replay_runs(paper: Path, monkeypatch: pyte
     ((arguments, options),) = called
     assert (arguments, options["config"]) == (("mine",), {"seed": 1})
     assert options["scheduler"].debug_string() == f"AutoLRS replay: {len(schedule.pieces)} pieces, 60 steps"
-
-
-def test_a_branch_with_another_learning_rate_is_named_too(tmp_path: Path) -> None:
-    config: dict[str, Any] = dict(total_steps=20, policy="anchored", lr_interval=[1e-3, 1.0], metric="val_loss", mode="min",
-                                  time_attr="step", seed=0, options={})  # fmt: skip
-    record = Record(tmp_path)
-    record.append([
-        {"event": "start", "config": config},
-        dict(event="proposal", arm="t00", lr=0.25), dict(event="commit", arm="t00", lr=0.25, end=10, loss=1.0, checkpoint="a"),
-        dict(event="proposal", arm="t01", lr=0.5, parent="t00", start=10),
-        dict(event="commit", arm="t01", lr=0.5, end=20, loss=0.5, checkpoint="b"),
-        dict(event="done", arm="t01", lr=0.5, step=20, loss=0.5, checkpoint="b"),
-    ])  # fmt: skip
-    record.close()
-    assert "0.25, then 0.5 peak learning rate" in Page(render(RunData.load(tmp_path))).text
 
 
 def test_it_fetches_nothing_and_runs_nothing(paper: Path) -> None:

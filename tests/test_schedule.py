@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR, LambdaLR, SequentialLR
 
 from autolrs_ray.core.policies import make_policy
+from autolrs_ray.outcome.history import History
 from autolrs_ray.outcome.schedule import LearnedLRScheduler, LearnedSchedule, Piece
 from autolrs_ray.record.record import Record
 from tests.simulation import Simulation
@@ -88,13 +89,17 @@ def run(name, **options):
     return simulation, config
 
 
+def learned(events, config):
+    return LearnedSchedule.of(History.of([{"event": "start", "config": config}, *events]))
+
+
 PAPER = dict(stage_steps=20, max_stage_steps=40, probe_steps=5, num_lrs=3)
 
 
 @pytest.mark.parametrize("options", [{}, {"warmup_steps": 10, "warmup_lr": 0.2}, {"envelope": "cosine"}])
 def test_a_papers_run_is_replayed_step_by_step(options):
     simulation, config = run("paper", **PAPER, **options, promote=False)
-    schedule = LearnedSchedule.from_events(simulation.events, config, "main")
+    schedule = learned(simulation.events, config)
     for segment in simulation.started:
         if segment.role == "main":
             for step in range(segment.start, segment.end):
@@ -106,7 +111,7 @@ def test_a_papers_run_is_replayed_step_by_step(options):
 def test_a_race_is_replayed_step_by_step():
     simulation, config = run("anchored", num_lrs=4)
     (done,) = simulation.of("done")
-    schedule = LearnedSchedule.from_events(simulation.events, config, done["arm"])
+    schedule = learned(simulation.events, config)
     assert simulation.toy.train(100, schedule.lr_at).loss == done["loss"]
 
 
@@ -118,14 +123,14 @@ def test_a_stage_that_was_trained_twice_counts_once():
     simulation.running.clear()
     simulation.run()
     assert len(simulation.of("commit")) == 4
-    schedule = LearnedSchedule.from_events(simulation.events, dict(total_steps=100, policy="paper", options={}), "main")
+    schedule = learned(simulation.events, dict(total_steps=100, policy="paper", options={}))
     assert [(piece.start, piece.end) for piece in schedule.pieces] == [(0, 20), (20, 60), (60, 100)]
 
 
 def test_a_run_with_an_envelope_of_its_own_can_be_read_but_not_replayed():
     events = [{"event": "commit", "arm": "t00", "lr": 0.1, "end": 100}]
     config = dict(total_steps=100, policy="anchored", options={"envelope": "my_own"})
-    schedule = LearnedSchedule.from_events(events, config, "t00")
+    schedule = learned(events, config)
     for use in (lambda: schedule.lr_at(0), schedule.to_json):
         with pytest.raises(ValueError, match=r"unknown envelope 'my_own'.*cannot be replayed"):
             use()
@@ -133,13 +138,13 @@ def test_a_run_with_an_envelope_of_its_own_can_be_read_but_not_replayed():
 
 def test_a_run_that_has_committed_nothing_has_an_empty_schedule():
     for policy in ("paper", "anchored"):
-        assert LearnedSchedule.from_events([], dict(total_steps=9, policy=policy, options={}), "main").pieces == ()
+        assert learned([], dict(total_steps=9, policy=policy, options={})).pieces == ()
 
 
 def test_a_journal_with_a_damaged_commit_still_gives_the_rest():
     simulation, config = run("paper", **PAPER)
     rows = [event for event in simulation.events if not (event["event"] == "commit" and event["start"] == 20)]
-    schedule = LearnedSchedule.from_events(rows, config, "main")
+    schedule = learned(rows, config)
     assert schedule.lr_at(0) > 0
     with pytest.raises(ValueError, match="no learning rate at step 20"):
         schedule.lr_at(20)
@@ -216,7 +221,7 @@ def test_a_run_folder_is_a_schedule_too(tmp_path):
     record.append([{"event": "start", "config": config}, *simulation.events])
     record.close()
     loaded = LearnedSchedule.load(tmp_path)
-    assert loaded == LearnedSchedule.from_events(simulation.events, config, "main")
+    assert loaded == learned(simulation.events, config)
 
 
 # -- the torch scheduler -----------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from autolrs_ray.outcome.history import committed_rows, start_of, winner
+from autolrs_ray.core.events import Event
+from autolrs_ray.outcome.history import History
 from autolrs_ray.outcome.schedule import LearnedSchedule
-from autolrs_ray.record.journal import read_journal
-from autolrs_ray.record.stores import below, is_uri, local_copy
+from autolrs_ray.record.stores import local_copy
 
 
 @dataclass(frozen=True)
@@ -86,36 +86,28 @@ class RunResult:
 
         Raises FileNotFoundError if it holds no journal, ValueError if it never started.
         """
-        events = read_journal(folder)
-        config = start_of(events, folder)
-        last_end = next((event for event in reversed(events) if event["event"] in ("done", "extend")), None)
-        done = last_end if last_end is not None and last_end["event"] == "done" else None
-        where = str(folder) if is_uri(folder) else Path(folder)
-        arm = winner(events, config)
-        rows = committed_rows(events, arm)
-        last = done or (rows[-1] if rows else {})
-        checkpoint = _located(where, last.get("checkpoint"))
-        segments = [event for event in events if event["event"] == "segment"]
+        return cls.of(History.read(folder))
+
+    @classmethod
+    def of(cls, history: History) -> RunResult:
+        """What `history` tells."""
+        rows, segments = history.rows, history.named(Event.SEGMENT)
+        last = history.done or (rows[-1] if rows else {})
         trained = sum(event["end"] - event["start"] for event in segments)
         main_steps = max((row["end"] for row in rows), default=0)
         return cls(
-            folder=where, done=done is not None, policy=config["policy"], loss=last.get("loss"),
-            checkpoint=checkpoint, schedule=LearnedSchedule.from_events(events, config, arm), rows=rows,
-            main_steps=main_steps, search_steps=max(0, trained - main_steps), timing=_timing(events, segments, arm),
-            events=events,
+            folder=history.folder, done=history.done is not None, policy=history.policy, loss=last.get("loss"),
+            checkpoint=last.get("checkpoint"), schedule=LearnedSchedule.of(history), rows=rows, main_steps=main_steps,
+            search_steps=max(0, trained - main_steps), timing=_timing(history, segments), events=history.events,
         )  # fmt: skip
 
 
-def _located(folder: Path | str, checkpoint: str | None) -> str | None:
-    """The journal's paths on a store have no scheme: the URI of such a checkpoint of the run in `folder`."""
-    return below(folder, checkpoint) if isinstance(folder, str) and checkpoint is not None else checkpoint
-
-
-def _timing(events: list[dict[str, Any]], segments: list[dict[str, Any]], arm: str) -> Timing:
-    times = [event["time"] for event in events]
-    gaps = [event["time"] - before["time"] for before, event in pairwise(events) if event["event"] == "resume"]
+def _timing(history: History, segments: list[dict[str, Any]]) -> Timing:
+    timed = [event for event in history.events if "time" in event]
+    times = [event["time"] for event in timed]
+    gaps = [event["time"] - before["time"] for before, event in pairwise(timed) if event["event"] == Event.RESUME]
     wall_s = times[-1] - times[0] - sum(gaps) if times else 0.0
-    spans = [(e["began"], e["began"] + e["busy_s"], e["arm"] == arm) for e in segments]
+    spans = [(e["began"], e["began"] + e["busy_s"], e["arm"] == history.arm) for e in segments]
     main_s = _covered([(low, high) for low, high, main in spans if main])
     any_s = _covered([(low, high) for low, high, _ in spans])
     edges = sorted([(low, 1) for low, _, _ in spans] + [(high, -1) for _, high, _ in spans])

@@ -11,7 +11,6 @@ import json
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -24,8 +23,7 @@ from autolrs_ray import __version__
 from autolrs_ray.core.checks import require_float, require_int
 from autolrs_ray.core.envelopes import ENVELOPES
 from autolrs_ray.core.segments import Segment
-from autolrs_ray.outcome.history import committed_rows, start_of, winner
-from autolrs_ray.record.journal import read_journal
+from autolrs_ray.outcome.history import History
 from autolrs_ray.record.stores import is_uri
 
 FORMAT = 1
@@ -87,22 +85,17 @@ class LearnedSchedule:
         return segment.lr_at(step)
 
     @classmethod
-    def from_events(cls, events: Iterable[dict[str, Any]], config: dict[str, Any], arm: str) -> LearnedSchedule:
-        """The schedule of the main run in a journal."""
-        events = list(events)
-        totals = [config["total_steps"], *(event["total_steps"] for event in events if event["event"] == "extend")]
-        total = totals[-1]
-        default = "quadratic" if config["policy"] == "anchored" else None
-        envelope = config["options"].get("envelope", default)
-        rows = committed_rows(events, arm)
-        if config["policy"] == "anchored":
+    def of(cls, history: History) -> LearnedSchedule:
+        """The schedule of a run, as far as it has come."""
+        rows, envelope, total = history.rows, history.envelope, history.total_steps
+        if history.anchored:
             changes = [row["end"] for row, after in pairwise(rows) if after["lr"] != row["lr"]]
             lrs = [lr for lr, _ in groupby(rows, key=lambda row: row["lr"])]
             edges = pairwise([0, *changes, total] if rows else [])
             ramp = rows[0].get("warmup_steps", 0) if rows else 0
             pieces = tuple(Piece(*edge, lr, envelope, ramp) for edge, lr in zip(edges, lrs, strict=True))
         else:
-            ramp = config["options"].get("warmup_steps", 0)
+            ramp = history.config["options"].get("warmup_steps", 0)
             pieces = tuple(
                 Piece(row["start"], row["end"], row["lr"], *((None, ramp) if row["warmup"] else (envelope, 0)))
                 for row in rows
@@ -149,9 +142,7 @@ class LearnedSchedule:
         """From a JSON file, a CSV file with rows step,lr (held until the next row), or a run folder or its URI."""
         file = Path(path)
         if is_uri(path) or file.is_dir():
-            events = read_journal(path)
-            config = start_of(events, path)
-            return cls.from_events(events, config, winner(events, config))
+            return cls.of(History.read(path))
         if file.suffix != ".csv":
             return cls.from_json(file.read_text())
         try:

@@ -12,12 +12,14 @@ import os
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from autolrs_ray.record.files import no_link
 from autolrs_ray.record.stores import is_uri, join, read_bytes
 
 JOURNAL_FILE = "autolrs.jsonl"
+FORMAT = 3
+"""Of journal and state: 3 since paths are relative, lines are numbered and options are written as they were resolved."""
 
 
 class RecordWarning(UserWarning):
@@ -25,11 +27,14 @@ class RecordWarning(UserWarning):
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinities replaced by None, and tuples by lists: strict JSON has neither."""
+    """`value` with NaN and infinities replaced by None, tuples by lists, and halves of characters by their escapes: strict JSON
+    has none of them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
+        return {finite(str(key)): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
@@ -42,12 +47,34 @@ def sealed(record: dict[str, Any]) -> str:
 
 
 def opened(line: str) -> dict[str, Any]:
-    """The record of a sealed line; ValueError if it does not match its CRC."""
+    """The record of a sealed line. ValueError if it does not match its checksum, or holds what `sealed` never writes."""
     body, mark, crc = line.rstrip("\n").rpartition(',"crc":')
     if not mark or not crc.endswith("}") or zlib.crc32((body + "}").encode()) != int(crc[:-1]):
         raise ValueError("the line does not match its checksum")
-    record: dict[str, Any] = json.loads(body + "}")
+    try:
+        record = json.loads(body + "}", parse_constant=_no_constant, parse_float=_float, parse_int=_int)
+        if not isinstance(record, dict) or not isinstance(record.get("event", ""), str):
+            raise ValueError("the line is no record")
+        json.dumps(record, ensure_ascii=False).encode()  # halves of characters cannot be
+    except RecursionError:
+        raise ValueError("the line is nested too deep") from None
     return record
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is too large")
+    return value
+
+
+def _int(text: str) -> int:
+    _float(text)
+    return int(text)
 
 
 def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

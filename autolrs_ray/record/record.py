@@ -11,19 +11,21 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.record.files import fsync_folder, no_link, replacing, write_whole
-from autolrs_ray.record.journal import JOURNAL_FILE, RecordWarning, append_lines, opened, read_journal, sealed
+from autolrs_ray.record.journal import FORMAT, JOURNAL_FILE, RecordWarning, append_lines, opened, read_journal, sealed
 from autolrs_ray.record.mirror import LOCK_FILE, Mirror
+from autolrs_ray.record.stores import HERE, relative
 
 STATE_FILE = "autolrs_state.json"
 PREVIOUS_STATE_FILE = "autolrs_state.previous.json"
 DAMAGED_STATE_FILE = "autolrs_state.damaged.json"
 ORPHANED_JOURNAL_FILE = "autolrs.orphaned.jsonl"
-FORMAT = 2
-REPEATED = ("start", "commit")  # the events that the state repeats
+REPEATED = (Event.START, Event.COMMIT)  # the events that the state repeats
 MIRRORED = (JOURNAL_FILE, PREVIOUS_STATE_FILE, STATE_FILE)  # the journal before the state that names its length
 
 
@@ -42,6 +44,7 @@ class Record:
         self._lock: TextIO = open(self.folder / LOCK_FILE, "a+", opener=no_link)  # noqa: SIM115 - held as long as the run
         self._closed = False
         self._repeated: list[str] = []
+        self._next = 0  # number of the next line: a journal that is mended keeps its order, whatever the clock did
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -72,21 +75,25 @@ class Record:
         """Start a journal with `event`. One without a state, left by a run that was killed at once, is put aside."""
         if self.journal.exists():
             os.replace(self.journal, self.folder / ORPHANED_JOURNAL_FILE)
-        self.append([event])
+        self.append([{**event, "format": FORMAT}])
 
     def append(self, events: list[dict[str, Any]]) -> None:
         """Append `events`, each with the wall-clock time unless it has one, and flush them to disk."""
         if not events:
             return
         now = time.time()
-        lines = [sealed({"time": now, **event}) for event in events]
+        lines = [
+            sealed({"time": now, **self._to_disk(event), "line": self._next + i}) for i, event in enumerate(events)
+        ]
         append_lines(self.journal, lines)
+        self._next += len(lines)
         self._repeated += [line for event, line in zip(events, lines, strict=True) if event["event"] in REPEATED]
 
     def write_state(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         """Replace the state: temporary name, fsync, rename, fsync of the folder. The one before stays beside it."""
         length = self.journal.stat().st_size if self.journal.exists() else 0
-        content = dict(format=FORMAT, config=config, journal_bytes=length, repeated=self._repeated, state=state)
+        content = dict(format=FORMAT, config=config, journal_bytes=length, repeated=self._repeated,
+                       state=self._to_disk(state))  # fmt: skip
         with replacing(self.folder / STATE_FILE, keep=self.folder / PREVIOUS_STATE_FILE) as file:
             file.write(sealed(content).encode())
         fsync_folder(self.folder)
@@ -101,12 +108,8 @@ class Record:
         failures = []
         for name in (STATE_FILE, PREVIOUS_STATE_FILE):
             try:
-                record = opened((self.folder / name).read_text())
-                if record["format"] != FORMAT:
-                    raise ValueError(
-                        f"format {record['format']} is not {FORMAT}: end the run with the version that began it"
-                    )
-            except (OSError, ValueError, KeyError) as error:
+                record = _checked_state((self.folder / name).read_text())
+            except (OSError, ValueError) as error:
                 failures.append(f"{name}: {error}")
                 continue
             if failures:
@@ -115,7 +118,7 @@ class Record:
                     os.replace(self.folder / STATE_FILE, self.folder / DAMAGED_STATE_FILE)
             self._cut(record["journal_bytes"])
             self._mend(record["repeated"])
-            return record
+            return {**record, "state": self._from_disk(record["state"])}
         raise RuntimeError(
             f"cannot resume from {self.folder}: {'; '.join(failures)}. Move the folder away to start anew"
         )
@@ -142,9 +145,22 @@ class Record:
         if lost:
             message = f"{self.journal} had lost {len(lost)} of the lines that the state repeats; they are put back"
             warnings.warn(message, RecordWarning, stacklevel=3)
-            events = sorted([*map(opened, lost), *events], key=lambda event: float(event["time"]))
+            events = sorted([*map(opened, lost), *events], key=_place)
             write_whole(self.journal, "".join(sealed(event) + "\n" for event in events).encode())
             fsync_folder(self.folder)
+        self._next = max(map(_place, events), default=-1) + 1
+
+    # -- paths: relative to the folder on disk, so that a run may be moved or copied --------------------------------------
+
+    @property
+    def _root(self) -> str:
+        return self.folder.as_posix() if self._mirror is None else self._mirror.path
+
+    def _to_disk(self, value: Any) -> Any:
+        return _with_strings(value, lambda text: relative(self._root, text))
+
+    def _from_disk(self, value: Any) -> Any:
+        return _with_strings(value, lambda text: f"{self._root}/{text[len(HERE) :]}" if text.startswith(HERE) else text)
 
     def close(self) -> None:
         """Give the folder free for another process."""
@@ -154,3 +170,35 @@ class Record:
                 self._mirror.release()
                 shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
+
+
+def _checked_state(text: str) -> dict[str, Any]:
+    """The content of a state file. Raises ValueError for what is none, or of another format."""
+    record = opened(text)
+    written = record.get("format")
+    if written != FORMAT:
+        raise ValueError(f"format {written!r:.20} is not {FORMAT}: end the run with the version that began it")
+    kinds = dict(config=dict, state=dict, journal_bytes=int, repeated=list)
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    if wrong:
+        raise ValueError(f"it is no state: {', '.join(wrong)} missing or of another kind")
+    for line in record["repeated"]:
+        opened(str(line))
+    return record
+
+
+def _place(event: dict[str, Any]) -> int:
+    """Number of `event` in its journal; -1 where it has none."""
+    number = event.get("line")
+    return number if isinstance(number, int) else -1
+
+
+def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """`value`, nested lists and dicts, with every string in it changed, but for those of messages."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: item if key == "message" else _with_strings(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_strings(item, change) for item in value]
+    return value

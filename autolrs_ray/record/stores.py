@@ -99,6 +99,21 @@ def below(uri: str, path: str) -> str:
     return join(uri, *Path(path).relative_to(root).parts)
 
 
+HERE = "./"  # how the paths begin that a record gives relative to its own folder
+
+
+def relative(root: str, path: str) -> str:
+    """`path` as the record of a run in `root` holds it: relative, where it lies below. Both local, or on one store."""
+    return HERE + path[len(root) + 1 :] if path.startswith(f"{root}/") else path
+
+
+def located(folder: str, path: str) -> str:
+    """Where a `path` from the record of a run lies now that the run is in `folder`, or at that URI."""
+    if path.startswith(HERE):
+        return join(folder, path.removeprefix(HERE))
+    return below(folder, path) if is_uri(folder) else path  # records of format 2 and before: whole paths
+
+
 @contextmanager
 def local_copy(path: str, name: str | None = None) -> Iterator[str]:
     """A local folder with the content of `path`: itself, or a temporary copy of what is at a URI.

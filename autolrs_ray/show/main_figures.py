@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from autolrs_ray.core.envelopes import ENVELOPES
+from autolrs_ray.core.events import Event
 from autolrs_ray.outcome.schedule import LearnedSchedule
 from autolrs_ray.show.run_data import RunData, series
 from autolrs_ray.show.style import LR, STEPS, count_steps, legend_below, mark_steps, new_figure, scale_loss
@@ -38,7 +39,7 @@ def loss_figure(data: RunData) -> Any | None:
         _draw_curve(axes, steps, values, _LOOKS.get(key, ("C1", 1.6)), NAMES.get(key, key))
     name = data.metric if keys == [data.metric] else "loss"
     name += scale_loss(axes, [value for curve in curves for value in curve[2]])
-    mark_steps(axes, data.boundaries(), boundary_label(data))
+    mark_steps(axes, data.history.boundaries, boundary_label(data))
     axes.set(xlabel=STEPS, ylabel=name, title=f"{name.partition(' (')[0].capitalize()} of the main run",
              xlim=(0, _last(data)))  # fmt: skip
     count_steps(axes.xaxis)
@@ -48,7 +49,7 @@ def loss_figure(data: RunData) -> Any | None:
 
 def _last(data: RunData) -> float:
     """Right end of an axis of steps: a little past the end of the run, or past where it has come."""
-    end = data.config["total_steps"] if data.result.done else max(1, data.result.main_steps)
+    end = data.history.total_steps if data.result.done else max(1, data.result.main_steps)
     return 1.01 * float(end)
 
 
@@ -64,7 +65,7 @@ def _averaged(data: RunData, key: str, steps: list[float], losses: list[float]) 
     x, y, total, weight, before = [], [], 0.0, 0.0, 0.0
     for step, loss in zip(steps, losses, strict=True):
         total, weight, before = total + loss * (step - before), weight + step - before, step
-        if weight >= data.config["total_steps"] / 100:
+        if weight >= data.history.total_steps / 100:
             x.append(step)
             y.append(total / weight)
             total = weight = 0.0
@@ -91,9 +92,9 @@ def learning_rate_figure(data: RunData) -> Any | None:
                   label=None if i else "learned schedule")  # fmt: skip
     for (ends, before), (starts, after) in pairwise(learned):
         axes.plot([ends[-1], starts[0]], [before[-1], after[0]], color="C1", linewidth=0.9, zorder=2)
-    mark_steps(axes, data.boundaries(), boundary_label(data))
+    mark_steps(axes, data.history.boundaries, boundary_label(data))
     lowest = min([low, *(max(lrs) for _, lrs in tried)])
-    axes.set(xlabel=STEPS, ylabel=LR, title="Learned schedule", yscale="log", xlim=(0, data.config["total_steps"]),
+    axes.set(xlabel=STEPS, ylabel=LR, title="Learned schedule", yscale="log", xlim=(0, data.history.total_steps),
              ylim=(lowest / 3, high * 2))  # fmt: skip
     count_steps(axes.xaxis)
     legend_below(figure)
@@ -124,17 +125,17 @@ def _sampled(start: int, end: int, count: int = 500) -> list[int]:
 
 
 def _probes(data: RunData) -> list[Curve]:
-    starts = {event["stage"]: event["start"] for event in data.events("stage")}
+    starts = {event["stage"]: event["start"] for event in data.history.named(Event.STAGE)}
     return [
         ([starts[event["stage"]], starts[event["stage"]] + event["steps"][-1]], [event["lr"]] * 2)
-        for event in data.events("probe")
+        for event in data.history.named(Event.PROBE)
         if event["stage"] in starts and event["steps"]
     ]
 
 
 def _lost_trunks(data: RunData) -> list[Curve]:
     """Schedule of every trunk but the winner, as far as it came: all share the envelope of the learned one."""
-    schedule, lrs = data.result.schedule, data.lrs()
+    schedule, lrs = data.result.schedule, data.history.lrs
     arms = {arm: max(points) for arm, points in data.scores().items() if arm in lrs and arm != data.arm}
     if not _replayable(schedule):
         curves = [series(data.reports.get(arm, []), data.clock, "lr") for arm in arms]

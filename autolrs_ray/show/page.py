@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.record.stores import join, normal, write_bytes
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.run_data import RunData
@@ -59,7 +60,7 @@ def render(data: RunData, steps_per_epoch: float | None = None) -> str:
     environment.filters.update(number=number, lr=lambda value: number(value, 3), seconds=seconds)
     found = summary(data)
     main, search = _figures(data, steps_per_epoch)
-    name = os.path.basename(normal(data.result.folder))
+    name = os.path.basename(normal(data.history.folder))
     return environment.get_template("report.html.j2").render(
         found=found, name=name, main=main, search=search, headline=_headline(data, found), averaged=_averaged(data),
         settings=_settings(data), environment=_environment(data), schedule=_schedule(data), folder=_quoted(data),
@@ -90,9 +91,9 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
     if not lrs:
         lr = ("–", "learning rate", "nothing committed yet")
     elif data.anchored:
-        envelope = data.config["options"].get("envelope", "quadratic")
+        envelope = data.history.envelope
         ramp = data.result.schedule.pieces[0].warmup_steps
-        found_lrs = ", then ".join(number(lr, 3) for lr in lrs)  # more than one where a branch with another went on
+        found_lrs = ", then ".join(number(lr, 3) for lr in lrs)
         lr = (found_lrs, "peak learning rate", f"times the envelope {envelope}, after {ramp} steps of warm-up")
     else:
         lr = (f"{number(min(lrs), 3)} to {number(max(lrs), 3)}", "learning rates", f"{len(lrs)} pieces")
@@ -110,7 +111,7 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
 
 def _averaged(data: RunData) -> bool:
     """True where the race looked at averaged weights too: scores and the final value are of the better of both."""
-    return data.anchored and any(event.get("averaged_loss") is not None for event in data.events("rung"))
+    return data.anchored and any(event.get("averaged_loss") is not None for event in data.history.named(Event.RUNG))
 
 
 def _settings(data: RunData) -> list[tuple[str, str]]:
@@ -125,13 +126,13 @@ def _json(value: Any) -> str:
 
 def _environment(data: RunData) -> list[tuple[str, str]]:
     """When the run was, on how many machines, and what its journal says of software and hardware (older ones: nothing)."""
-    times = [event["time"] for event in data.result.events]
+    times = [event["time"] for event in data.history.events if "time" in event]
     rows = [row for reports in data.reports.values() for row in reports]
     machines, processes = ({row.get(key) for row in rows} - {None} for key in ("node_ip", "pid"))
-    told = [("began", _utc(times[0])), ("last entry", _utc(times[-1]))]
+    told = [("began", _utc(times[0])), ("last entry", _utc(times[-1]))] if times else []
     if machines:
         told.append(("trained on", f"{len(machines)} machine(s), {len(processes)} worker process(es)"))
-    lives = [_flat(event["environment"]) for event in data.result.events if "environment" in event]
+    lives = [_flat(life) for life in data.history.lives]
     for name in dict.fromkeys(name for life in lives for name in life):
         values = dict.fromkeys(life.get(name, "none") for life in lives)
         told.append((name, ", then ".join(values)))  # more than one where the run was resumed elsewhere
@@ -163,7 +164,7 @@ def _schedule(data: RunData) -> str | None:
 
 def _quoted(data: RunData) -> dict[str, str]:
     """The run folder as an argument of a shell and as a Python literal."""
-    folder = str(data.result.folder)
+    folder = str(data.history.folder)
     return {"shell": shlex.quote(folder), "python": repr(folder)}
 
 

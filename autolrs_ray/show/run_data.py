@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.policies import DEFAULT_INTERVALS
-from autolrs_ray.outcome.history import committed_rows, winner
+from autolrs_ray.outcome.history import History
 from autolrs_ray.outcome.result import RunResult
 from autolrs_ray.record.stores import local_copy
 
 Row = dict[str, Any]
 REPORTS_FILE = "result.json"  # Tune's, one in every trial's folder
-
-
-def run_config(events: Iterable[Row]) -> Row:
-    """The configuration in a journal's "start" event."""
-    config: Row = next(event["config"] for event in events if event["event"] == "start")
-    return config
 
 
 def series(rows: Iterable[Row], x: str, y: str, sign: float = 1.0) -> tuple[list[float], list[float]]:
@@ -33,7 +28,7 @@ def series(rows: Iterable[Row], x: str, y: str, sign: float = 1.0) -> tuple[list
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def read_reports(folder: Path, clock: str) -> dict[str, list[Row]]:
@@ -44,12 +39,14 @@ def read_reports(folder: Path, clock: str) -> dict[str, list[Row]]:
     """
     reports: dict[str, list[Row]] = {}
     files = [
-        (rows[0].get("timestamp") or 0, rows) for file in folder.glob(f"*/{REPORTS_FILE}") if (rows := read_lines(file))
+        (rows[0]["timestamp"] if _is_finite(rows[0].get("timestamp")) else 0, rows)
+        for file in folder.glob(f"*/{REPORTS_FILE}")
+        if (rows := read_lines(file))
     ]
     for _, rows in sorted(files, key=lambda item: item[0]):  # an arm may have had several trials, one after another
         for row in rows:
             arm = _segment(row).get("arm")
-            if arm is None or not _is_finite(row.get(clock)):
+            if not isinstance(arm, str) or not _is_finite(row.get(clock)):
                 continue
             kept = reports.setdefault(arm, [])
             while kept and kept[-1][clock] >= row[clock]:
@@ -61,10 +58,10 @@ def read_reports(folder: Path, clock: str) -> dict[str, list[Row]]:
 def read_lines(file: Path) -> list[Row]:
     """The objects in a file of one JSON value per line; lines cut short by a kill are left out."""
     rows = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -73,7 +70,8 @@ def read_lines(file: Path) -> list[Row]:
 
 def _segment(row: Row) -> Row:
     """The "autolrs" entry of a reported row's configuration (it may hold the arm's name only)."""
-    entry = (row.get("config") or {}).get("autolrs")
+    config = row.get("config")
+    entry = config.get("autolrs") if isinstance(config, dict) else None
     return entry if isinstance(entry, dict) else {"arm": entry}
 
 
@@ -81,17 +79,23 @@ def _segment(row: Row) -> Row:
 class RunData:
     """A run as the plots see it. reports: arm -> reported rows. clock: the key of the optimizer steps in them."""
 
-    result: RunResult
-    config: Row = field(repr=False)
+    history: History
     reports: dict[str, list[Row]] = field(repr=False)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunData:
-        """Raises what RunResult.load raises."""
-        result = RunResult.load(folder)
-        config = run_config(result.events)
+        """Raises what History.read raises."""
+        history = History.read(folder)
         with local_copy(os.fspath(folder), REPORTS_FILE) as copy:
-            return cls(result, config, read_reports(Path(copy), config["time_attr"]))
+            return cls(history, read_reports(Path(copy), history.config["time_attr"]))
+
+    @cached_property
+    def result(self) -> RunResult:
+        return RunResult.of(self.history)
+
+    @property
+    def config(self) -> Row:
+        return self.history.config
 
     @property
     def clock(self) -> str:
@@ -117,38 +121,17 @@ class RunData:
 
     @property
     def interval(self) -> tuple[float, float]:
-        low, high = self.config["lr_interval"] or DEFAULT_INTERVALS[self.config["policy"]]
+        low, high = self.config.get("lr_interval") or DEFAULT_INTERVALS[self.history.policy]
         return low, high
 
     @property
     def anchored(self) -> bool:
-        return bool(self.config["policy"] == "anchored")
+        return self.history.anchored
 
     @property
     def arm(self) -> str:
         """The arm that is the main run (so far)."""
-        return winner(self.result.events, self.config)
-
-    def events(self, name: str) -> Iterator[Row]:
-        return (event for event in self.result.events if event["event"] == name)
-
-    def commits(self, warmup: bool = False) -> list[Row]:
-        """Paper: one row per committed stage. Where the run went back to an older checkpoint, only what came after counts.
-
-        warmup: with the warm-up, whose stage is -1, as the first row.
-        """
-        kept: list[Row] = []
-        for row in self.result.rows:
-            kept = [*(before for before in kept if before["end"] <= row["start"]), row]
-        return [row for row in kept if warmup or not row["warmup"]]
-
-    def boundaries(self) -> list[int]:
-        """Steps between 0 and the end at which a stage ended (paper) or the race compared its trunks (anchored)."""
-        if self.anchored:
-            steps = {event["step"] for event in self.events("decision")}
-        else:
-            steps = {row["end"] for row in self.commits(warmup=True)}
-        return sorted(step for step in steps if 0 < step < self.config["total_steps"])
+        return self.history.arm
 
     def rows(self, arm: str) -> list[Row]:
         """What `arm` reported, in order of steps: all that the journal holds of it, and Tune's rows in between.
@@ -165,8 +148,8 @@ class RunData:
     def _journalled(self) -> dict[str, list[Row]]:
         """Arm -> the losses that the journal holds: of commits, of rungs (anchored), of probes as far as they were ranked."""
         found: dict[str, list[Row]] = {}
-        starts = {event["stage"]: event["start"] for event in self.events("stage")}
-        for event in self.events("probe"):
+        starts = {event["stage"]: event["start"] for event in self.history.named(Event.STAGE)}
+        for event in self.history.named(Event.PROBE):
             key, sign = ("train_loss", 1.0) if event["series"] == "training" else (self.metric, self.sign)
             steps = [starts.get(event["stage"], 0) + step for step in event["steps"]]
             losses = [
@@ -175,17 +158,13 @@ class RunData:
             found[event["arm"]] = [
                 {self.clock: step, key: sign * loss, "timestamp": event["time"]} for step, loss in losses
             ]
-        for event in self.result.events:
-            if event["event"] == "rung":
+        for event in self.history.named(Event.RUNG, Event.EXTEND):
+            if event["event"] == Event.RUNG:
                 found.setdefault(event["arm"], []).append(self._loss_row(event["step"], event))
-            elif event["event"] == "extend":  # what came after is trained again
+            else:  # what came after is trained again
                 found = {arm: [row for row in rows if row[self.clock] <= event["step"]] for arm, rows in found.items()}
-        if not self.anchored:
-            found["main"] = [self._loss_row(row["end"], row) for row in self.commits(warmup=True)]
-            return found
-        for arm in {event["arm"] for event in self.events("commit") if "arm" in event}:
-            committed = [row for row in committed_rows(self.result.events, arm) if row["arm"] == arm]
-            found.setdefault(arm, []).extend(self._loss_row(row["end"], row) for row in committed)
+        for arm, commits in self.history.commits.items():
+            found.setdefault(arm, []).extend(self._loss_row(row["end"], row) for row in commits)
         return found
 
     def _loss_row(self, step: int, event: Row) -> Row:
@@ -197,12 +176,12 @@ class RunData:
         return row
 
     def main_rows(self) -> list[Row]:
-        """What the main run reported from its first step on: a branch's begins with its parent's, a stage's with those of
-        the probe whose state was promoted."""
+        """What the main run reported from its first step on: a stage's begins with what the probe reported whose state was
+        promoted."""
         if self.anchored:
-            return self._trunk_rows(self.arm)
+            return self.rows(self.arm)
         rows = {row[self.clock]: row for row in self.rows("main")}
-        for commit in self.commits():
+        for commit in self.history.stages:
             inside = [step for step in rows if commit["start"] < step <= commit["end"]]
             lrs = {step: _segment(rows[step]).get("lr", commit["lr"]) for step in inside}
             for step in inside:  # of an attempt that was rolled back
@@ -211,20 +190,13 @@ class RunData:
             rows |= {row[self.clock]: row for row in self._promoted(commit, list(rows.values()))}
         return [rows[step] for step in sorted(rows)]
 
-    def _trunk_rows(self, arm: str) -> list[Row]:
-        origin = next((event for event in self.events("proposal") if event["arm"] == arm and "parent" in event), None)
-        if origin is None:
-            return self.rows(arm)
-        before = [row for row in self._trunk_rows(origin["parent"]) if row[self.clock] <= origin["start"]]
-        return [*before, *self.rows(arm)]
-
     def _promoted(self, commit: Row, main: list[Row]) -> list[Row]:
         """Reports of a winning probe that became the main trial's own first steps: it never trained those itself."""
-        own = [event["start"] for event in self.events("segment")
+        own = [event["start"] for event in self.history.named(Event.SEGMENT)
                if event["role"] == "main" and event["stage"] == commit["stage"] and event["lr"] == commit["lr"]]  # fmt: skip
         inside = [row for row in main if commit["start"] < row[self.clock] <= commit["end"]]
-        own = own or [_segment(row)["start"] for row in inside if _segment(row).get("start") is not None]
-        chosen = (probe["arm"] for probe in self.events("probe")
+        own = own or [start for row in inside if _is_finite(start := _segment(row).get("start"))]
+        chosen = (probe["arm"] for probe in self.history.named(Event.PROBE)
                   if probe["stage"] == commit["stage"] and probe["lr"] == commit["lr"])  # fmt: skip
         taken_up = min(own, default=commit["start"])
         return [row for row in self.rows(next(chosen, "")) if commit["start"] < row[self.clock] <= taken_up]
@@ -240,17 +212,7 @@ class RunData:
                     points[int(step)] = min(points.get(int(step), value), value, key=lambda x: self.sign * x)
             if points:
                 found[arm] = points
-        for event in self.events("rung"):
-            found.setdefault(event["arm"], {})[event["step"]] = self.sign * event["score"]
+        for event in self.history.named(Event.RUNG):
+            if event["score"] is not None:
+                found.setdefault(event["arm"], {})[event["step"]] = self.sign * event["score"]
         return {arm: dict(sorted(points.items())) for arm, points in sorted(found.items())}
-
-    def lrs(self) -> dict[str, float]:
-        """Arm -> its learning rate (anchored: the scale of its envelope)."""
-        return {event["arm"]: event["lr"] for event in self.events("proposal")}
-
-    def fates(self) -> dict[str, str]:
-        """Anchored: arm -> "won", "open", "dropped", "diverged" or "failed"."""
-        fates = dict.fromkeys(self.lrs(), "open")
-        fates.update({event["arm"]: event["status"] for event in self.events("trunk")})
-        fates.update({event["arm"]: "won" for event in self.events("done") if "arm" in event})
-        return fates

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from autolrs_ray.core.envelopes import LogInterval
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.paper import kernel, surrogate
 from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.show.main_figures import NAMES
@@ -60,7 +61,7 @@ def posterior(
 def surrogate_figure(data: RunData) -> Any | None:
     """Per stage: GP mean and two standard deviations over log LR, the LRs tried, the one chosen. None without stages."""
     probes: dict[int, list[Row]] = {}
-    for probe in {event["arm"]: event for event in data.events("probe")}.values():
+    for probe in {event["arm"]: event for event in data.history.named(Event.PROBE)}.values():
         probes.setdefault(probe["stage"], []).append(probe)
     stages = [stage for stage in sorted(probes) if any(probe["status"] == "done" for probe in probes[stage])]
     if data.anchored or not stages:
@@ -86,7 +87,7 @@ def surrogate_figure(data: RunData) -> Any | None:
 
 def _by_training_loss(data: RunData) -> set[int]:
     """Stages whose probes were ranked by training loss."""
-    return {event["stage"] for event in data.events("probe") if event["series"] == "training"}
+    return {event["stage"] for event in data.history.named(Event.PROBE) if event["series"] == "training"}
 
 
 def _draw_stage(axes: Any, data: RunData, stage: int, probes: list[Row]) -> None:
@@ -131,12 +132,17 @@ def _interval(data: RunData, probes: list[Row]) -> LogInterval:
 
 def _chosen(data: RunData, stage: int) -> float | None:
     """The LR that trained `stage`, which after a rollback is not the first choice; or the choice, while it trains."""
-    lrs = [event["lr"] for name in ("choice", "commit") for event in data.events(name) if event["stage"] == stage]
+    lrs = [
+        event["lr"]
+        for name in (Event.CHOICE, Event.COMMIT)
+        for event in data.history.named(name)
+        if event["stage"] == stage
+    ]
     return lrs[-1] if lrs else None
 
 
 def _name_stage(axes: Any, data: RunData, stage: int) -> None:
-    start = next((event["start"] for event in data.events("stage") if event["stage"] == stage), None)
+    start = next((event["start"] for event in data.history.named(Event.STAGE) if event["stage"] == stage), None)
     name = f"stage {stage}" + ("" if start is None else f", step {start:,}")
     axes.set_title(name + (" (train)" if stage in _by_training_loss(data) else ""), fontsize=10)
     axes.set_xscale("log")
@@ -148,7 +154,7 @@ def _name_stage(axes: Any, data: RunData, stage: int) -> None:
 
 def forecast_figure(data: RunData) -> Any | None:
     """Forecast of every stage's chosen LR against the metric that the main run then had. None without forecasts."""
-    commits = [] if data.anchored else data.commits()
+    commits = [] if data.anchored else data.history.stages
     rows = [row for row in commits if row["forecast"] is not None and row["loss"] is not None]
     if not rows:
         return None
@@ -197,7 +203,7 @@ def _square(axes: Any, values: list[float]) -> str:
 
 def race_figure(data: RunData) -> Any | None:
     """Score of every trunk against steps, coloured by LR; those that ended early with a mark, the winner thick."""
-    scores, lrs, fates = data.scores(), data.lrs(), data.fates()
+    scores, lrs, fates = data.scores(), data.history.lrs, data.history.fates
     scores = {arm: points for arm, points in scores.items() if arm in lrs}
     if not data.anchored or not scores:
         return None
@@ -225,7 +231,7 @@ def race_figure(data: RunData) -> Any | None:
     if data.sign > 0 and max(drawn) > edge:
         axes.set_ylim(top=edge + 0.1 * abs(edge))
     _mark_rungs(axes, data)
-    averaged = any(event.get("averaged_loss") is not None for event in data.events("rung"))
+    averaged = any(event.get("averaged_loss") is not None for event in data.history.named(Event.RUNG))
     score = NAMES.get(data.metric, data.metric) + (", raw or averaged weights" if averaged else "")
     axes.set(xlabel=f"{STEPS}, log scale", ylabel=score + added, xscale="log")
     axes.set_title("The race of learning rates; above every rung: how many go on", pad=20)
@@ -237,7 +243,7 @@ def race_figure(data: RunData) -> Any | None:
 
 def _mark_rungs(axes: Any, data: RunData) -> None:
     """A line at every decided rung, with the number of trunks that went on from it above the axes."""
-    mark_steps(axes, data.boundaries(), "")
-    for decision in data.events("decision"):
+    mark_steps(axes, data.history.boundaries, "")
+    for decision in data.history.named(Event.DECISION):
         axes.annotate(f"{len(decision['kept'])}", (decision["step"], 1.0), xycoords=("data", "axes fraction"),
                       xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9, color="0.35")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.show.run_data import RunData
 
 Row = dict[str, Any]
@@ -12,7 +13,7 @@ Row = dict[str, Any]
 def _stages(data: RunData) -> list[Row]:
     """One row per committed stage of a paper run."""
     probes: dict[int, dict[str, str]] = {}
-    for event in data.events("probe"):
+    for event in data.history.named(Event.PROBE):
         probes.setdefault(event["stage"], {})[event["arm"]] = event["status"]
     return [
         dict(
@@ -20,7 +21,7 @@ def _stages(data: RunData) -> list[Row]:
             forecast=data.reported(row["forecast"]), realised=data.reported(row["loss"]),
             tried=len(statuses), failed=sum(status != "done" for status in statuses),
         )
-        for row in data.commits(warmup=True)
+        for row in data.history.rows
         for statuses in [list(probes.get(row["stage"], {}).values())]
     ]  # fmt: skip
 
@@ -29,19 +30,17 @@ def _trunks(data: RunData) -> list[Row]:
     """One row per trunk of an anchored run, the smallest LR first. step: how far it came."""
     scores: dict[str, Row] = {}
     steps: dict[str, int] = {}
-    for event in data.events("rung"):
+    for event in data.history.named(Event.RUNG):
         scores[event["arm"]] = event
         steps[event["arm"]] = max(event["step"], steps.get(event["arm"], 0))
-    for event in data.events("commit"):
+    for event in data.history.named(Event.COMMIT):
         steps[event["arm"]] = max(event["end"], steps.get(event["arm"], 0))
-    infill = {event["arm"] for event in data.events("proposal") if event.get("infill")}
-    fates = data.fates()
     rows = [
         dict(
-            arm=arm, lr=lr, infill=arm in infill, rung=scores.get(arm, {}).get("step"),
-            score=data.reported(scores.get(arm, {}).get("score")), fate=fates[arm], step=steps.get(arm, 0),
+            arm=arm, lr=lr, rung=scores.get(arm, {}).get("step"),
+            score=data.reported(scores.get(arm, {}).get("score")), fate=data.history.fates[arm], step=steps.get(arm, 0),
         )
-        for arm, lr in data.lrs().items()
+        for arm, lr in data.history.lrs.items()
     ]  # fmt: skip
     return sorted(rows, key=lambda row: float(row["lr"]))
 
@@ -49,9 +48,9 @@ def _trunks(data: RunData) -> list[Row]:
 def _totals(data: RunData) -> Row:
     """What the run cost. Times in seconds; None where the journal holds no segments (a run without Ray)."""
     result, timing = data.result, data.result.timing
-    measured = any(True for _ in data.events("segment"))
+    measured = bool(data.history.named(Event.SEGMENT))
     return dict(
-        total_steps=data.config["total_steps"], main_steps=result.main_steps,
+        total_steps=data.history.total_steps, main_steps=result.main_steps,
         search_steps=result.search_steps if measured else None, compute=result.compute if measured else None,
         wall_s=timing.wall_s, training_s=timing.training_s if measured else None,
         probing_s=timing.probing_s if measured else None, overhead_s=timing.overhead_s if measured else None,
@@ -62,13 +61,13 @@ def _totals(data: RunData) -> Row:
 def _warnings(data: RunData) -> list[str]:
     """What went wrong and was mended, in order."""
     told = []
-    for event in data.result.events:
-        if event["event"] == "warning":
+    for event in data.history.named(Event.WARNING, Event.ROLLBACK, Event.RESUME):
+        if event["event"] == Event.WARNING:
             told.append(event["message"])
-        elif event["event"] == "rollback":
+        elif event["event"] == Event.ROLLBACK:
             told.append(f"stage {event['stage']}: the main trial diverged at step {event['step']} with LR "
                         f"{event['lr']:.3g}; done again with {event['new_lr']:.3g}")  # fmt: skip
-        elif event["event"] == "resume":
+        else:
             told.append(f"the run was interrupted, and resumed from step {event['step']}")
     return told
 
@@ -77,7 +76,7 @@ def summary(data: RunData) -> Row:
     """What `show` shows, as JSON values. Scores and losses are the metric as it was reported."""
     rows = dict(trunks=_trunks(data)) if data.anchored else dict(stages=_stages(data))
     return dict(
-        folder=str(data.result.folder), policy=data.config["policy"], done=data.result.done, metric=data.metric,
+        folder=str(data.history.folder), policy=data.config["policy"], done=data.result.done, metric=data.metric,
         mode=data.config["mode"], value=data.reported(data.result.loss), checkpoint=data.result.checkpoint, **rows,
         totals=_totals(data), warnings=_warnings(data),
     )  # fmt: skip

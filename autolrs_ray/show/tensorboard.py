@@ -11,6 +11,7 @@ from typing import Any
 from ray.tune.result import AUTO_RESULT_KEYS
 from tensorboardX import SummaryWriter
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.record.stores import is_uri, normal
 from autolrs_ray.show.run_data import Row, RunData
 
@@ -43,8 +44,8 @@ def save_tensorboard(folder: str | os.PathLike[str], output: str | os.PathLike[s
 
 def _curves(data: RunData) -> Iterator[tuple[str, Iterable[Row]]]:
     yield "main", data.main_rows()
-    stages = {event["arm"]: event["stage"] for event in data.events("proposal")}
-    for arm, lr in data.lrs().items():
+    stages = {event["arm"]: event["stage"] for event in data.history.named(Event.PROPOSAL)}
+    for arm, lr in data.history.lrs.items():
         rows = data.rows(arm)
         if rows and arm != data.arm:
             group = "trunks" if data.anchored else f"probes/stage_{stages[arm]:03d}"

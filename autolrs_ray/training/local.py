@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict
 from autolrs_ray.core.segments import Segment, next_report
 from autolrs_ray.training.trainer import Trainer
@@ -46,7 +47,7 @@ def run_local(policy: Policy, trainer: Trainer) -> LocalRun:
         run.events += policy.drain_events()
         needed = policy.checkpoints()
         store = {path: state for path, state in store.items() if path in needed}
-    last = next(event for event in reversed(run.events) if event["event"] == "done")
+    last = next(event for event in reversed(run.events) if event["event"] == Event.DONE)
     run.final_state = store[last["checkpoint"]]
     trainer.load_state_dict(copy.deepcopy(run.final_state))
     return run

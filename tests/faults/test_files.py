@@ -69,7 +69,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> tuple[Pat
 
 @pytest.fixture
 def run(stopped: tuple[Path, Path]) -> Path:
-    """The stopped run's folder, as it was when it was stopped (its state names its checkpoints by their full paths)."""
+    """The stopped run's folder, as it was when it was stopped."""
     storage, copy = stopped
     shutil.rmtree(storage)
     shutil.copytree(copy, storage)
@@ -85,7 +85,7 @@ def settle(run: Path) -> None:
 def main_checkpoints(run: Path) -> list[Path]:
     """Those of the main trial that its state names, the last one first."""
     state = json.loads((run / STATE_FILE).read_text())["state"]
-    return [Path(state["checkpoint"]), Path(state["previous"]["checkpoint"])]
+    return [run / state["checkpoint"], run / state["previous"]["checkpoint"]]
 
 
 def finish(run: Path, cluster: str, expected: dict[str, Any], rows: bool = True) -> str:
@@ -119,7 +119,7 @@ def test_damaged_trunks_go_back_a_checkpoint(tmp_path: Path, cluster: str, undis
         driver.kill()
     settle(tmp_path / "run")
     state = json.loads((tmp_path / "run" / STATE_FILE).read_text())["state"]
-    last = [Path(trunk["checkpoint"]) for trunk in state["trunks"] if trunk["status"] == "open" and trunk["checkpoint"]]
+    last = [tmp_path / "run" / trunk["checkpoint"] for trunk in state["trunks"] if trunk["status"] == "open" and trunk["checkpoint"]]
     for folder in last:
         flipped(folder / "state.pt")
         COUNTS["corrupt_files"] += 1
