@@ -119,7 +119,11 @@ def test_damaged_trunks_go_back_a_checkpoint(tmp_path: Path, cluster: str, undis
         driver.kill()
     settle(tmp_path / "run")
     state = json.loads((tmp_path / "run" / STATE_FILE).read_text())["state"]
-    last = [tmp_path / "run" / trunk["checkpoint"] for trunk in state["trunks"] if trunk["status"] == "open" and trunk["checkpoint"]]
+    last = [
+        tmp_path / "run" / trunk["checkpoint"]
+        for trunk in state["trunks"]
+        if trunk["status"] == "open" and trunk["checkpoint"]
+    ]
     for folder in last:
         flipped(folder / "state.pt")
         COUNTS["corrupt_files"] += 1
