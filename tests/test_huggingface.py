@@ -76,6 +76,7 @@ def test_without_the_pair_it_reports_optimizer_steps_and_its_scheduler_has_no_sa
     fit(trainer_with(tmp_path / "unused", callbacks=[Watch()]), {"lr": 0.25, "report_every": 2})
     assert used == [0.25] * 4  # the Trainer's linear decay would have made it fall
     assert [(report["step"], report["lr"]) for report in trial.reports] == [(2, 0.25), (4, 0.25)]
+    assert [report["epoch"] for report in trial.reports] == [0.5, 1.0]
     assert all(report["val_loss"] > 0 and report["train_loss"] > 0 for report in trial.reports)
     assert sorted(path.name for path in (tmp_path / "trial").iterdir()) == ["step-2", "step-4"]
     assert list((tmp_path / "unused").iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,10 @@ from autolrs_ray.trial.trainable import trainable_for
 
 def run(
     trainable: Callable[[dict[str, Any]], Any] | type[tune.Trainable],
-    total_steps: int,
+    total_steps: int | None = None,
     *,
+    epochs: float | None = None,
+    hours: float | None = None,
     config: dict[str, Any] | None = None,
     name: str = "autolrs",
     storage_path: str | os.PathLike[str] = "runs",
@@ -40,6 +43,9 @@ def run(
     **search: Any,
 ) -> RunResult:
     """Train `trainable` for `total_steps` with automatic learning rates, and return what was found.
+
+    Or for `epochs` passes over its training data, or for as many steps as a run of about `hours` has room for, search and all:
+    then a trial of its own trains a few steps first, which are counted or timed.
 
     trainable: a function `build(config) -> TrainingTask`, an AutoLRSTrainable, or any Tune trainable (class, or function
     that calls tune.report). config: passed on to it, with "seed". resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
@@ -59,11 +65,14 @@ def run(
         from autolrs_ray.trial.distributed import worker_resources
 
         resources = worker_resources(workers, resources)
+    if resources is not None:
+        trainable = tune.with_resources(trainable, resources)
+    if total_steps is None or epochs is not None or hours is not None:
+        given = {**(config or {}), "seed": seed}
+        total_steps = _length(trainable, total_steps, epochs, hours, given, storage, name, search, reuse_actors)
     searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
     if is_uri(storage):
         searcher.mirror = Mirror.at(join(storage, name))
-    if resources is not None:
-        trainable = tune.with_resources(trainable, resources)
     reports = [LiveProgress(searcher)] if progress else []
     with _settings(TUNE_GLOBAL_CHECKPOINT_S="60", RAY_AIR_NEW_OUTPUT="0"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
@@ -88,6 +97,27 @@ def run(
         finally:
             searcher.close()  # or the folder stays locked while anyone holds on to an error's traceback
     return RunResult.load(join(storage, name))
+
+
+def _length(
+    trainable: Any, total_steps: int | None, epochs: float | None, hours: float | None, config: dict[str, Any], storage: str,
+    name: str, search: dict[str, Any], reuse_actors: bool,
+) -> int:  # fmt: skip
+    """Optimizer steps of the run, of which one of the three is given; what had to be measured is told."""
+    given = {"total_steps": total_steps, "epochs": epochs, "hours": hours}
+    if sum(value is not None for value in given.values()) != 1:
+        raise TypeError(f"give one of total_steps, epochs and hours, got {given}")
+    from autolrs_ray.driver.lengths import steps_of_epochs, steps_of_hours
+
+    clock = search.get("time_attr", "step")
+    with _settings(RAY_AIR_NEW_OUTPUT="0"):
+        if epochs is not None:
+            total, told = steps_of_epochs(trainable, epochs, config, storage, clock)
+        else:
+            assert hours is not None
+            total, told = steps_of_hours(trainable, hours, config, storage, name, clock, search, reuse_actors)
+    print(f"AutoLRS: {told}", file=sys.stderr)
+    return total
 
 
 def _builds_task(trainable: Any) -> bool:

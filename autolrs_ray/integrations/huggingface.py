@@ -30,7 +30,7 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
     """Writes the LR right before every optimizer step, has the Trainer evaluate where the pair wants a report, and reports.
 
     A report holds the metrics of all evaluation sets, eval_NAME as val_NAME, train_loss (mean since the last log), step
-    (`state.global_step`), lr, stage and role. Checkpoints are the Trainer's own, attached where they are needed.
+    (`state.global_step`), epoch, lr, stage and role. Checkpoints are the Trainer's own, attached where needed.
     It comes before the Trainer's other callbacks, so that their log has the LR in use. What these evaluate or save besides is
     no report.
     """
@@ -81,6 +81,8 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
 
     def _report(self, state: Any) -> dict[str, Any]:
         metrics, self._metrics = self._metrics, {}
+        if state.epoch:
+            metrics["epoch"] = float(state.epoch)
         return self.follower.report(state.global_step, metrics)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -28,7 +29,8 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
     """Writes the LR right before every optimizer step, has Lightning validate where the pair wants a report, and reports.
 
     A report holds every scalar the module has logged, train_loss (mean since the last report), step (optimizer steps:
-    `trainer.global_step`), lr, stage and role. Checkpoints are Lightning's own, attached where they are needed.
+    `trainer.global_step`), epoch (passes over the training data, where their length is known), lr, stage and role.
+    Checkpoints are Lightning's own, attached where they are needed.
 
     Raises ValueError where there is no validation data, or more than one optimizer.
     """
@@ -92,6 +94,8 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
         if self._count:
             metrics["train_loss"] = float(self._loss) / self._count
         self._due, self._loss, self._count = False, 0.0, 0
+        if math.isfinite(trainer.num_training_batches):
+            metrics["epoch"] = self._step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         report = self.follower.report(self._step, metrics)
         if not self.follower.checkpoint_due(self._step):
             tune.report(report)

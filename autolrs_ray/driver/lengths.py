@@ -1,0 +1,158 @@
+"""How many optimizer steps a run of so many epochs, or of so many hours, has: a trial of its own trains a few and is timed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import tune
+from ray.tune.error import TuneError
+
+from autolrs_ray.core.policy import AutoLRSError
+from autolrs_ray.driver.nodes import node_resources, trials_that_fit
+from autolrs_ray.record.journal import read_journal
+from autolrs_ray.record.stores import is_uri, join
+
+FEW, MORE = 4, 24  # steps between two reports of the trials that are timed: their difference is what 20 steps cost
+REPORTS = 3  # of each; the first, in which memory is taken and kernels are chosen, does not count
+RACE_WALL = {
+    1: 1.9,
+    2: 1.3,
+    3: 1.17,
+}  # T of wall-clock that a race took on so many slots, measured; on more a little less
+RACE_REPORTS = 25  # of one trunk: at the race's rungs, and at its commits
+LEAST_STEPS = 50  # a race over fewer goes by noise
+
+
+@dataclass
+class Pace(tune.Callback):  # type: ignore[misc]
+    """What a trial's reports tell: seconds per step and per report, and steps per epoch. Watches the trials it is given to."""
+
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    resources: Any = None
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.rows.setdefault(trial.trial_id, []).append(dict(result))
+        self.resources = trial.placement_group_factory
+
+    def steps_per_epoch(self, clock: str) -> int:
+        """Optimizer steps per epoch. Raises ValueError where the trials do not report "epoch", steps / steps per epoch."""
+        row = next((rows[-1] for rows in self.rows.values()), {})
+        if not row.get("epoch") or not row.get(clock):
+            raise ValueError('epochs= needs trials that report "epoch", the passes over the training data so far, as a '
+                             "TrainingTask, Lightning and Hugging Face do: give total_steps instead")  # fmt: skip
+        return math.ceil(row[clock] / row["epoch"] - 1e-6)
+
+    def seconds(self, clock: str) -> tuple[float, float]:
+        """Seconds per step, and per report beside its steps."""
+        found = []
+        for rows in self.rows.values():
+            steps = rows[-1][clock] - rows[-2][clock]
+            found.append((steps, min(row["time_this_iter_s"] for row in rows[1:])))
+        (few, quick), (more, slow) = min(found), max(found)
+        step = (slow - quick) / (more - few) if more > few and slow > quick else slow / more
+        return step, max(0.0, quick - few * step)
+
+
+def rehearse(
+    trainable: Any,
+    config: dict[str, Any],
+    storage: str,
+    reports: tuple[int, ...],
+    count: int,
+    reuse_actors: bool = True,
+) -> Pace:
+    """Train a trial for each of `reports`, steps between two reports, until it has made `count` of them; leaves no files.
+
+    Raises AutoLRSError, with the trial's own error, if one fails.
+    """
+    pace = Pace()
+    name = f".pace-{uuid.uuid4().hex[:8]}"
+    try:
+        tune.run(
+            trainable, name=name, storage_path=storage, stop={"training_iteration": count}, verbose=0, callbacks=[pace],
+            config={**config, "lr": 1e-6, "report_every": tune.grid_search(list(reports))}, max_concurrent_trials=1,
+            raise_on_failed_trial=False, reuse_actors=reuse_actors,
+        )  # fmt: skip
+    except TuneError as error:
+        raise AutoLRSError(f"the trial whose steps were to be timed failed: {error}") from error
+    finally:
+        _remove(join(storage, name))
+    whole = [rows for rows in pace.rows.values() if len(rows) >= count]
+    if len(whole) < len(reports):
+        raise AutoLRSError(
+            "the trial whose steps were to be timed failed before its first reports: see its error above, or give total_steps"
+        )
+    return pace
+
+
+def _remove(folder: str) -> None:
+    """Take away `folder`, a path or a URI, as far as that is possible."""
+    if not is_uri(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    from pyarrow.fs import FileSystem
+
+    store, path = FileSystem.from_uri(folder)
+    with suppress(OSError):
+        store.delete_dir(path)
+
+
+def steps_of_epochs(trainable: Any, epochs: float, config: dict[str, Any], storage: str, clock: str) -> tuple[int, str]:
+    """Optimizer steps of `epochs` passes over the training data, and a line that says how they were found."""
+    if not (isinstance(epochs, (int, float)) and math.isfinite(epochs) and epochs > 0):
+        raise ValueError(f"epochs must be a positive number, got {epochs!r}")
+    each = rehearse(trainable, config, storage, (1,), 1).steps_per_epoch(clock)
+    total = round(epochs * each)
+    return total, f"{epochs:g} epochs of {each:,} steps: T = {total:,} steps"
+
+
+def steps_of_hours(
+    trainable: Any,
+    hours: float,
+    config: dict[str, Any],
+    storage: str,
+    name: str,
+    clock: str,
+    search: dict[str, Any],
+    reuse_actors: bool = True,
+) -> tuple[int, str]:
+    """Optimizer steps of a run that takes about `hours`, search and all, and a line that says how they were found.
+
+    A run that is there already keeps its own. search: the options of AutoLRSSearch.
+    """
+    if not (isinstance(hours, (int, float)) and math.isfinite(hours) and hours > 0):
+        raise ValueError(f"hours must be a positive number, got {hours!r}")
+    if search.get("policy", "anchored") != "anchored":
+        raise ValueError(f'hours= is for policy="anchored", got {search["policy"]!r}: give total_steps')
+    if (begun := _steps_begun(join(storage, name))) is not None:
+        return begun, f"the run that is there goes on over its own T = {begun:,} steps"
+    pace = rehearse(trainable, config, storage, (FEW, MORE), REPORTS, reuse_actors)
+    step_s, report_s = pace.seconds(clock)
+    fit = trials_that_fit(pace.resources, node_resources())
+    slots = max(1, min(fit, search.get("slots") or fit))
+    wall = RACE_WALL.get(slots, RACE_WALL[max(RACE_WALL)])
+    total = int((hours * 3600.0 / wall - RACE_REPORTS * report_s) / step_s)
+    told = f"a step takes {1000 * step_s:.3g} ms and a report {1000 * report_s:.3g} ms"
+    if total < LEAST_STEPS:
+        raise ValueError(f"hours={hours:g} are too few: {told}, which leaves {max(0, total)} steps; give more, or validate on "
+                         "less (val_fraction)")  # fmt: skip
+    where = f"on {slots} slot{'s' * (slots > 1)} a run takes about {wall:g} T of wall-clock"
+    return total, f"{told}; {where}: {hours:.3g} hours are T = {total:,} steps"
+
+
+def _steps_begun(folder: str) -> int | None:
+    """T of the run in `folder`; None where there is none."""
+    try:
+        events = read_journal(folder)
+    except FileNotFoundError:
+        return None
+    totals = [event["config"]["total_steps"] for event in events if event["event"] == "start"]
+    totals += [event["total_steps"] for event in events if event["event"] == "extend"]
+    return int(totals[-1]) if totals else None
