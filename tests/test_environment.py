@@ -11,7 +11,7 @@ import ray
 import torch
 
 from autolrs_ray import AutoLRSSearch
-from autolrs_ray.driver import searcher
+from autolrs_ray.driver import desk
 from autolrs_ray.driver.environment import environment
 from autolrs_ray.record.journal import read_journal
 
@@ -33,9 +33,9 @@ def test_a_run_goes_on_in_another_environment_and_its_journal_names_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for version, resumed in (("2.0", False), ("3.0", True)):
-        monkeypatch.setattr(searcher, "environment", lambda version=version: {"packages": {"torch": version}})
+        monkeypatch.setattr(desk, "environment", lambda version=version: {"packages": {"torch": version}})
         search = AutoLRSSearch(100, num_lrs=3, resume="auto")
-        assert search.open_record(tmp_path) is resumed
+        assert search.desk.open_record(tmp_path) is resumed
         search.close()
     told = [event["environment"] for event in read_journal(tmp_path) if "environment" in event]
     assert told == [{"packages": {"torch": "2.0"}}, {"packages": {"torch": "3.0"}}]

@@ -14,7 +14,8 @@ from autolrs_ray.driver.live import LiveProgress
 
 def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
     search = AutoLRSSearch(1000, num_lrs=10, slots=4)
-    search.bound, search.slots, search.active = True, 4, 3
+    search.desk.plan_for(4)
+    search.desk.count_busy(3)
     policy = search.policy
     assert isinstance(policy, AnchoredPolicy)
     policy.trunks[0].status = "dropped"
@@ -36,7 +37,7 @@ def test_the_time_left_is_what_the_steps_since_the_view_began_took(monkeypatch: 
     clock = [1000.0]
     monkeypatch.setattr("autolrs_ray.driver.live.time.monotonic", lambda: clock[0])
     search = AutoLRSSearch(1000, num_lrs=2, slots=1)
-    search.bound = True
+    search.desk.plan_for(1)
     policy, screen = search.policy, StringIO()
     assert isinstance(policy, AnchoredPolicy)
     live = LiveProgress(search)
@@ -51,7 +52,7 @@ def test_the_time_left_is_what_the_steps_since_the_view_began_took(monkeypatch: 
 
 def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     search = AutoLRSSearch(100, policy="paper", stage_steps=50)
-    search.bound = True
+    search.desk.plan_for(1)
     live, screen = LiveProgress(search), StringIO()
     monkeypatch.setattr(live, "_console", Console(width=100, file=screen, force_terminal=True))
     live.on_step_end(1, [])

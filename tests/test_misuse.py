@@ -125,7 +125,7 @@ def search_by(policy: str, /, **options: Any) -> AutoLRSSearch:
 
 def start(trainable: Any, folder: Path, search: AutoLRSSearch | None = None, **options: Any) -> RunResult:
     search = search or search_by("paper")
-    search.max_slots = search.max_slots or 1
+    search.set_max_concurrency(1 if search.desk.settings.max_slots is None else search.desk.settings.max_slots)
     options = {"num_samples": -1, "reuse_actors": True, "verbose": 0, "config": {}, "max_failures": 0, **options}
     options.setdefault("scheduler", AutoLRSScheduler())
     tune.run(trainable, search_alg=search, storage_path=str(folder), name="run", **options)

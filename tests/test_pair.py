@@ -248,7 +248,8 @@ def test_a_race_for_the_highest_accuracy_looks_at_that_of_raw_and_averaged_weigh
 )  # fmt: skip
 def test_the_metric_of_averaged_weights_is_named_after_the_metric(metric: str, named: str, key: str) -> None:
     search = AutoLRSSearch(100, metric=metric, averaged_metric=named)
-    assert search.averaged_key == search.describe()["averaged_metric"] == key
+    settings = search.desk.settings
+    assert settings.keys.averaged == settings.describe()["averaged_metric"] == key
 
 
 def test_run_continues_where_it_was_and_refuses_other_settings(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ray.tune import PlacementGroupFactory
 from autolrs_ray import AutoLRSSearch
 from autolrs_ray import private as _ray
 from autolrs_ray.driver import slots
+from autolrs_ray.driver.desk import Desk
 from autolrs_ray.driver.nodes import describe_shortage, trials_that_fit
 from autolrs_ray.driver.slots import Slots
 
@@ -82,39 +83,39 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(monkeypatch)
 
 
-def begun(trial: Any = None, **options: Any) -> tuple[AutoLRSSearch, Slots]:
-    search = AutoLRSSearch(100, **{"num_lrs": 4, "infill": 1, **options})
-    found = Slots(search, trial or PlacementGroupFactory([{"CPU": 1}]))
+def begun(trial: Any = None, **options: Any) -> tuple[Desk, Slots]:
+    desk = AutoLRSSearch(100, **{"num_lrs": 4, "infill": 1, **options}).desk
+    found = Slots(desk, trial or PlacementGroupFactory([{"CPU": 1}]))
     found.ask()
-    return search, found
+    return desk, found
 
 
 def test_a_cluster_that_does_not_grow_is_asked_for_nothing(cluster: Cluster) -> None:
-    search, found = begun()
-    assert (search.slots, search.later_slots) == (1, None)
+    desk, found = begun()
+    assert desk.slots == 1
     cluster.nodes = [ONE, ONE]
     assert cluster.look(found) == 1
-    assert search.slots == 2
+    assert desk.slots == 2
     cluster.nodes = []
     assert cluster.look(found) == -1
-    assert search.slots == 1
-    search.close()
+    assert desk.slots == 1
+    found.withdraw()
     assert cluster.asked == []
 
 
 def test_an_autoscaler_is_asked_for_what_the_policy_can_use_until_the_end(cluster: Cluster) -> None:
     cluster.starting = 0
-    search, found = begun()
-    assert cluster.asked == [[{"CPU": 1.0}] * search.policy.breadth]
-    assert search.policy.breadth >= 4
+    desk, found = begun()
+    assert cluster.asked == [[{"CPU": 1.0}] * desk.policy.breadth]
+    assert desk.policy.breadth >= 4
     cluster.look(found)
     assert len(cluster.asked) == 1  # as before
-    search._policy = SimpleNamespace(breadth=2, emit=lambda *_, **__: None)  # learning rates have dropped out
+    desk._policy = SimpleNamespace(breadth=2, emit=lambda *_, **__: None)  # learning rates have dropped out
     cluster.look(found)
     assert cluster.asked[1:] == [[{"CPU": 1.0}] * 2]
-    search.close()
+    found.withdraw()
     assert cluster.asked[2:] == [[]]
-    search.close()
+    found.withdraw()
     cluster.look(found)  # Tune's loop goes round once more
     assert cluster.asked[3:] == []
 
@@ -128,10 +129,10 @@ def test_slots_cap_what_is_asked_for_and_bundles_that_belong_together_are_asked_
 
 def test_the_papers_policy_plans_for_the_slots_that_may_come(cluster: Cluster) -> None:
     def planned(**options: Any) -> tuple[int, int]:
-        search = AutoLRSSearch(100, policy="paper", stage_steps=50, num_lrs=4, **options)
-        found = Slots(search, PlacementGroupFactory([{"CPU": 1}]))
+        desk = AutoLRSSearch(100, policy="paper", stage_steps=50, num_lrs=4, **options).desk
+        found = Slots(desk, PlacementGroupFactory([{"CPU": 1}]))
         cluster.look(found)
-        return search.slots, search.policy.breadth
+        return desk.slots, desk.policy.breadth
 
     assert planned() == (1, 1)
     cluster.starting = 0
@@ -140,11 +141,11 @@ def test_the_papers_policy_plans_for_the_slots_that_may_come(cluster: Cluster) -
 
 
 def test_an_autoscaler_that_first_speaks_after_the_start_is_asked_too(cluster: Cluster) -> None:
-    search, found = begun()
+    desk, found = begun()
     assert cluster.asked == []
     cluster.starting = 1
     cluster.look(found)
-    assert cluster.asked == [[{"CPU": 1.0}] * search.policy.breadth]
+    assert cluster.asked == [[{"CPU": 1.0}] * desk.policy.breadth]
 
 
 def test_a_driver_that_ends_by_itself_withdraws_too(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +166,8 @@ def test_a_cluster_that_cannot_be_asked_ends_no_run(
 
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", gone)
     cluster.starting = 0
-    search, _ = begun()
-    search.close()
+    _, found = begun()
+    found.withdraw()
     assert "could not be asked to make room for" in caplog.text
 
 

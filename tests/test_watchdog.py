@@ -27,11 +27,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.fixture
 def dog() -> Watchdog:
     policy = SimpleNamespace(done=False, progress=dict, last_good=lambda arm: way_on("/run/c", 100, ""), wanted=list)
-    search: Any = SimpleNamespace(
-        report_timeout_s=10.0, arm_of={"a": "main"}, segments={"main": SEGMENT}, policy=policy
+    desk: Any = SimpleNamespace(
+        settings=SimpleNamespace(report_timeout_s=10.0),
+        policy=policy,
+        segment=lambda trial_id: SEGMENT,
+        arm=lambda trial_id: "main",
     )
     trial: Any = SimpleNamespace(status=Trial.RUNNING, trial_id="a", temporary_state=SimpleNamespace(ray_actor=None))
-    return Watchdog(search, {"a": trial}, PlacementGroupFactory([{"CPU": 1}]), lambda trial: trial.actor)
+    return Watchdog(desk, {"a": trial}, PlacementGroupFactory([{"CPU": 1}]), lambda trial: trial.actor)
 
 
 def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock: SimpleNamespace) -> None:
@@ -91,9 +94,9 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> tuple[Watchdog, SimpleNamespace]
     cluster = SimpleNamespace(nodes=[{"CPU": 1.0}, {"CPU": 1.0}], starting=None)
     monkeypatch.setattr(watchdog, "node_resources", lambda: cluster.nodes)
     monkeypatch.setattr(watchdog, "nodes_starting", lambda: cluster.starting)
-    search: Any = SimpleNamespace(report_timeout_s=10.0, resource_timeout_s=60.0)
+    desk: Any = SimpleNamespace(settings=SimpleNamespace(report_timeout_s=10.0, resource_timeout_s=60.0))
     trial: Any = SimpleNamespace(status=Trial.PENDING, trial_id="a")
-    return Watchdog(search, {"a": trial}, PlacementGroupFactory([{"CPU": 2}]), lambda trial: None), cluster
+    return Watchdog(desk, {"a": trial}, PlacementGroupFactory([{"CPU": 2}]), lambda trial: None), cluster
 
 
 def test_a_trial_that_fits_on_no_node_ends_the_run(

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import Verdict
-from autolrs_ray.driver.searcher import AutoLRSSearch
+from autolrs_ray.driver.desk import Desk
 
 
 @dataclass
@@ -21,14 +22,15 @@ class _Clock:
 class Clocks:
     """One for every trial that trains a segment."""
 
-    def __init__(self) -> None:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
         self._clocks: dict[str, _Clock] = {}
 
     def drop(self, trial_id: str) -> None:
         """The trial is gone, or starts anew."""
         self._clocks.pop(trial_id, None)
 
-    def heard(self, search: AutoLRSSearch, trial_id: str, verdict: Verdict, result: dict[str, Any]) -> None:
+    def heard(self, trial_id: str, step: int, verdict: Verdict, result: dict[str, Any]) -> None:
         """Journal when a segment ran and how long it was busy, once it ends."""
         now, busy_s = time.time(), float(result.get("time_this_iter_s") or 0.0)
         clock = self._clocks.setdefault(trial_id, _Clock(now - busy_s))
@@ -36,6 +38,6 @@ class Clocks:
         if verdict in (Verdict.CONTINUE, Verdict.SAVE):
             return
         del self._clocks[trial_id]
-        segment = search.segments[search.arm_of[trial_id]]
-        search.note("segment", time=now, arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
-                    start=segment.start, end=result[search.time_attr], began=clock.began, busy_s=clock.busy_s)  # fmt: skip
+        segment = self._desk.segment(trial_id)
+        self._desk.note(Event.SEGMENT, time=now, arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
+                        start=segment.start, end=step, began=clock.began, busy_s=clock.busy_s)  # fmt: skip

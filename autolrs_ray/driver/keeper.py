@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.utils import flatten_dict
 
 from autolrs_ray.core.policy import AutoLRSError, Verdict
-from autolrs_ray.driver.searcher import AutoLRSSearch
+from autolrs_ray.driver.desk import Desk
 from autolrs_ray.private import set_source
 from autolrs_ray.record.checkpoints import MANIFEST_FILE, CheckpointError, flush_checkpoint, verify_checkpoint
 from autolrs_ray.trial.shared import SharedState, SharedStates
@@ -52,8 +52,8 @@ class CheckpointKeeper:
     has a method `commit(path)` and reports "durable_step", and if the storage is a file system of this machine.
     """
 
-    def __init__(self, search: AutoLRSSearch, live: dict[str, Trial], storage: Any, trainable: type) -> None:
-        self._search, self._live = search, live
+    def __init__(self, desk: Desk, live: dict[str, Trial], storage: Any, trainable: type) -> None:
+        self._desk, self._live = desk, live
         self._filesystem = storage.storage_filesystem
         self._local = self._filesystem.type_name == "local"
         self._background = self._local and hasattr(trainable, "commit")
@@ -94,7 +94,7 @@ class CheckpointKeeper:
         self._note_promoting()
 
     def _role(self, trial_id: str) -> str:
-        return self._search.segments[self._search.arm_of[trial_id]].role
+        return self._desk.segment(trial_id).role
 
     def source(self, path: str | None) -> Checkpoint | None:
         """The checkpoint at `path`, for a trial to start from; None for None."""
@@ -106,7 +106,7 @@ class CheckpointKeeper:
 
     def _note_promoting(self) -> None:
         """The main trial may be about to start from a probe's end state that is still being written."""
-        self._search.promoting = any(save.verdict is Verdict.FINISH_AND_SAVE for save in self._saving.values())
+        self._desk.await_promotion(any(save.verdict is Verdict.FINISH_AND_SAVE for save in self._saving.values()))
 
     # -- written in the background -------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class CheckpointKeeper:
         message = result.get("checkpoint_error")
         if message is not None and self._said.get(trial.trial_id) != message:
             self._said[trial.trial_id] = message
-            self._search.note("warning", message=f"{self._search.arm_of[trial.trial_id]}: {message}")
+            self._desk.warn(f"{self._desk.arm(trial.trial_id)}: {message}")
         self._settle(trial, int(result.get("durable_step") or 0))
 
     def _settle(self, trial: Trial, durable_step: int) -> None:
@@ -139,7 +139,7 @@ class CheckpointKeeper:
         for step, path in ready:
             if self._is_whole(trial.trial_id, path):
                 # where Tune starts it again if it crashes
-                set_source(trial, self.source(path), {self._search.time_attr: step})
+                set_source(trial, self.source(path), {self._desk.settings.time_attr: step})
                 self._tell(trial.trial_id, step, path)
             else:
                 self._written.add(path)
@@ -150,11 +150,11 @@ class CheckpointKeeper:
         if not Path(path, MANIFEST_FILE).exists():
             return False
         if damage := _damage_by_size(path):
-            self._search.note("warning", message=f"{self._search.arm_of[trial_id]}: {damage}")
+            self._desk.warn(f"{self._desk.arm(trial_id)}: {damage}")
         return not damage
 
     def _tell(self, trial_id: str, step: int, path: str) -> None:
-        self._search.policy.saved(self._search.arm_of[trial_id], step, path)
+        self._desk.policy.saved(self._desk.arm(trial_id), step, path)
         self._written.add(path)
 
     # -- written by Tune -----------------------------------------------------------------------------------------------
@@ -174,15 +174,15 @@ class CheckpointKeeper:
             self._finish(trial, save)
 
     def _finish(self, trial: Trial, save: _Save) -> None:
-        search, arm = self._search, self._search.arm_of[trial.trial_id]
+        desk, arm = self._desk, self._desk.arm(trial.trial_id)
         written, fault = trial.latest_checkpoint_result, "could not be written; see the log above, and the disk space"
-        complete = written is not None and flatten_dict(written.metrics).get(search.time_attr) == save.step
+        complete = written is not None and flatten_dict(written.metrics).get(self._desk.settings.time_attr) == save.step
         if complete:
             self._settle(trial, save.step)  # a trainable ends its own writes before it saves for Tune
             complete = not (damage := self._damage(written.checkpoint.path))
             if damage:
                 fault = f"is no good: {damage}"
-                search.note("warning", message=f"{arm}: {damage}")
+                desk.warn(f"{arm}: {damage}")
         if complete:
             if save.shared is not None:
                 save.shared.written(written.checkpoint.path, save.step)
@@ -190,10 +190,10 @@ class CheckpointKeeper:
         elif arm == "main" and save.verdict is not Verdict.SAVE:
             raise AutoLRSError(
                 f"the main trial ended its segment at step {save.step}, but its checkpoint {fault}. The "
-                f"{search.policy.last_good(arm)}. {search.policy.progress()}"
+                f"{desk.policy.last_good(arm)}. {desk.policy.progress()}"
             )
         if save.verdict is Verdict.PAUSE:
-            search.policy.withdraw(arm)
+            desk.withdraw(trial.trial_id)
         if complete:
             self.delete_unneeded()
 
@@ -211,30 +211,30 @@ class CheckpointKeeper:
                 flush_checkpoint(path)
         except CheckpointError as error:
             return str(error)
-        return _damage_by_size(path) if self._search.manifests or Path(path, MANIFEST_FILE).exists() else ""
+        return _damage_by_size(path) if self._desk.has_manifest(path) else ""
 
     def damage_of_source(self, trial: Trial) -> str:
         """What is wrong on storage with the checkpoint that `trial`, which has failed, was to start from; "" if nothing.
 
         What lies on a store would have to be fetched: looked at only if the error speaks of the checkpoint.
         """
-        reason = self._search.reasons.get(trial.trial_id, "")
+        reason = self._desk.reason(trial.trial_id)
         if trial.checkpoint is None or not (self._local or "CheckpointError" in reason or "on storage" in reason):
             return ""
         try:
-            return self._search.damage(trial.checkpoint.path)
+            return self._desk.damage(trial.checkpoint.path)
         except OSError as error:  # then the trial has failed because the store does not answer
             logger.warning("cannot look at the checkpoint that %s was to start from: %s", trial, error)
             return ""
 
     def delete_unneeded(self) -> None:
         """Delete the checkpoints written so far that neither the policy nor a live trial needs, nor the record on disk."""
-        needed = self._search.policy.checkpoints()
+        needed = self._desk.policy.checkpoints()
         needed |= {trial.checkpoint.path for trial in self._live.values() if trial.checkpoint is not None}
         doomed = self._written - needed
         if doomed:
-            self._search.persist()  # first: a resumed run goes by the record
-        if self._search.fatal is not None:
+            self._desk.persist()  # first: a resumed run goes by the record
+        if self._desk.failure is not None:
             return
         for path in doomed:
             self._written.discard(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.tune import Callback
 from rich.console import Console, Group
@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from autolrs_ray.core.race.policy import AnchoredPolicy
-from autolrs_ray.driver.searcher import AutoLRSSearch
+
+if TYPE_CHECKING:
+    from autolrs_ray.driver.searcher import AutoLRSSearch
 
 INTERVAL_S = 0.25
 MAX_TRUNKS = 8  # lines of the race; the rest are counted
@@ -30,7 +32,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
     """Shows stage, trials, learning rate, loss, slots and time left; a line per change where there is no terminal."""
 
     def __init__(self, search: AutoLRSSearch) -> None:
-        self._search = search
+        self._desk = search.desk
         self._console = Console(file=sys.stderr)
         self._live: Live | None = None
         self._began, self._shown, self._first_step = time.monotonic(), 0.0, -1
@@ -38,16 +40,17 @@ class LiveProgress(Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
-        if now - self._shown < INTERVAL_S or not self._search.bound:
+        if now - self._shown < INTERVAL_S or not self._desk.begun:
             return
         self._shown = now
-        progress = self._search.policy.progress()
+        progress = self._desk.policy.progress()
         if self._first_step < 0:
             self._first_step = progress["step"]
-            compute, wall = self._search.policy.cost(self._search.slots)
+            name, slots = self._desk.settings.policy_name, self._desk.slots
+            compute, wall = self._desk.policy.cost(slots)
             self._console.print(
-                f"AutoLRS {self._search.policy_name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on "
-                f"{self._search.slots} slots (T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True,
+                f"AutoLRS {name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on {slots} slots "
+                f"(T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True,
             )  # fmt: skip
         if self._console.is_terminal:
             if self._live is None:
@@ -67,7 +70,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
 
     def view(self, progress: dict[str, Any]) -> Group:
         """The line, and under the anchored policy the trunks in the race: LR, score at the last rung, steps trained."""
-        line, policy = Text(self.line(progress)), self._search.policy
+        line, policy = Text(self.line(progress)), self._desk.policy
         if not isinstance(policy, AnchoredPolicy):
             return Group(line)
         racing = [trunk for trunk in policy.trunks if trunk.status in ("open", "won")]
@@ -84,9 +87,9 @@ class LiveProgress(Callback):  # type: ignore[misc]
 
     def line(self, progress: dict[str, Any]) -> str:
         """The line for one state of the policy."""
-        search = self._search
-        parts = [f"AutoLRS {search.policy_name}"]
-        if search.policy_name == "paper":
+        desk = self._desk
+        parts = [f"AutoLRS {desk.settings.policy_name}"]
+        if desk.settings.policy_name == "paper":
             parts.append(f"stage {progress['stage'] + 1}/{progress['stages']} {progress['phase']}")
             parts.append(f"probes {progress['resolved']}/{progress['trials']}")
         else:
@@ -95,7 +98,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
         parts.append(f"lr {progress['lr']:.3g}" if progress["lr"] is not None else "lr -")
         parts.append(f"loss {progress['loss']:.4g}" if progress["loss"] is not None else "loss -")
         parts.append(f"step {progress['step']}/{progress['total_steps']}")
-        parts.append(f"{search.active}/{search.slots} slots")
+        parts.append(f"{desk.busy}/{desk.slots} slots")
         elapsed, done = time.monotonic() - self._began, progress["step"] - max(0, self._first_step)
         left = elapsed * (progress["total_steps"] - progress["step"]) / done if done > 0 else None
         parts.append(

@@ -15,7 +15,8 @@ from ray.tune.experiment import Trial
 
 from autolrs_ray.driver.live import LiveProgress
 from autolrs_ray.driver.scheduler import AutoLRSScheduler
-from autolrs_ray.driver.searcher import CONFIG_KEY, AutoLRSSearch
+from autolrs_ray.driver.searcher import AutoLRSSearch
+from autolrs_ray.driver.settings import CONFIG_KEY
 from autolrs_ray.outcome.result import RunResult
 from autolrs_ray.record.mirror import Mirror
 from autolrs_ray.record.stores import is_uri, join, normal
@@ -72,7 +73,7 @@ def run(
         total_steps = _length(trainable, total_steps, epochs, hours, given, storage, name, search, reuse_actors)
     searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
     if is_uri(storage):
-        searcher.mirror = Mirror.at(join(storage, name))
+        searcher.desk.keep_on(Mirror.at(join(storage, name)))
     reports = [LiveProgress(searcher)] if progress else []
     with _settings(TUNE_GLOBAL_CHECKPOINT_S="60", RAY_AIR_NEW_OUTPUT="0"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
@@ -85,8 +86,8 @@ def run(
                 search_alg=searcher,
                 scheduler=AutoLRSScheduler(),
                 num_samples=-1,
-                metric=searcher.loss_key,
-                mode=searcher.mode or "min",
+                metric=searcher.desk.settings.loss_key,
+                mode=searcher.desk.settings.mode or "min",
                 max_failures=max_failures,
                 reuse_actors=reuse_actors,
                 trial_name_creator=_trial_name,

@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
+from autolrs_ray.driver.desk import Desk
 from autolrs_ray.driver.nodes import MOST_TRIALS, node_resources, packed, trials_that_fit
-from autolrs_ray.driver.searcher import AutoLRSSearch
 from autolrs_ray.private import nodes_starting
 
 logger = logging.getLogger(__name__)
@@ -19,49 +19,48 @@ RECOUNT_S = 2.0  # how often the cluster is asked for its size
 
 
 class Slots:
-    """Keeps `search.slots`, and on a cluster that starts nodes by itself the request for as many as the policy can use.
+    """Counts the desk's slots, and keeps asking a cluster that starts nodes by itself for as many as the policy can use.
 
     trial: the PlacementGroupFactory of every trial. Ray keeps one such request per cluster, whoever made the last one; it stays
-    until it is withdrawn, which happens when the search is closed, and at the latest when this process ends.
+    until it is withdrawn, which happens when the run ends, and at the latest when this process ends.
     """
 
-    def __init__(self, search: AutoLRSSearch, trial: Any) -> None:
-        self._search, self._trial = search, trial
+    def __init__(self, desk: Desk, trial: Any) -> None:
+        self._desk, self._trial = desk, trial
         self._grows = False  # an autoscaler has been seen
         self._asked = 0  # trials that it has been asked to make room for
         self._closed = False
         self._recounted = 0.0
-        search.slots = self._count()
-        search.policy.set_concurrency(search.slots)
+        desk.plan_for(self._count())
         self._look_for_autoscaler()
-        search.at_end = self.withdraw
+
+    @property
+    def _most(self) -> int:
+        return self._desk.settings.max_slots or MOST_TRIALS
 
     def _count(self) -> int:
-        most = self._search.max_slots or MOST_TRIALS
-        return max(1, trials_that_fit(self._trial, node_resources(), most))
+        return max(1, trials_that_fit(self._trial, node_resources(), self._most))
 
     def _look_for_autoscaler(self) -> None:
         """Plan for as many slots as the run may come to have, if there is one: its first nodes say nothing of that."""
         if not self._grows and nodes_starting() is not None:
-            self._grows, self._search.later_slots = True, self._search.max_slots or MOST_TRIALS
-            if self._search.policy.progress()["step"] == 0:
-                self._search.policy.set_concurrency(self._search.slots, self._search.later_slots)
+            self._grows = True
+            self._desk.may_grow_to(self._most)
 
     def recount(self) -> int:
         """Follow the cluster; how many slots there are more than before. The policy's proposals do not depend on it."""
-        search, now = self._search, time.monotonic()
+        now, before = time.monotonic(), self._desk.slots
         if now - self._recounted < RECOUNT_S:
             return 0
-        before, self._recounted, search.slots = search.slots, now, self._count()
+        self._recounted = now
+        self._desk.resize(self._count())
         self._look_for_autoscaler()
         self.ask()
-        if search.slots != before:
-            search.note("warning", message=f"room for {search.slots} trials at a time now, for {before} before")
-        return search.slots - before
+        return self._desk.slots - before
 
     def ask(self) -> None:
         """Have the autoscaler make room for the trials that may run side by side from here on."""
-        trials = min(self._search.policy.breadth, self._search.max_slots or MOST_TRIALS)
+        trials = min(self._desk.policy.breadth, self._most)
         if self._grows and not self._closed and trials != self._asked:
             self._request(packed(self._trial) * trials)
             if not self._asked:

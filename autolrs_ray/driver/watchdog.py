@@ -11,8 +11,8 @@ from ray.tune.experiment import Trial
 
 from autolrs_ray.core.policy import AutoLRSError
 from autolrs_ray.core.segments import next_report
+from autolrs_ray.driver.desk import Desk
 from autolrs_ray.driver.nodes import describe_shortage, node_resources, trials_that_fit
-from autolrs_ray.driver.searcher import AutoLRSSearch
 from autolrs_ray.private import nodes_starting
 
 IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
@@ -26,10 +26,8 @@ class Watchdog:
     actor_of: the actor that is being made for a trial that has its resources, or made ready for it; None if there is none.
     """
 
-    def __init__(
-        self, search: AutoLRSSearch, live: dict[str, Trial], resources: Any, actor_of: Callable[[Trial], Any]
-    ) -> None:
-        self._search, self._live, self._resources, self._actor_of = search, live, resources, actor_of
+    def __init__(self, desk: Desk, live: dict[str, Trial], resources: Any, actor_of: Callable[[Trial], Any]) -> None:
+        self._desk, self._live, self._resources, self._actor_of = desk, live, resources, actor_of
         self._seen: dict[str, float] = {}
         self._starting: dict[str, tuple[Any, float]] = {}  # trial -> the actor that it waits for, and since when
         self._steps: dict[str, int] = {}  # at the last report
@@ -55,10 +53,10 @@ class Watchdog:
 
     def _timeout_s(self, trial_id: str) -> float:
         """report_timeout_s, or more where the next report lies further ahead: runs may take days."""
-        segment = self._search.segments[self._search.arm_of[trial_id]]
+        segment = self._desk.segment(trial_id)
         step = max(segment.start, self._steps.get(trial_id, 0))
         expected_s = self._pace_s * (next_report(segment, step) - step)
-        return max(self._search.report_timeout_s, PATIENCE * expected_s)
+        return max(self._desk.settings.report_timeout_s, PATIENCE * expected_s)
 
     def look(self, held: dict[str, Trial], saving: int) -> None:
         """`held`: finished trials, whose silence is right. `saving`: checkpoints that are being written."""
@@ -71,7 +69,11 @@ class Watchdog:
             running += 1
             self._starting.pop(trial_id, None)
             silent = now - self._seen.setdefault(trial_id, now)
-            if trial_id not in held and silent > self._search.report_timeout_s and silent > self._timeout_s(trial_id):
+            if (
+                trial_id not in held
+                and silent > self._desk.settings.report_timeout_s
+                and silent > self._timeout_s(trial_id)
+            ):
                 self.heard(trial_id)
                 self._give_up(trial, trial.temporary_state.ray_actor, f"has reported nothing for {silent:.0f} s")
         pending = any(trial.status == Trial.PENDING for trial in self._live.values())
@@ -85,20 +87,18 @@ class Watchdog:
         if actor is None or actor is not before:
             since = now
         self._starting[trial.trial_id] = actor, since
-        if actor is not None and now - since > self._search.report_timeout_s:
+        if actor is not None and now - since > self._desk.settings.report_timeout_s:
             del self._starting[trial.trial_id]
             self._give_up(
                 trial, actor, f"has not started {now - since:.0f} s after it got its resources: see its setup()"
             )
 
     def _give_up(self, trial: Trial, actor: Any, what: str) -> None:
-        search, arm = self._search, self._search.arm_of[trial.trial_id]
-        message = f"{arm} {what} (report_timeout_s={search.report_timeout_s:g})"
+        desk, arm = self._desk, self._desk.arm(trial.trial_id)
+        message = f"{arm} {what} (report_timeout_s={desk.settings.report_timeout_s:g})"
         if arm == "main":
-            raise AutoLRSError(
-                f"the main trial {message}. The {search.policy.last_good(arm)}. {search.policy.progress()}"
-            )
-        search.note("warning", message=message)
+            raise AutoLRSError(f"the main trial {message}. The {desk.policy.last_good(arm)}. {desk.policy.progress()}")
+        desk.warn(message)
         if actor is not None:
             ray.kill(actor)  # Tune retries or ends the trial; its actor is not reused
 
@@ -112,18 +112,18 @@ class Watchdog:
             self._infeasible_since = self._counted_since = now
         if now - self._infeasible_since < START_S and nodes_starting():
             self._counted_since = now
-        if now - self._counted_since <= self._search.resource_timeout_s:
+        if now - self._counted_since <= self._desk.settings.resource_timeout_s:
             return
         raise AutoLRSError(
             f"{describe_shortage(self._resources, nodes)}. Ask for less per trial, add nodes, or raise resource_timeout_s "
-            f"(now {self._search.resource_timeout_s:g}) if the cluster is still growing."
+            f"(now {self._desk.settings.resource_timeout_s:g}) if the cluster is still growing."
         )
 
     def _check_standstill(self, stuck: bool, now: float) -> None:
-        if not stuck or self._search.policy.done or self._search.policy.wanted():
+        if not stuck or self._desk.policy.done or self._desk.policy.wanted():
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
         elif now - self._idle_since > IDLE_S:
-            progress = self._search.policy.progress()
+            progress = self._desk.policy.progress()
             raise AutoLRSError(f"nothing can make progress: {progress}; please report this with the journal")

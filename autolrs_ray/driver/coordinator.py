@@ -1,0 +1,302 @@
+"""The coordinator: sees to it that trials train what the policy wants, and maps its verdicts to Tune's verbs."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.trainable.function_trainable import FunctionTrainable
+
+from autolrs_ray.core.paper import surrogate
+from autolrs_ray.core.policy import AutoLRSError, Verdict
+from autolrs_ray.core.segments import Segment
+from autolrs_ray.driver.actors import Actors
+from autolrs_ray.driver.clocks import Clocks
+from autolrs_ray.driver.desk import Desk
+from autolrs_ray.driver.keeper import CheckpointKeeper
+from autolrs_ray.driver.reports import error_of
+from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
+from autolrs_ray.driver.slots import Slots
+from autolrs_ray.driver.watchdog import Watchdog
+from autolrs_ray.private import drop_windows, keep_actors_warm, set_source, starting_actor, use_idle_workers
+from autolrs_ray.record.mirror import Mirror
+from autolrs_ray.trial.trainable import writes_manifests
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+
+
+class Coordinator:
+    """The trials of a run from the first one on, with the keeper of their checkpoints, the watchdog, the slots, the actors
+    and the clocks. It keeps no durable state.
+
+    first: any trial; all have its resources, its class and its storage.
+    """
+
+    def __init__(self, desk: Desk, controller: TuneController, first: Trial) -> None:
+        self._desk, self._controller = desk, controller
+        self._resources, self._max_failures = first.placement_group_factory, first.max_failures
+        trainable, storage = first.get_trainable_cls(), first.storage
+        self._function_api = issubclass(trainable, FunctionTrainable)
+        self._live: dict[str, Trial] = {}
+        self._held: dict[str, Trial] = {}  # finished, or to be paused, as soon as their actors are wanted
+        self._reported: set[str] = set()  # since they were started or restored
+        self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
+        self._damage = ""  # of the checkpoint that a trial was to start from
+        self._went_back = 0
+        self._clocks, self._actors = Clocks(desk), Actors(desk)
+        self._slots = Slots(desk, self._resources)
+        local = storage.storage_filesystem.type_name == "local"
+        folder = storage.experiment_fs_path if local else storage.experiment_driver_staging_path
+        if not local:
+            desk.keep_on(Mirror(storage.storage_filesystem, storage.experiment_fs_path))
+        self._keeper = CheckpointKeeper(desk, self._live, storage, trainable)
+        self._watchdog = Watchdog(desk, self._live, self._resources, partial(starting_actor, controller))
+        if desk.open_record(folder, writes_manifests(trainable)):
+            self._keeper.adopt(folder)
+        self._slots.ask()
+        keep_actors_warm(controller, self._resources, desk.slots, more=desk.slots)
+        use_idle_workers(controller, trainable)
+        if getattr(desk.policy, "infill", True):  # a race without in-fill LRs proposes none
+            # a second, while the actors start; after the record, whose warnings it would silence
+            threading.Thread(target=surrogate.preload, daemon=True).start()
+
+    def __len__(self) -> int:
+        """Checkpoints that are being written."""
+        return len(self._keeper)
+
+    def close(self) -> None:
+        """The run is over, or ends with an error: let go of what is held outside of this process."""
+        self._slots.withdraw()
+        self._keeper.let_go()
+        self._desk.close()
+
+    # -- what Tune tells -----------------------------------------------------------------------------------------------
+
+    def add(self, trial: Trial) -> None:
+        """A trial waits to be started."""
+        if not self._desk.knows(trial.trial_id):  # of an earlier life of this run: its arm gets a new trial
+            if not trial.is_finished():
+                trial.set_status(Trial.TERMINATED)
+            return
+        if trial.placement_group_factory != self._resources:
+            raise ValueError(
+                f"trials ask for different resources ({trial.placement_group_factory.required_resources} and "
+                f"{self._resources.required_resources}): probes and the main trial take turns on the same slots, so "
+                "resources must not depend on the config"
+            )
+        self._drop_traces(trial.trial_id)
+        self._live[trial.trial_id] = trial
+        if CONFIG_KEY not in trial.config or isinstance(trial.config[CONFIG_KEY], str):
+            self._configure(trial, self._desk.segment(trial.trial_id))
+
+    def _configure(self, trial: Trial, segment: Segment) -> None:
+        trial.set_config({**trial.config, LR_KEY: segment.lr_at(segment.start), CONFIG_KEY: segment.to_config()})
+        set_source(trial, self._keeper.source(segment.source), {self._desk.settings.time_attr: segment.start})
+
+    def ended(self, trial: Trial) -> None:
+        """The trial has been completed or removed."""
+        self._drop_traces(trial.trial_id)
+
+    def _drop_traces(self, trial_id: str) -> None:
+        self._held.pop(trial_id, None)
+        self._reported.discard(trial_id)
+        for helper in (self._clocks, self._keeper, self._watchdog):
+            helper.drop(trial_id)
+
+    def crashed(self, trial: Trial) -> None:
+        """The trial has raised an error, or its actor has died. Tune may start it again."""
+        trial_id, damage = trial.trial_id, ""
+        self._desk.crashed(trial_id, error_of(trial))
+        if self._desk.knows(trial_id) and trial_id not in self._reported:
+            damage = self._keeper.damage_of_source(trial)
+        if damage:
+            self._damage = damage
+            if trial.status != Trial.ERROR:  # not to be recovered by Tune: it is not the arm that has failed
+                self._desk.forget(trial_id)
+        elif trial.status == Trial.PENDING:  # it was given an idle actor, which had died, or which cannot be reset
+            self._actors.lost_one()
+            self._start_again(trial)
+        self._actors.lost(trial_id)
+        self._drop_traces(trial_id)
+
+    def _start_again(self, trial: Trial) -> None:
+        """Within max_failures, have the arm of a trial that failed before it ran asked for anew: Tune only retries trials
+        that fail while they run."""
+        desk, trial_id = self._desk, trial.trial_id
+        if not desk.knows(trial_id) or 0 <= self._max_failures <= self._restarts[arm := desk.arm(trial_id)]:
+            return
+        self._restarts[arm] += 1
+        desk.warn(f"{arm} failed before it ran, and starts again: {desk.reason(trial_id)}")
+        desk.forget(trial_id)
+
+    def report(self, trial: Trial, result: dict[str, Any]) -> str:
+        """A trial has reported; what it does next, as one of Tune's verbs."""
+        desk, trial_id = self._desk, trial.trial_id
+        if not desk.knows(trial_id):
+            return TrialScheduler.STOP
+        if trial_id in self._held:
+            return TrialScheduler.NOOP
+        self._actors.heard(trial_id, result)
+        try:
+            point = desk.point(result, trial_id, trial_id not in self._reported)
+            self._watchdog.heard(trial_id, point.step)
+            self._reported.add(trial_id)
+            self._keeper.heard(trial, result)
+            verdict = desk.report(trial_id, point, self._can_save(result))
+            self._clocks.heard(trial_id, point.step, verdict, result)
+        except (AutoLRSError, ValueError, TypeError) as error:
+            desk.fail(error)
+            return TrialScheduler.NOOP
+        return self._carry_out(trial, verdict, point.step, result)
+
+    def _can_save(self, result: dict[str, Any]) -> bool:
+        """Class trainables save when asked; function trainables only by what they attached to this report."""
+        return not self._function_api or result.get("checkpoint_dir_name") is not None
+
+    def _carry_out(self, trial: Trial, verdict: Verdict, step: int, result: dict[str, Any]) -> str:
+        trial_id = trial.trial_id
+        if verdict is Verdict.CONTINUE:
+            return TrialScheduler.CONTINUE
+        if verdict is Verdict.ROLLBACK:
+            self._controller.pause_trial(trial, should_checkpoint=False)
+            self._desk.withdraw(trial_id)
+            return TrialScheduler.NOOP
+        if verdict is Verdict.FINISH:
+            self._held[trial_id] = trial
+            return TrialScheduler.NOOP
+        if verdict is Verdict.SAVE and self._keeper.commit(trial, step):
+            return TrialScheduler.CONTINUE
+        self._keeper.expect(trial_id, step, verdict)
+        if verdict is Verdict.PAUSE:
+            if self._actors_suffice():
+                return TrialScheduler.PAUSE
+            self._held[trial_id] = trial  # paused as soon as the other slots have actors of their own
+            return TrialScheduler.NOOP
+        if result.get("checkpoint_dir_name") is None:  # a function trainable has attached its checkpoint already
+            self._controller._schedule_trial_save(trial, result=result)
+        if verdict is Verdict.SAVE:
+            return TrialScheduler.CONTINUE
+        self._held[trial_id] = trial
+        return TrialScheduler.NOOP
+
+    # -- once per loop of Tune's ---------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Learn of all that has happened since the last loop; what ends the run is then the desk's `failure`."""
+        if self._desk.failure is not None:
+            return
+        try:
+            self._keeper.collect()
+            if self._damage and self._desk.trials <= set(self._live):  # or Tune is in the middle of adding trials
+                self._go_back()
+            self._reconcile()
+            if more := self._slots.recount():
+                keep_actors_warm(self._controller, self._resources, self._desk.slots, more=more)
+            self._watchdog.look(self._held, len(self._keeper))
+        except AutoLRSError as error:
+            self._desk.fail(error)
+        self._count_busy()
+
+    def next_trial(self) -> Trial | None:
+        """Do what is due, and name the trial that is to run next; None leaves the choice to `suggest`. Raises what ends the
+        run."""
+        self.look()
+        if self._desk.failure is not None:
+            self.close()
+            raise self._desk.failure
+        self._release()
+        self._count_busy()
+        self._desk.persist()
+        if not self._desk.policy.done:
+            return self._resume()
+        for trial in list(self._live.values()):
+            self._stop(trial)
+        self._desk.persist()
+        self.close()
+        return None
+
+    def _count_busy(self) -> None:
+        holding = [trial for trial_id, trial in self._live.items() if trial_id not in self._held]
+        self._desk.count_busy(sum(trial.status in (Trial.RUNNING, Trial.PENDING) for trial in holding))
+
+    def _go_back(self) -> None:
+        """A checkpoint was damaged after it had been found whole: as often as a trial may fail, end all trials, and go on
+        from the last good one as a run does that is resumed."""
+        damage, self._damage = self._damage, ""
+        self._went_back += 1
+        if 0 <= self._max_failures < self._went_back:
+            raise AutoLRSError(
+                f"{damage}. No trial can start from it: look at the storage, and run the same command again with "
+                'resume="auto" to go on from the last good checkpoint'
+            )
+        for trial in list(self._live.values()):
+            if not trial.is_finished():
+                self._stop(trial)
+        self._desk.go_back()
+
+    def _reconcile(self) -> None:
+        """Some of Tune's failure paths notify nobody: look at the trials themselves."""
+        desk = self._desk
+        for trial_id, trial in list(self._live.items()):
+            if not trial.is_finished():
+                if trial.status == Trial.PAUSED and not desk.policy.is_open(desk.arm(trial_id)):
+                    self._stop(trial)  # dropped while it waited
+                continue
+            error = error_of(trial) if trial.status == Trial.ERROR else "it ended early"
+            if "reset_config" in error:
+                raise AutoLRSError(
+                    f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new "
+                    "config, return True) or run with reuse_actors=False."
+                )
+            desk.book_failure(trial_id, error)
+            self._live.pop(trial_id)
+            self._drop_traces(trial_id)
+            if trial.status == Trial.ERROR and desk.failure is None:
+                # the run goes on; tune.run would raise at its end
+                self._controller._set_trial_status(trial, Trial.TERMINATED)
+
+    def _actors_suffice(self) -> bool:
+        return self._actors.suffice([t for t, trial in self._live.items() if trial.status == Trial.PENDING])
+
+    def _release(self) -> None:
+        """Let go of finished trials once all slots have actors, so that theirs serve the next trials."""
+        if not self._held or not self._actors_suffice():
+            return
+        for trial_id, trial in list(self._held.items()):
+            verdict = self._keeper.verdict_of(trial_id)
+            if trial.is_saving:
+                continue
+            if verdict is None:
+                self._stop(trial)
+            elif verdict is Verdict.PAUSE:
+                del self._held[trial_id]
+                self._controller.pause_trial(trial)
+
+    def _stop(self, trial: Trial) -> None:
+        self._desk.forget(trial.trial_id)
+        self._live.pop(trial.trial_id, None)
+        self._controller.stop_trial(trial)
+        drop_windows(trial)
+        self._drop_traces(trial.trial_id)
+
+    def _resume(self) -> Trial | None:
+        """Give the most urgent segment of a paused trial to it, if a slot is free."""
+        desk = self._desk
+        if not desk.room or desk.promoting:
+            return None
+        for segment in desk.policy.wanted():
+            trial_id = desk.trial_of(segment.arm)
+            trial = self._live.get(trial_id) if trial_id else None
+            if trial is None:
+                return None  # an arm without a trial comes first: suggest() gives it one
+            if trial.status == Trial.PAUSED and not trial.is_saving:
+                desk.hand_over(trial.trial_id, segment)
+                self._configure(trial, segment)
+                self._reported.discard(trial.trial_id)
+                return trial
+        return None
