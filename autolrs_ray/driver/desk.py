@@ -72,6 +72,8 @@ class Desk:
         if self._record is not None or self._restored:  # the policy has a past
             return
         self._policy = None
+        if self._work:
+            self.policy.wanted()  # proposes
         for segment in self._work.values():
             self.policy.issue(segment.arm)
 
