@@ -5,26 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from autolrs_ray.core.checks import require_int, require_one_of, require_tuple, validate_interval
+from autolrs_ray.core.checks import require_int, require_one_of, validate_interval
 from autolrs_ray.core.paper.plan import StagePlan
 from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Policy
-from autolrs_ray.core.race.plan import RUNGS, THRIFTY_RUNGS, THRIFTY_TOLERANCES, TOLERANCES, RacePlan
 from autolrs_ray.core.race.policy import AnchoredPolicy
 
 DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
-EFFORTS: dict[str, dict[str, Any]] = {
-    "thorough": {},
-    "thrifty": dict(rungs=THRIFTY_RUNGS, tolerances=THRIFTY_TOLERANCES, settled=0.5, finalists=2),
-}
-"""Settings of the race by name. Thrifty expects the best LR to settle sooner, and fewer to be worth going on with."""
-
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
                   "envelope")  # fmt: skip
-_RACE_OPTIONS = ("num_lrs", "envelope", "infill", "finalists", "drift", "settled", "early", "averaging", "reports", "commits",
-                 "branches", "warmup")  # fmt: skip
+_RACE_OPTIONS = ("num_lrs", "envelope", "warmup", "commits", "run_ahead")
 
 
 def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
@@ -45,19 +37,12 @@ def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **com
 
 
 def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
-    effort = options.pop("effort", "thorough")
-    require_one_of("effort", effort, EFFORTS)
-    options = {**EFFORTS[effort], **options}
-    rungs, tolerances = options.pop("rungs", None), options.pop("tolerances", None)
-    rungs = RUNGS if rungs is None else require_tuple("rungs", rungs)
-    tolerances = TOLERANCES if tolerances is None else require_tuple("tolerances", tolerances)
-    plan = RacePlan.from_fractions(total_steps, rungs, tolerances)
-    return AnchoredPolicy(total_steps, plan=plan, **common, **options)
+    return AnchoredPolicy(total_steps, **common, **options)
 
 
 _POLICIES: dict[str, tuple[Callable[..., Policy], tuple[str, ...]]] = {
     "paper": (_paper, _PLAN_OPTIONS + _PAPER_OPTIONS),
-    "anchored": (_anchored, ("effort", "rungs", "tolerances", *_RACE_OPTIONS)),
+    "anchored": (_anchored, _RACE_OPTIONS),
 }
 
 

@@ -1,46 +1,58 @@
-"""The rungs of the race: frozen, validated values."""
+"""What a race goes by: its rungs, as shares of the run and as steps, and the few numbers of its rule."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from autolrs_ray.core.checks import require_float, require_int
 
-RUNGS: tuple[float, ...] = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.5, 0.75)
-"""Fractions of the total steps at which the race compares its trunks."""
+RUNGS: tuple[float, ...] = (0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.5, 0.64, 0.8, 1.0)
+"""Shares of the run at which the race compares its trunks."""
 
-TOLERANCES: tuple[float, ...] = (0.01,) * 5 + (0.005,) * 5
-"""How much worse than the leader (relative score) an LR may be at each rung and still go on, whichever it is."""
-
-THRIFTY_RUNGS: tuple[float, ...] = (0.01, *RUNGS)
-THRIFTY_TOLERANCES: tuple[float, ...] = (0.005,) * len(THRIFTY_RUNGS)
+FIRST_READINGS = 4
+"""Reports of the smallest LR before anything is decided: of an untrained model's losses, and of how they scatter."""
 
 
 @dataclass(frozen=True)
 class RacePlan:
-    """Rungs of the opening race, in steps, with the tolerance at each. The last step of the run is no rung."""
+    """Rungs of a race, and how its rule judges at them; :mod:`autolrs_ray.core.race.rule` says what the numbers mean.
+
+    fractions: the rungs as nominal shares of the run, which the rule reads; steps: the same in optimizer steps, where they are
+    taken. rise: the share over which the learning rate rises. patience: 1 keeps the leader of the rung before in play.
+    """
 
     total_steps: int
-    rungs: tuple[int, ...]
-    tolerances: tuple[float, ...]
+    fractions: tuple[float, ...]
+    steps: tuple[int, ...]
+    rise: float = 0.2
+    settled: float = 0.3
+    close: float = 0.04
+    patience: int = 0
 
     @classmethod
-    def from_fractions(
-        cls, total_steps: int, fractions: tuple[float, ...] = RUNGS, tolerances: tuple[float, ...] = TOLERANCES
-    ) -> RacePlan:
-        """Rungs at `fractions` of `total_steps`; fractions that fall on the same step are merged (the later wins)."""
+    def of(cls, total_steps: int, fractions: tuple[float, ...] = RUNGS, **rule: Any) -> RacePlan:
+        """Rungs at `fractions` of `total_steps`, the last at its end. Of fractions that fall on one step the latest is kept."""
         require_int("total_steps", total_steps, 2)
-        if len(fractions) != len(tolerances) or not fractions:
-            raise ValueError(f"rungs and tolerances must have the same length >= 1, got {fractions}, {tolerances}")
         for fraction in fractions:
             require_float("each rung", fraction, 0.0, 1.0, low_open=True)
-        for tolerance in tolerances:
-            require_float("each tolerance", tolerance, 0.0, math.inf)
-        if list(fractions) != sorted(set(fractions)):
-            raise ValueError(f"rungs must be increasing fractions of the run, got {fractions}")
-        merged: dict[int, float] = {}
-        for fraction, tolerance in zip(fractions, tolerances, strict=True):
-            merged[max(1, round(fraction * total_steps))] = tolerance
-        steps = tuple(step for step in sorted(merged) if step < total_steps)
-        return cls(total_steps, steps, tuple(merged[step] for step in steps))
+        if not fractions or list(fractions) != sorted(set(fractions)) or fractions[-1] != 1.0:
+            raise ValueError(f"rungs must be increasing fractions of the run that end at 1, got {fractions}")
+        nominal = {max(1, round(fraction * total_steps)): fraction for fraction in fractions}
+        return cls(total_steps, tuple(nominal.values()), tuple(nominal), **rule)
+
+    @property
+    def first(self) -> float:
+        """The rung by which an untrained model's losses have been read: in FIRST_READINGS steps at the least."""
+        return next((at for at, step in zip(self.fractions, self.steps, strict=True) if step >= FIRST_READINGS), 1.0)
+
+    def step(self, fraction: float) -> int:
+        """The step of the rung at `fraction`."""
+        return self.steps[self.fractions.index(fraction)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> RacePlan:
+        return cls(**{**state, "fractions": tuple(state["fractions"]), "steps": tuple(state["steps"])})

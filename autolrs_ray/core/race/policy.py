@@ -1,81 +1,89 @@
 """The anchored policy: LR(t) = scale * rise(t) * envelope(t), the scale found by a race of trunks from step 0.
 
-Stage-wise search picks LRs too small too early (short-horizon bias, Wu et al. 2018). Here a field of scales trains under
-one decay envelope; at rungs an LR is dropped only when it is too far behind to change places, and the last one alive is
-the run itself: no step is trained twice.
+Stage-wise search picks LRs too small too early (short-horizon bias, Wu et al. 2018). Here whole trainings at different scales
+run under one decay envelope and are compared at rungs. Which of them go on is the rule's to say
+(:mod:`autolrs_ray.core.race.rule`); the one that wins is the run itself: no step of it is trained twice.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean, stdev
 from typing import Any
 
 from autolrs_ray.core.checks import require_bool, require_float, require_int
-from autolrs_ray.core.envelopes import EnvelopeSpec, bin_centred_grid, envelope_factor
-from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, finite_or_inf, refuse_ignored_lr
-from autolrs_ray.core.race.field import RaceField
-from autolrs_ray.core.race.plan import RacePlan
-from autolrs_ray.core.race.rule import FINALISTS_FROM, FLATTERED_UNTIL, Trunk, catch_up, leader_of, losers, reach
+from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, bin_centred_grid, envelope_factor
+from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, finite_or_inf, refuse_ignored_lr, way_on
+from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
+from autolrs_ray.core.race.rule import Course, Reading, Untrained, walk
+from autolrs_ray.core.race.trunk import ENDED, Trunk
 from autolrs_ray.core.segments import Segment
 
 HOLDS = {"wsd": 0.4, "constant": 1.0}
 """Envelopes that begin with a hold at 1, and the fraction of the run it lasts: runs under them can be extended."""
 
+AHEAD_UNTIL = 0.12
+"""Share of the run up to which free slots run trunks ahead."""
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18}
+"""Student's t by the number of readings: 95 % lie within so many standard deviations of their mean."""
+
 
 @dataclass
-class AnchoredPolicy(RaceField):
-    """A race of `num_lrs` LR scales over `lr_interval` under `envelope`, plus `infill` scales between the leaders.
+class AnchoredPolicy(Policy):
+    """A race of `num_lrs` LR scales over `lr_interval` under `envelope`.
 
-    drift: as training goes on the best LR falls, by no more than so many decades per doubling of the steps done, until
-    `settled` * T. An LR below the leader's stays while the best may still fall to it (0: none does).
-    finalists: trunks that may go past 0.16 T (None: three, or a quarter of a field of more than twelve: in a denser one the
-    leader's neighbours would take all places).
-    averaging: score trunks on the better of raw and averaged weights where both are reported. reports: validation points up to
-    each boundary before `early` * T, twice as many up to the first; later one.
-    commits: checkpoints of a trunk over the whole run, beside those at rungs. branches: LRs between the leader's and four
-    times that, tried from the leader's own state after the first rung at or past 0.32 T; the rungs after it decide.
-    warmup: fraction of the run over which a linear rise is a factor beside the envelope (0: none).
+    warmup: share of the run over which a linear rise is a factor beside the envelope (0: none). commits: checkpoints of a trunk
+    over the whole run, beside those at rungs. run_ahead: slots that the rule leaves over train the next LRs below those in play
+    ahead, up to 0.12 T, in case they are needed.
     """
 
+    lr_interval: tuple[float, float] = (1e-5, 10.0)
+    num_lrs: int = 12
     envelope: EnvelopeSpec = "quadratic"
-    finalists: int | None = None
-    drift: float = 0.5
-    settled: float = 0.64
-    early: float = 0.32
-    averaging: bool = True
-    reports: int = 1
-    commits: int = 10
     warmup: float = 0.2
+    commits: int = 10
+    run_ahead: bool = True
+    plan: RacePlan | None = None
 
+    # durable state
+    trunks: list[Trunk] = field(default_factory=list, init=False)
+    untrained: Untrained | None = field(default=None, init=False)
+    phase: str = field(default="race", init=False)
+    heir: int | None = field(default=None, init=False)  # the one trunk of a race that is over and was extended
+    warmup_steps: int = field(init=False)  # of the run as it began: extending it changes none of them
+    decided: int = field(default=0, init=False)
+
+    # volatile
+    _course: Course = field(init=False, repr=False)
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
+    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+    _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_lrs", "reports", "commits", "concurrency"):
+        for name in ("num_lrs", "commits", "concurrency"):
             require_int(name, getattr(self, name), 1)
-        require_int("infill", self.infill, 0)
-        if self.finalists is not None:
-            require_int("finalists", self.finalists, 1)
-        require_int("branches", self.branches, 0)
-        require_bool("averaging", self.averaging)
-        require_float("drift", self.drift, 0.0, math.inf)
-        require_float("settled", self.settled, 0.0, 1.0, low_open=True)
-        require_float("early", self.early, 0.0, 1.0)
-        self.warmup_steps = round(require_float("warmup", self.warmup, 0.0, 1.0) * self.total_steps)
+        require_bool("run_ahead", self.run_ahead)
+        rise = require_float("warmup", self.warmup, 0.0, 1.0)
+        self.warmup_steps = round(rise * self.total_steps)
+        self.rungs = self.plan or RacePlan.of(self.total_steps, rise=rise)
         for step in (0, self.total_steps // 2, self.total_steps):
             envelope_factor(self.envelope, step, self.total_steps)
         self._boundaries = self._lay_boundaries()
-        for x in bin_centred_grid(self.num_lrs):
-            self._new_trunk(x)
+        interval = LogInterval(*self.lr_interval)
+        self.trunks = [Trunk(interval.lr(x)) for x in bin_centred_grid(self.num_lrs)]
         for i, trunk in enumerate(self.trunks):
-            self.emit("proposal", stage=0, probe=i, arm=self._arm(i), lr=trunk.lr)
+            self.emit("proposal", stage=0, probe=i, arm=_arm(i), lr=trunk.lr, status=trunk.status)
+        self._follow()
 
     def _lay_boundaries(self) -> tuple[int, ...]:
         """Steps at which checkpoints are due: rungs, commits, the end of the envelope's hold, the end."""
         spaced = {round(self.total_steps * i / self.commits) for i in range(1, self.commits + 1)}
-        rungs = self.plan.rungs
-        late = {step for step in (*spaced, self._hold_end()) if not rungs or step > rungs[0]}
-        return tuple(sorted(set(rungs) | late | {self.total_steps}))
+        steps = (self.total_steps,) if self.heir is not None else self.rungs.steps
+        late = {step for step in (*spaced, self._hold_end()) if step > (0 if self.heir is not None else steps[0])}
+        return tuple(sorted({*steps, *late}))
 
     def _hold_end(self) -> int:
         """Last step up to which the envelope is 1 whatever the total is; 0 where it falls from the start."""
@@ -87,111 +95,150 @@ class AnchoredPolicy(RaceField):
         The steps trained while the envelope held stay; what came after is trained again at the longer envelope. Raises
         ValueError if the envelope does not hold first, the race is still on, or `total_steps` is not larger.
         """
-        alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
+        alive = [i for i, trunk in enumerate(self.trunks) if trunk.status in ("open", "won")]
         if not self._hold_end():
             raise ValueError(
                 f"envelope {self.envelope!r} falls from the start: only {' and '.join(HOLDS)} can be extended"
             )
         if total_steps <= self.total_steps:
             raise ValueError(f"total_steps must be larger than {self.total_steps}, got {total_steps}")
-        if len(alive) != 1:
+        if len(alive) != 1 or not self._course.decisions:
             raise ValueError(f"{len(alive)} learning rates are still in the race: let it come to one before extending")
-        trunk = alive[0]
+        trunk = self.trunks[alive[0]]
         if trunk.step > self._hold_end():
             if trunk.held is None:
                 raise ValueError("the checkpoint at the end of the hold is lost: the run cannot be extended")
             (trunk.step, trunk.checkpoint), trunk.previous = trunk.held, None
-        trunk.status, trunk.scores, trunk.saved_loss = "open", {}, None
-        self.total_steps, self.phase = total_steps, "race"
-        self._close_race()
-        self.emit("extend", total_steps=total_steps, step=trunk.step, lr=trunk.lr)
-
-    def _close_race(self) -> None:
-        """No rungs any more: the one trunk left trains to the end."""
-        self.plan, self.decided = RacePlan(self.total_steps, (), ()), 0
+        trunk.status, trunk.saved_loss, trunk.since = "open", None, []
+        self.total_steps, self.phase, self.heir = total_steps, "race", alive[0]
         self._boundaries = self._lay_boundaries()
+        self._points.clear()
+        self.emit("extend", total_steps=total_steps, step=trunk.step, lr=trunk.lr)
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
     @property
-    def trials_needed(self) -> int:
-        return self.num_lrs
-
-    def _is_ahead(self, step: int) -> bool:
-        """Whether a trunk at `step` waits for the others: it has passed two rungs that are not decided yet."""
-        return sum(rung <= step for rung in self.plan.rungs) > self.decided + 1
+    def done(self) -> bool:
+        return self.phase == "done"
 
     @property
-    def _places(self) -> int:
-        """How many trunks may go on as finalists."""
-        return max(3, -(-(self.num_lrs + self.infill) // 4)) if self.finalists is None else self.finalists
+    def trials_needed(self) -> int:
+        return min(2, self.num_lrs)
+
+    @property
+    def breadth(self) -> int:
+        in_play = 1 if self.heir is not None else len(self._course.play)
+        return max(1, min(3, in_play + len(self._candidates())))
 
     def cost(self, slots: int) -> tuple[float, float]:
-        trunks, late = self.num_lrs + self.infill, min(self._places, self.num_lrs + self.infill)
-        waves, last = -(-trunks // max(1, slots)), -(-late // max(1, slots))
-        early = FINALISTS_FROM
-        more = 0.0 if self._fork_step is None else self.branches * (1.0 - self._fork_step / self.total_steps)
-        wall = waves * early + last * (1.0 - early) + (more if slots <= late else more / slots)
-        return trunks * early + late * (1.0 - early) + more, wall
+        few, settled = min(3, self.num_lrs), self.rungs.settled
+        compute = self.num_lrs * settled + few * (1.0 - settled)
+        return compute, max(1.0, compute / min(slots, few)) if slots > 1 else compute
+
+    def _needed(self) -> dict[int, int]:
+        """Trunk -> the step to which the rule needs it."""
+        if self.done:
+            return {}
+        alone = self._course.winner if self.heir is None else self.heir
+        if alone is not None:
+            return {alone: self.total_steps} if self.trunks[alone].step < self.total_steps else {}
+        return {i: self.rungs.step(rung) for i, rung in self._course.missing.items()}
+
+    def _candidates(self) -> list[int]:
+        """Trunks that may run ahead, those that are likely to be needed first, first: the next below those in play."""
+        if not self.run_ahead or self.done or self.heir is not None or self._course.winner is not None:
+            return []
+        play = self._course.play
+        below = (
+            range(min(play - {0}, default=0) - 1, -1, -1)
+            if self.untrained is None
+            else range(min(play, default=0))[::-1]
+        )
+        end = max((s for s in self.rungs.steps if s <= round(AHEAD_UNTIL * self.total_steps)), default=0)
+        return [i for i in below if i not in play and self.trunks[i].active and self._front(i) < end]
+
+    def _front(self, i: int) -> int:
+        """How far trunk `i` has come: its last commit, or the last rung at which it was read."""
+        return max(self.trunks[i].step, *(self.rungs.step(rung) for rung in self.trunks[i].readings), 0)
+
+    def _ahead(self) -> list[int]:
+        """Trunks that run ahead now, or may: as many as the rule leaves slots."""
+        needed = set(self._needed()) | {int(arm[1:]) for arm in self._issued if int(arm[1:]) in self._course.play}
+        return self._candidates()[: max(0, self.concurrency - len(needed))]
 
     def wanted(self) -> list[Segment]:
-        if self.done:
-            return []
-        waiting = [(trunk.step, i, trunk) for i, trunk in self._open() if self._arm(i) not in self._issued]
-        return [
-            self._segment(i, trunk)
-            for step, i, trunk in sorted(waiting, key=lambda item: item[:2])
-            if not self._is_ahead(step) and step < self.total_steps
-        ]
+        needed = sorted(self._needed(), key=lambda i: (self.trunks[i].step, i))
+        free = [i for i in (*needed, *self._ahead()) if _arm(i) not in self._issued]
+        return [self._segment(i) for i in free]
 
-    def _segment(self, index: int, trunk: Trunk) -> Segment:
+    def _segment(self, i: int) -> Segment:
+        trunk = self.trunks[i]
         boundaries = tuple(boundary for boundary in self._boundaries if boundary > trunk.step)
-        reports = tuple(self._reports_from(low) for low in (trunk.step, *boundaries[:-1]))
-        return Segment(self._arm(index), "trunk", 0, trunk.lr, trunk.step, boundaries, reports, trunk.checkpoint,
+        until = self.rungs.step(self.rungs.first) if self.untrained is None and i == self._baseline() else 0
+        reports = tuple(FIRST_READINGS if boundary <= until else 1 for boundary in boundaries)
+        return Segment(_arm(i), "trunk", 0, trunk.lr, trunk.step, boundaries, reports, trunk.checkpoint,
                        self.envelope, self.total_steps, self.warmup_steps)  # fmt: skip
-
-    def _reports_from(self, step: int) -> int:
-        """Reports between the boundary `step` and the next: the first rung looks back to a point early in its stretch, and
-        what lies between two late boundaries decides nothing."""
-        if step >= round(self.early * self.total_steps):
-            return 1
-        return self.reports if step else 2 * self.reports
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def report(self, arm: str, point: Point, can_save: bool = True) -> Verdict:
-        index = int(arm[1:])
-        trunk = self.trunks[index]
-        if self.done or trunk.status != "open":
+        i = int(arm[1:])
+        trunk = self.trunks[i]
+        if self.done or not trunk.active:
             return Verdict.FINISH
         crossed = self._record(arm, trunk, point)
-        if not math.isfinite(self._score(point)):
-            self._end(index, "diverged")
-            self._settle()
+        if not math.isfinite(score_of(point)):
+            self._break(i, "diverged")
             return Verdict.FINISH
+        if self.heir is None:
+            for rung, step in zip(self.rungs.fractions, self.rungs.steps, strict=True):
+                if step in crossed and rung not in trunk.readings:
+                    self._read(i, rung, point)
         if crossed:
-            for rung in crossed:
-                if rung in self.plan.rungs and rung not in trunk.scores:
-                    self._score_rung(index, rung, self._points[arm])
-            self._points[arm] = []
-            self._crossings[arm].append(point)
             self._settle()
-            if trunk.status != "open":
+            if not trunk.active:
                 return Verdict.FINISH
-        return self._rest(arm, trunk, point, can_save) if crossed or arm in self._unsaved else Verdict.CONTINUE
+        return self._rest(i, point, can_save) if crossed or arm in self._unsaved else Verdict.CONTINUE
 
     def _record(self, arm: str, trunk: Trunk, point: Point) -> list[int]:
         """Take the point in; return the boundaries crossed since the one before it."""
-        points, crossings = self._points.setdefault(arm, []), self._crossings.setdefault(arm, [])
-        for earlier in (points, crossings):
-            while earlier and earlier[-1].step >= point.step:  # the trial was restarted and goes over old ground
-                earlier.pop()
-        before = max(trunk.step, *(earlier[-1].step for earlier in (points, crossings) if earlier), 0)
+        points = self._points.setdefault(arm, [Point(step, math.nan, train) for step, train in trunk.since])
+        while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
+            points.pop()
+        before = max(trunk.step, points[-1].step if points else 0)
         points.append(point)
         return [boundary for boundary in self._boundaries if before < boundary <= point.step]
 
-    def _rest(self, arm: str, trunk: Trunk, point: Point, can_save: bool) -> Verdict:
+    def _read(self, i: int, rung: float, point: Point) -> None:
+        """Note what trunk `i` reads at `rung`."""
+        trunk, arm = self.trunks[i], _arm(i)
+        index = self.rungs.fractions.index(rung)
+        reading = Reading(score_of(point), self._train_loss(arm, self.rungs.steps[index - 1] if index else 0))
+        trunk.readings[rung] = reading
+        self.emit("rung", arm=arm, probe=i, lr=trunk.lr, step=self.rungs.steps[index], rung=rung, score=reading.score,
+                  loss=point.loss, averaged_loss=point.averaged_loss, train_loss=reading.train)  # fmt: skip
+        if self.untrained is None and i == self._baseline() and rung >= self.rungs.first:
+            self.untrained = untrained_by(self._points[arm])
+
+    def _train_loss(self, arm: str, since: int) -> float | None:
+        """Mean training loss per step, up to the last report, from the report on at which the step `since` was passed."""
+        points = self._points[arm]
+        start = next((n for n, point in enumerate(points) if point.step >= since > 0), None)
+        spans = list(
+            pairwise([Point(self.trunks[int(arm[1:])].step, 0.0), *points] if start is None else points[start:])
+        )
+        losses = [(later.step - earlier.step, later.train_loss) for earlier, later in spans]
+        losses = losses or [(1, points[-1].train_loss)]
+        known = [(steps, loss) for steps, loss in losses if loss is not None and steps > 0]
+        return sum(steps * loss for steps, loss in known) / sum(steps for steps, _ in known) if known else None
+
+    def _baseline(self) -> int | None:
+        """The smallest LR that has not come to grief: what it reads at first is an untrained model's."""
+        return next((i for i, trunk in enumerate(self.trunks) if not trunk.broken), None)
+
+    def _rest(self, i: int, point: Point, can_save: bool) -> Verdict:
         """The verdict at a boundary, or at the first report after it whose state can be saved."""
+        arm, trunk = _arm(i), self.trunks[i]
         if not can_save:
             self._unsaved.add(arm)
             if point.step >= 2 * self.total_steps - trunk.step:
@@ -203,83 +250,99 @@ class AnchoredPolicy(RaceField):
         self._unsaved.discard(arm)
         if point.step >= self.total_steps:
             return Verdict.FINISH_AND_SAVE
+        needed = self._needed()
         full = len(self._issued) >= self.concurrency
-        behind = full and any(other.start < point.step for other in self.wanted())
-        return Verdict.PAUSE if behind or self._is_ahead(point.step) else Verdict.SAVE
+        if needed.get(i, 0) > point.step:
+            behind = full and any(self.trunks[j].step < point.step for j in needed if _arm(j) not in self._issued)
+            return Verdict.PAUSE if behind else Verdict.SAVE
+        urgent = full and any(_arm(j) not in self._issued for j in needed)
+        return Verdict.SAVE if i in self._ahead() and not urgent else Verdict.PAUSE
 
-    def _score(self, point: Point) -> float:
-        """Of the raw or the averaged weights, whichever are better: one of them is the final model."""
-        if not self.averaging or point.averaged_loss is None:
-            return point.loss
-        return min(point.loss, point.averaged_loss, key=finite_or_inf)
+    # -- what follows --------------------------------------------------------------------------------------------------
 
-    def _score_rung(self, index: int, rung: int, points: list[Point]) -> None:
-        since = [self._score(point) for point in points]
-        tail = since[-max(1, len(since) // 4) :]
-        trunk, last = self.trunks[index], points[-1]
-        if trunk.first_score is None:
-            trunk.first_score = since[0]
-        trunk.scores[rung], trunk.train_loss = sum(tail) / len(tail), last.train_loss
-        trunk.moved = len(set(since)) > 1
-        self.emit("rung", arm=self._arm(index), probe=index, lr=trunk.lr, step=rung, score=trunk.scores[rung],
-                  loss=last.loss, averaged_loss=last.averaged_loss)  # fmt: skip
-
-    # -- the rule ------------------------------------------------------------------------------------------------------
+    def _follow(self) -> None:
+        """Ask the rule how far what has been read carries the race."""
+        self._course = walk([trunk.readings for trunk in self.trunks], self.untrained, self.rungs)
 
     def _settle(self) -> None:
-        """Draw every conclusion that what is known allows: rungs, the end, or that there is none."""
-        self._decide()
-        self._branch()
-        if not self._open() and not self.done and not self._revive():
-            self._fail()
-        self._finish_if_last()
+        """Draw every conclusion that what is known allows: who goes on, the end, or that there is none."""
+        if self.heir is None:
+            if self.untrained is None:
+                self._take_baseline()
+            self._follow()
+            self._announce()
+            self._sort_out()
+            if not self._course.missing and self._course.winner is None:
+                self._fail()
+        self._finish_if_won()
 
-    def _decide(self) -> None:
-        """Decide every rung that all open trunks have passed, in order.
+    def _take_baseline(self) -> None:
+        """The smallest LR has come to grief, and the next one has been read already."""
+        i = self._baseline()
+        reading = None if i is None else self.trunks[i].readings.get(self.rungs.first)
+        if reading is not None:
+            self.untrained = Untrained(reading.score, reading.train)
 
-        A trunk that passed the rung and diverged after it takes part: it would have if the others had been faster.
-        """
-        while self.decided < len(self.plan.rungs) and self._parent() is None:
-            rung = self.plan.rungs[self.decided]
-            if any(rung not in trunk.scores for _, trunk in self._open()):
-                return
-            field = [t for t in self.trunks if t.status in ("open", "diverged") and rung in t.scores]
+    def _announce(self) -> None:
+        for decision in self._course.decisions[self.decided :]:
+            field_ = [i for i, trunk in enumerate(self.trunks) if decision.rung in trunk.readings]
             if self.decided == 0:
-                refuse_ignored_lr([(trunk.lr, trunk.scores[rung], trunk.train_loss, trunk.moved) for trunk in field])
-            self._drop(rung, self.plan.tolerances[self.decided], field)
+                seen = [(i, self.trunks[i].readings[decision.rung]) for i in field_]
+                refuse_ignored_lr(
+                    [(self.trunks[i].lr, r.score, r.train, False) for i, r in seen if math.isfinite(r.score)]
+                )
+            score = self.trunks[decision.leader].readings[decision.rung].score
+            self.emit("decision", step=self.rungs.step(decision.rung), rung=decision.rung, score=score,
+                      leader=self.trunks[decision.leader].lr, judged=decision.judged,
+                      kept=[self.trunks[i].lr for i in sorted(decision.play)])  # fmt: skip
             self.decided += 1
-            if self.decided == 1 and self.infill:
-                self._fill_in()
 
-    def _blown_up(self, leader: Trunk, rung: int) -> bool:
-        """Whether even the leader is no better off than at its first report, and a lower LR, dropped since, was better:
-        then that one was dropped wrongly, for being slow while the rise hid that the leader's LR is too large. Early on
-        only: later, a model that learns its data by heart is as badly off, at any LR."""
-        first = leader.first_score
-        if first is None or not self.warmup_steps or rung >= round(FLATTERED_UNTIL * self.total_steps):
-            return False
-        score = leader.scores[rung]
-        fallen = [t for t in self.trunks if t.status == "dropped" and t.lr < leader.lr and t.parent is None]
-        return score >= first and any(min(t.scores.values()) < score for t in fallen)
+    def _sort_out(self) -> None:
+        """Every trunk's status: in play, waiting for its turn below, or given up."""
+        play, winner, decisions = self._course.play, self._course.winner, self._course.decisions
+        leader = decisions[-1].leader if decisions else None
+        for i, trunk in enumerate(self.trunks):
+            if trunk.broken or trunk.status == "won":
+                continue
+            if i in play or i in self._course.missing:
+                if trunk.status == "dropped":
+                    trunk.restart()
+                    self._tell(i, "all other learning rates have diverged; it starts again")
+                self._turn(i, "open")
+            elif trunk.readings:
+                passed = winner is not None or (leader is not None and i > leader)
+                self._turn(i, "dropped" if passed else "waiting")
 
-    def _drop(self, rung: int, tolerance: float, field: list[Trunk]) -> None:
-        while field and self._blown_up(leader := leader_of(field, rung), rung):
-            field.remove(leader)
-            if leader.status == "open":
-                self._end(self.trunks.index(leader), "diverged")
-        if not field:
+    def _turn(self, i: int, status: str) -> None:
+        """Change a trunk's status, and say so."""
+        trunk = self.trunks[i]
+        if trunk.status == status:
             return
-        late = rung >= round(FINALISTS_FROM * self.total_steps) or rung == self.plan.rungs[-1]
-        fraction = rung / self.total_steps
-        decades = reach(self.drift, self.settled, fraction)
-        out = losers(field, rung, tolerance, self._places if late else None, decades, catch_up(fraction))
-        for trunk in out:
-            trunk.scores = {step: score for step, score in trunk.scores.items() if step <= rung}  # no run-ahead
-            self._end(self.trunks.index(trunk), "dropped")
-        kept = [trunk.lr for _, trunk in self._open()]
-        self.emit("decision", step=rung, leader=leader.lr, score=leader.scores[rung], dropped=len(out), kept=kept)
-        if len(kept) == 1 and len(field) > 1:
-            self.emit("choice", stage=0, lr=kept[0], step=rung)
+        trunk.status = status
+        if status in ENDED:
+            self._forget(_arm(i))
+        if status == "waiting":
+            trunk.previous = None
+        self.emit("trunk", arm=_arm(i), probe=i, lr=trunk.lr, status=status, step=trunk.step)
+
+    def _forget(self, arm: str) -> None:
+        self._points.pop(arm, None)
+        self._unsaved.discard(arm)
+
+    def _tell(self, i: int, message: str) -> None:
+        self.emit("warning", stage=0, arm=_arm(i), message=f"LR {self.trunks[i].lr:.3g}: {message}")
+
+    def _break(self, i: int, status: str) -> None:
+        """Trunk `i` has come to grief past the last rung at which it was read."""
+        trunk = self.trunks[i]
+        if self.heir is None:
+            rung = next((rung for rung in self.rungs.fractions if rung not in trunk.readings), None)
+            if rung is not None:
+                trunk.readings[rung] = Reading(math.inf)
+        self._turn(i, status)
+        if self.heir is not None:
+            self._fail()
+        self._settle()
 
     def _fail(self) -> None:
         tried = ", ".join(f"{trunk.lr:.3g} ({trunk.status})" for trunk in self.trunks)
@@ -288,87 +351,148 @@ class AnchoredPolicy(RaceField):
             "first steps; the trials' error files say more."
         )
 
+    def _finish_if_won(self) -> None:
+        winner = self._course.winner if self.heir is None else self.heir
+        if winner is None or self.done or self.trunks[winner].step < self.total_steps:
+            return
+        trunk = self.trunks[winner]
+        self.phase, trunk.status = "done", "won"
+        self.emit("done", arm=_arm(winner), lr=trunk.lr, step=trunk.step, loss=trunk.saved_loss,
+                  checkpoint=trunk.checkpoint)  # fmt: skip
+
     # -- checkpoints and failures --------------------------------------------------------------------------------------
 
     def saved(self, arm: str, step: int, path: str) -> None:
-        index = int(arm[1:])
-        trunk = self.trunks[index]
-        if trunk.status != "open" or step <= trunk.step:
+        i = int(arm[1:])
+        trunk = self.trunks[i]
+        if not trunk.active or step <= trunk.step:
             return
-        if trunk.checkpoint is not None:
+        if trunk.checkpoint is not None and trunk.status != "waiting":
             trunk.previous = (trunk.step, trunk.checkpoint)
         trunk.step, trunk.checkpoint = step, path
         if step == self._hold_end():
             trunk.held = (step, path)
-        if step == self._fork_step and not self._forked():
-            self.forks[index] = (step, path)
-        seen = [*self._crossings.get(arm, []), *self._points.get(arm, [])]
-        point = next((point for point in seen if point.step == step), None)
-        trunk.saved_loss = self._score(point) if point else None
+        points = self._points.get(arm, [])
+        point = next((point for point in points if point.step == step and math.isfinite(point.loss)), None)
+        trunk.saved_loss = score_of(point) if point else None
+        self._keep_since(arm, trunk)
         self.emit(
             "commit", stage=0, arm=arm, end=step, lr=trunk.lr, warmup_steps=self.warmup_steps, checkpoint=path,
             loss=point.loss if point else None, averaged_loss=point.averaged_loss if point else None,
         )  # fmt: skip
-        self._settle()
+        self._finish_if_won()
 
-    def _finish_if_last(self) -> None:
-        alive = self._open()
-        if not alive or any(trunk.step < self.total_steps for _, trunk in alive):
-            return
-        index, winner = min(alive, key=lambda item: (item[1].saved_loss is None, item[1].saved_loss, item[0]))
-        for i, _ in alive:
-            if i != index:
-                self._end(i, "dropped")
-        winner.status, self.phase = "won", "done"
-        self.emit("done", arm=self._arm(index), lr=winner.lr, step=winner.step, loss=winner.saved_loss,
-                  checkpoint=winner.checkpoint)  # fmt: skip
+    def _keep_since(self, arm: str, trunk: Trunk) -> None:
+        """Of the reports so far keep those that the next reading's training loss is the mean of."""
+        points = self._points.get(arm, [])
+        last = max((rung for rung in self.rungs.steps if rung <= trunk.step), default=0)
+        start = next((n for n, point in enumerate(points) if point.step >= last > 0), 0)
+        self._points[arm] = points[start:]
+        trunk.since = [(point.step, point.train_loss) for point in points[start:] if point.step <= trunk.step]
 
     def failed(self, arm: str, reason: str) -> None:
-        index = int(arm[1:])
-        trunk = self.trunks[index]
-        if trunk.status != "open":
+        i = int(arm[1:])
+        trunk = self.trunks[i]
+        if not trunk.active:
             return
-        if len(self._open()) == 1:
+        if not any(other.active for other in self.trunks if other is not trunk):
             for other in self.trunks:  # before the first decision, whoever mends the cause gets the whole field back
                 if other.status == "failed" and self.decided == 0:
+                    other.status, other.readings = "untried", {}
                     other.restart()
             raise AutoLRSError(
                 f"the last trunk of the race (LR {trunk.lr:.3g}) failed for good ({reason}). Its {self.last_good(arm)}, or "
                 "allow more max_failures."
             )
         self.emit("warning", stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
-        self._end(index, "failed")
-        self._settle()
+        self._break(i, "failed")
+
+    def is_open(self, arm: str) -> bool:
+        return not self.done and self.trunks[int(arm[1:])].active
 
     def lost(self, path: str) -> None:
-        super().lost(path)
-        self._settle()  # those that are left may have been waiting for a branch that has nothing to go back to
+        for i, trunk in enumerate(self.trunks):
+            if trunk.previous and trunk.previous[1] == path:
+                trunk.previous = None
+            if trunk.held and trunk.held[1] == path:
+                trunk.held = None
+            if trunk.checkpoint == path and (trunk.active or trunk.status == "won"):
+                if trunk.status == "won":
+                    trunk.status, self.phase = "open", "race"
+                trunk.step, trunk.checkpoint = trunk.previous or (0, None)
+                trunk.previous, trunk.since = None, []
+                self._forget(_arm(i))
+                self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
+
+    def last_good(self, arm: str) -> str:
+        trunk = self.trunks[int(arm[1:])]
+        return way_on(trunk.checkpoint, trunk.step, "it had not reached its first rung")
+
+    def checkpoints(self) -> set[str]:
+        alive = [trunk for trunk in self.trunks if trunk.active or trunk.status == "won"]
+        if self.done:
+            alive = [trunk for trunk in alive if trunk.status == "won"]
+        paths = {trunk.checkpoint for trunk in alive} | {trunk.previous[1] for trunk in alive if trunk.previous}
+        paths |= {trunk.held[1] for trunk in alive if trunk.held}
+        return {path for path in paths if path is not None}
+
+    # -- what is seen and kept -----------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, Any]:
-        alive = self._open() or [(i, t) for i, t in enumerate(self.trunks) if t.status == "won"]
-        front = max((trunk.step for _, trunk in alive), default=0)
-        leader = min((t for _, t in alive if t.saved_loss is not None), key=lambda t: t.saved_loss or 0.0, default=None)
+        alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
+        leader = min((t for t in alive if t.saved_loss is not None), key=lambda t: t.saved_loss or 0.0, default=None)
         return dict(
-            phase=self.phase, stage=self.decided, stages=len(self.plan.rungs),
-            resolved=len(self.trunks) - len(alive), trials=len(self.trunks), lr=leader.lr if leader else None,
-            loss=leader.saved_loss if leader else None, step=front, total_steps=self.total_steps,
+            phase=self.phase, stage=self.decided, stages=len(self.rungs.fractions),
+            resolved=sum(trunk.status in ENDED for trunk in self.trunks), trials=len(self.trunks),
+            lr=leader.lr if leader else None, loss=leader.saved_loss if leader else None,
+            step=max((trunk.step for trunk in alive), default=0), total_steps=self.total_steps,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
+        untrained = None if self.untrained is None else vars(self.untrained)
         return dict(
-            policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps,
-            extended=not self.plan.rungs, forks=list(self.forks.items()), warmup_steps=self.warmup_steps,
+            policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps, heir=self.heir,
+            warmup_steps=self.warmup_steps, rungs=self.rungs.state_dict(), untrained=untrained,
             trunks=[trunk.state_dict() for trunk in self.trunks],
         )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("policy") != "anchored":
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'anchored'")
-        self.phase, self.decided = state["phase"], state["decided"]
-        self.warmup_steps = state.get("warmup_steps", 0)  # a race begun before there was a warm-up goes on without
-        if state["extended"]:
-            self._close_race()
+        self.phase, self.decided, self.heir = state["phase"], state["decided"], state["heir"]
+        self.warmup_steps, self.rungs = state["warmup_steps"], RacePlan.from_state(state["rungs"])
+        self.untrained = None if state["untrained"] is None else Untrained(**state["untrained"])
         self.trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]
-        self.forks = {number: (step, path) for number, (step, path) in state["forks"]}
         self._issued, self._events = set(), []
-        self._points, self._crossings, self._unsaved = {}, {}, set()
+        self._points, self._unsaved = {}, set()
+        self._boundaries = self._lay_boundaries()
+        self._follow()
+
+
+def _arm(i: int) -> str:
+    return f"t{i:02d}"
+
+
+def score_of(point: Point) -> float:
+    """Of the raw or the averaged weights, whichever are better: one of them is the final model."""
+    if point.averaged_loss is None:
+        return point.loss
+    return min(point.loss, point.averaged_loss, key=finite_or_inf)
+
+
+def untrained_by(points: list[Point]) -> Untrained:
+    """What an untrained model reads, by the first reports of the smallest LR: the largest score, and the mean of the training
+    losses. Their noise: where the next would lie in 95 of 100 cases (Student's t), by the means over FIRST_READINGS equal parts.
+    """
+    score = max((point.loss for point in points if math.isfinite(point.loss)), default=score_of(points[-1]))
+    parts: dict[int, list[tuple[int, float]]] = {}
+    for before, point in zip([0, *(point.step for point in points)], points, strict=False):
+        if point.train_loss is not None and math.isfinite(point.train_loss):
+            part = (point.step * FIRST_READINGS - 1) // points[-1].step
+            parts.setdefault(part, []).append((point.step - before, point.train_loss))
+    if not parts:
+        return Untrained(score)
+    means = [sum(steps * loss for steps, loss in part) / sum(steps for steps, _ in part) for part in parts.values()]
+    count = len(means)
+    noise = STUDENT[count] * stdev(means) * math.sqrt(1 + 1 / count) if count > 1 else 0.0
+    return Untrained(score, fmean(means), noise)

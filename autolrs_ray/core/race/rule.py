@@ -1,136 +1,199 @@
-"""What a rung of the race decides: who is dropped, and which LRs join. Functions of the trunks' scores alone."""
+"""The rule of the race, "walk down": one pure function of what has been read at the rungs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from autolrs_ray.core.paper import surrogate
-
-FINALISTS_FROM = 0.16
-"""Fraction of the run after which at most `finalists` trunks go on."""
-
-FORK_FROM = 0.32
-"""Branches begin at the first rung at or past this fraction of the run."""
-
-FLATTERED_UNTIL = 0.32
-"""Fraction of the run before which a leader may turn out to be no better than the warm-up had made it look."""
-
-CATCH_UP = ((0.12, math.inf), (0.24, 0.5), (0.32, 0.2), (math.inf, 0.05))
-"""Up to which fraction of the run an LR within reach may be how much worse than the leader (relative score)."""
+from autolrs_ray.core.race.plan import RacePlan
 
 
-@dataclass(eq=False)
-class Trunk:
-    """One LR scale of the race. status: "open", "dropped", "diverged", "failed" or "won". x: log LR scaled to [0, 1].
+@dataclass(frozen=True)
+class Reading:
+    """A trunk at a rung. score: to be minimised, inf of one that has diverged by then; train: its mean training loss since the
+    rung before, None where none is reported."""
 
-    scores: rung step -> score; first_score: that of its first report. step, checkpoint: the last commit; previous: the
-    one before it; held: the one at the end of the envelope's hold. saved_loss: the score at the last commit, train_loss:
-    the training loss at the last rung; moved: its reports up to there were not all the same. A branch has begun at
-    `origin`, a checkpoint of the trunk number `parent`.
+    score: float
+    train: float | None = None
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """The same of a model that has learned nothing yet. noise: by how much such training losses scatter."""
+
+    score: float
+    train: float | None = None
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the rung at `rung` has shown. judged: the leader has learned something; play: those that go on, by number."""
+
+    rung: float
+    leader: int
+    judged: bool
+    play: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How far the readings carry a race. missing: trunk -> the rung that it is to be trained to before more can be decided;
+    play: those that are compared there. winner: who has won; None while trunks are missing, or where none is left."""
+
+    decisions: tuple[Decision, ...]
+    missing: Mapping[int, float]
+    play: frozenset[int]
+    winner: int | None = None
+
+
+Field = Sequence[Mapping[float, Reading]]
+
+
+def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
+    """Where a race stands: who leads, who goes on, who has won.
+
+    field[i]: what has been read of learning rate (LR) number i, the smallest first, by rung (a nominal share of the run).
+    untrained: what a model reads that has learned nothing. Until that is known, the smallest LR, which learns next to nothing,
+    goes to the rung `first`, and the largest to the first of all.
+
+    The best LR falls as training goes on, and while the LR rises, the largest look better than they will turn out. So the race
+    starts with the largest LR and walks down. At a rung those in play are level, and the best of them leads. Two go on: the
+    leader and the next LR below it, which starts from step 0 where it has not started. All others wait.
+
+    One margin says who else is in question: `close` of the progress (from the untrained score to the leader's) times the share
+    of the run that is left. From the end of the rise on, the next LR above the leader goes on too while it is near: behind by
+    no more than the margin, or catching up so fast, per log of the steps, that it would be ahead by as much at the end. From
+    `settled` of the run on none joins, and the LR below goes on only while it is near as well; but where the leader's score
+    has got worse by more than the margin since the rung before, the walk goes on.
+
+    None leads that has not learned: its training loss must have fallen by more than its noise, and its score by `close` of
+    that fall at least, since running statistics lag behind. While none has (a plateau), the largest LR whose training loss
+    has not risen by more than the noise stands in for the leader, and it and the next below go on, whatever their scores.
+
+    Only ratios of differences of losses count, so that neither their scale matters nor a constant that is added to them. Of
+    equal scores the lower training loss leads, then the better reading at the rung before, and so on.
     """
-
-    lr: float
-    x: float
-    status: str = "open"
-    infill: bool = False
-    step: int = 0
-    checkpoint: str | None = None
-    previous: tuple[int, str] | None = None
-    saved_loss: float | None = None
-    train_loss: float | None = None
-    moved: bool = False
-    scores: dict[int, float] = field(default_factory=dict)
-    first_score: float | None = None
-    held: tuple[int, str] | None = None
-    parent: int | None = None
-    origin: tuple[int, str] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "scores": {str(rung): score for rung, score in self.scores.items()}}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Trunk:
-        pairs = {name: tuple(state[name]) if state[name] else None for name in ("previous", "held", "origin")}
-        scores = {int(rung): score for rung, score in state["scores"].items()}
-        return cls(**{**state, **pairs, "scores": scores})
-
-    def branch(self, number: int, lr: float, x: float, origin: tuple[int, str]) -> Trunk:
-        """A trunk at another LR from `origin`, a checkpoint of this one, which is trunk `number`."""
-        scores = {rung: score for rung, score in self.scores.items() if rung <= origin[0]}
-        return Trunk(lr, x, step=origin[0], checkpoint=origin[1], scores=scores, parent=number, origin=origin)
-
-    def restart(self) -> None:
-        """Open again, from scratch. (A branch has no beginning of its own.)"""
-        self.status, self.step = "open", 0
-        self.checkpoint = self.previous = self.held = None
+    alive = _alive(field, math.inf)
+    if untrained is None:
+        first = {alive[-1]: plan.fractions[0], alive[0]: plan.first} if alive else {}
+        return Course((), {i: rung for i, rung in first.items() if rung not in field[i]}, frozenset(first))
+    decisions: list[Decision] = []
+    play = {len(field) - 1}
+    for rung in plan.fractions:
+        race = _Level(field, untrained, plan, rung, decisions[-1] if decisions else None)
+        while True:
+            if missing := {i: rung for i in race.alive if i in play and rung not in field[i]}:
+                return Course(tuple(decisions), missing, frozenset(play.intersection(race.alive)))
+            level = [i for i in race.alive if i in play]
+            leader, judged = race.leader(level)
+            below = race.next_below(leader, play)
+            walking = leader is None or race.walking(leader)
+            if below is None or below in play or not walking:
+                break
+            play.add(below)
+        if leader is None:
+            return Course(tuple(decisions), {}, frozenset())
+        if rung == plan.fractions[-1]:
+            best = race.best(level)
+            decisions.append(Decision(rung, best, judged, frozenset({best})))
+            return Course(tuple(decisions), {}, frozenset({best}), best)
+        play = race.going_on(level, leader, judged, walking)
+        decisions.append(Decision(rung, leader, judged, frozenset(play)))
+    raise AssertionError("a plan has a last rung")
 
 
-def leader_of(trunks: list[Trunk], rung: int) -> Trunk:
-    """The trunk with the lowest score at `rung`; the first of equals."""
-    return min(trunks, key=lambda trunk: trunk.scores[rung])
+def _alive(field: Field, rung: float) -> list[int]:
+    """Those that have not diverged up to `rung`, the smallest first."""
+    return [i for i, seen in enumerate(field) if all(math.isfinite(r.score) for at, r in seen.items() if at <= rung)]
 
 
-def reach(drift: float, settled: float, fraction: float) -> float:
-    """Decades by which the best LR may still fall from `fraction` of the run on: `drift` per doubling, until `settled`."""
-    return max(0.0, drift * math.log2(settled / fraction))
+class _Level:
+    """The trunks at one rung."""
 
+    def __init__(self, field: Field, untrained: Untrained, plan: RacePlan, rung: float, last: Decision | None) -> None:
+        self._field, self._untrained, self._plan, self._rung, self._last = field, untrained, plan, rung, last
+        self.alive = _alive(field, rung)
+        self._margin = plan.close * (1.0 - rung)
 
-def catch_up(fraction: float) -> float:
-    """How much worse than the leader (relative score) an LR within its reach may be at `fraction` of the run. Early on, the
-    loss of a small LR says how far it has come, not what it is worth."""
-    return next(allowed for until, allowed in CATCH_UP if fraction < until - 1e-9)
+    def _score(self, i: int) -> float:
+        return self._field[i][self._rung].score
 
+    def best(self, among: Iterable[int]) -> int:
+        """The one with the best score; of equals, by training loss and by the rungs before. Only of LRs that are equal in all
+        that, which nothing tells apart, the largest."""
+        rungs = [rung for rung in reversed(self._plan.fractions) if rung <= self._rung]
 
-def losers(
-    trunks: list[Trunk],
-    rung: int,
-    tolerance: float,
-    finalists: int | None = None,
-    decades: float = 0.0,
-    allowance: float = math.inf,
-) -> list[Trunk]:
-    """Those of `trunks` (all scored at `rung`) that do not go on.
+        def rank(i: int) -> list[tuple[float, float]]:
+            seen = [self._field[i].get(rung) for rung in rungs]
+            return [(r.score, math.inf if r.train is None else r.train) if r else (math.inf, math.inf) for r in seen]
 
-    A trunk stays that is worse than the leader by `tolerance` (relative) at most, and so does one at most `decades` below
-    the leader's LR that is worse by `allowance` at most: as training goes on the best LR falls, it does not rise. Of those,
-    the best `finalists` stay (None: all).
-    """
-    leader = leader_of(trunks, rung)
-    best = leader.scores[rung]
+        return min(sorted(among, reverse=True), key=rank)
 
-    def stays(trunk: Trunk) -> bool:
-        within = 0.0 < math.log10(leader.lr / trunk.lr) <= decades + 1e-9
-        allowed = max(tolerance, allowance if within else 0.0)
-        return trunk is leader or trunk.scores[rung] - best <= allowed * max(abs(best), 1e-12)
+    def leader(self, level: list[int]) -> tuple[int | None, bool]:
+        """Who leads, and whether it has learned something."""
+        learned = [i for i in level if self._has_learned(i)]
+        if learned:
+            return self.best(learned), True
+        calm = [i for i in level if self._fall(i) >= -self._untrained.noise]
+        return (max(calm) if calm else min(level, default=None)), False
 
-    kept = sorted((trunk for trunk in trunks if stays(trunk)), key=lambda trunk: trunk.scores[rung])
-    staying = {id(trunk) for trunk in kept[:finalists]}
-    return [trunk for trunk in trunks if id(trunk) not in staying]
+    def _fall(self, i: int) -> float:
+        """By how much the training loss has fallen; the score, where no training loss is reported."""
+        train, first = self._field[i][self._rung].train, self._untrained.train
+        return self._untrained.score - self._score(i) if train is None or first is None else first - train
 
+    def _has_learned(self, i: int) -> bool:
+        fall = self._fall(i)
+        return fall > self._untrained.noise and self._untrained.score - self._score(i) > self._plan.close * fall
 
-def infill(trunks: list[Trunk], rung: int, spacing: float, count: int) -> list[float]:
-    """x of up to `count` LRs beside and between the open trunks, by the lower confidence bound on the scores at `rung`.
+    def next_below(self, leader: int | None, play: set[int]) -> int | None:
+        bound = min(play) if leader is None else leader
+        below = max((i for i in self.alive if i < bound), default=None)
+        if (
+            leader is None and below is None
+        ):  # all have diverged, down to the smallest: back to the last that was given up
+            return min(self.alive, default=None)
+        return below
 
-    They reach one `spacing` beyond the outermost open trunks, but not up to an LR that diverged before the rung, and
-    keep a quarter of it from every other LR: left alone, the bound proposes the same LR twice over.
-    """
-    survivors = [trunk.x for trunk in trunks if trunk.status == "open"]
-    if not survivors:
-        return []
-    diverged = [trunk.x for trunk in trunks if trunk.status == "diverged" and rung not in trunk.scores]
-    low = max(0.0, min(survivors) - spacing)
-    high = max(max(survivors), min([1.0, max(survivors) + spacing, *(x - 0.5 * spacing for x in diverged)]))
-    observed = [
-        ((trunk.x - low) / (high - low), trunk.scores[rung])
-        for trunk in trunks
-        if rung in trunk.scores and low <= trunk.x <= high
-    ]
-    apart, pending = 0.25 * spacing / (high - low), list[float]()
-    for _ in range(count):
-        u = surrogate.propose(observed, pending, kappa=2.0, apart=apart)
-        if min(abs(u - other) for other in [*pending, *(x for x, _ in observed)]) < apart:
-            break  # there is no room left
-        pending.append(u)
-    return [low + u * (high - low) for u in pending]
+    def walking(self, leader: int) -> bool:
+        """Whether the next LR below may still join: until the run has settled, and where the leader gets worse."""
+        if self._rung < self._plan.settled:
+            return True
+        before = self._before(leader)
+        if before is None:
+            return False
+        lost, progress = self._score(leader) - before, self._untrained.score - before
+        return lost > self._margin * progress > 0.0
+
+    def _before(self, i: int) -> float | None:
+        """The score of `i` at the rung before."""
+        reading = self._field[i].get(self._last.rung) if self._last else None
+        return reading.score if reading else None
+
+    def going_on(self, level: list[int], leader: int, judged: bool, walking: bool) -> set[int]:
+        """Those of `level` that are trained to the next rung."""
+        progress = self._untrained.score - self._score(leader)
+        judged = judged and progress > 0.0
+        play = {leader}
+        below = max((i for i in self.alive if i < leader), default=None)
+        above = min((i for i in level if i > leader), default=None)
+        if below in level and (walking or not judged or self._near(below, leader, progress)):
+            play.add(below)
+        if above is not None and judged and self._rung >= self._plan.rise and self._near(above, leader, progress):
+            play.add(above)
+        if self._plan.patience and self._last and self._last.leader in level:
+            play.add(self._last.leader)
+        return play
+
+    def _near(self, i: int, leader: int, progress: float) -> bool:
+        """Whether `i` may still come out ahead: behind by no more than the margin, or soon ahead by as much."""
+        gap = (self._score(i) - self._score(leader)) / progress
+        if gap <= self._margin:
+            return True
+        mine, its = self._before(i), self._before(leader)
+        if self._last is None or mine is None or its is None:
+            return False
+        closing = ((mine - its) / progress - gap) / math.log(self._rung / self._last.rung)
+        return gap + self._margin < closing * math.log(1.0 / self._rung)
