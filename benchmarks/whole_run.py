@@ -167,7 +167,7 @@ def measure(quick: bool, slots: int = 2) -> Section:
         reference: plain,
         both: partial(plain, side_by_side=slots),
         "one Tune trial, fixed LR": under_tune,
-        race: partial(automatic, policy="anchored", num_lrs=slots, finalists=1),
+        race: partial(automatic, policy="anchored", num_lrs=slots),
         paper: partial(automatic, policy="paper", num_lrs=slots),
     }
     more: dict[str, Callable[..., Any]] = {

@@ -30,7 +30,7 @@ from experiments.compare_report import RAY, hardware, write_report
 from experiments.compare_tasks import DEFAULT_TASKS, Task, make_task
 
 GROUPS = ("main", "ablation", "setting")
-QUICK_METHODS = ("anchored", "anchored, thrifty", "paper", "constant", "constant + averaged weights", "linear",
+QUICK_METHODS = ("anchored", "paper", "constant", "constant + averaged weights", "linear",
                  "linear, default LR", "Schedule-Free, default LR", "Prodigy + cosine", "anchored, 2 decades",
                  "anchored, no warm-up", "anchored, no envelope")  # fmt: skip
 

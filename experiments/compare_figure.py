@@ -11,7 +11,6 @@ OURS, PAPER, GREY = "#c1272d", "#1f5fa8", "#555555"
 # method -> label, colour, marker, filled
 MARKS: dict[str, tuple[str, str, str, bool]] = {
     "anchored": ("anchored (6 decades)", OURS, "o", True),
-    "anchored, thrifty": ("anchored, thrifty (6 decades)", OURS, "o", False),
     "paper": ("paper's AutoLRS (2 decades)", PAPER, "s", True),
     "paper, 6 decades": ("paper's AutoLRS (6 decades)", PAPER, "s", False),
     "linear": ("linear decay, tuned", GREY, "v", True),

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import finite_or_inf
-from autolrs_ray.core.race.plan import RUNGS, THRIFTY_RUNGS, THRIFTY_TOLERANCES, TOLERANCES
+from autolrs_ray.core.race.plan import RUNGS, RacePlan
+from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.training.trainer import Trainer
 from experiments.compare_tasks import (
     DEFAULT_LR,
@@ -254,15 +255,18 @@ def anchored(
     order: str = "common",
     weights: str = "best",
     averages: int | None = None,
+    averaging: bool = True,
+    rule: dict[str, Any] | None = None,
     **options: Any,
 ) -> Outcome:
     """The race; the final model is the best of raw and averaged weights on validation. averages: how many of them there are
-    (None: all of the task's)."""
+    (None: all of the task's). averaging: whether there are any. rule: numbers of the race's rule other than its own."""
     task = lab.task
     options = {"commits": task.commits, **options}
     policy = make_policy("anchored", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
-    averaging = options.get("averaging", True)
-    trainer = lab.trainer(averaging=averaging, order=order, averages=averages)
+    if rule is not None and isinstance(policy, AnchoredPolicy):
+        policy.follow(RacePlan.of(task.steps, **{"rise": policy.warmup, **rule}))
+    trainer = lab.trainer(averaging=averaging, train_losses=True, order=order, averages=averages)
     run = run_slots(policy, trainer, slots)
     last = run.events[-1]
     kept = {event["step"] / task.steps: event["kept"] for event in run.events if event["event"] == "decision"}
@@ -271,9 +275,8 @@ def anchored(
 
 
 def scaled_rungs(factor: float) -> dict[str, Any]:
-    """Rungs at `factor` times the usual fractions, those past the end left out."""
-    pairs = [(rung * factor, tolerance) for rung, tolerance in zip(RUNGS, TOLERANCES, strict=True) if rung * factor < 1]
-    return {"rungs": [rung for rung, _ in pairs], "tolerances": [tolerance for _, tolerance in pairs]}
+    """Rungs at `factor` times the usual fractions, those past the end left out, and one at the end."""
+    return {"fractions": (*(rung * factor for rung in RUNGS if rung * factor < 1.0), 1.0)}
 
 
 # -- the list ----------------------------------------------------------------------------------------------------------
@@ -305,7 +308,6 @@ def _anchored(name: str, group: str = "ablation", decades: int = 6, **options: A
 def _methods() -> list[Method]:
     return [
         Method("anchored", "main", anchored, decades=6),
-        _anchored("thrifty", "main", effort="thrifty"),
         Method("paper", "main", paper, decades=2),
         Method("constant", "main", partial(tuned, shape="constant"), tuned=True),
         Method("constant + averaged weights", "main", partial(tuned, shape="constant", weights="averaged"), tuned=True),
@@ -331,7 +333,6 @@ def _methods() -> list[Method]:
         Method("paper, 6 decades", "main", partial(paper, decades=6), decades=6),
         _anchored("4 decades", "main", 4),
         _anchored("2 decades", "main", 2),
-        _anchored("thrifty, on 4 slots", "main", slots=4, effort="thrifty"),
         _anchored("on 4 slots", "main", slots=4),
         Method("cosine", "main", partial(tuned, shape="cosine"), tuned=True),
         Method("one-cycle", "main", partial(tuned, shape="one-cycle"), tuned=True),
@@ -344,22 +345,20 @@ def _methods() -> list[Method]:
         _anchored("no envelope", envelope="constant"),
         _anchored("wsd", envelope="wsd"),
         _anchored("linear", envelope="linear"),
-        _anchored("5 LRs by the GP", infill=5),
         _anchored("log grid of 17", num_lrs=17),
-        _anchored("rungs half as long", **scaled_rungs(0.5)),
-        _anchored("rungs twice as long", **scaled_rungs(2.0)),
-        _anchored("1 finalist", finalists=1),
-        _anchored("3 branches", branches=3),
-        _anchored("no drift", drift=0.0),
-        _anchored("drift twice as large", drift=1.0),
-        _anchored("settled at .5 T", settled=0.5),
+        _anchored("rungs half as long", rule=scaled_rungs(0.5)),
+        _anchored("rungs twice as long", rule=scaled_rungs(2.0)),
+        _anchored("margin half as wide", rule={"close": 0.02}),
+        _anchored("margin twice as wide", rule={"close": 0.08}),
+        _anchored("settled at .15 T", rule={"settled": 0.15}),
+        _anchored("settled at .6 T", rule={"settled": 0.6}),
+        _anchored("patience", rule={"patience": 1}),
+        _anchored("no run-ahead", run_ahead=False),
         _anchored("no common random numbers", order="per run"),
         Method("paper + quadratic envelope", "ablation", partial(paper, envelope="quadratic"), decades=2),
         Method("paper, doubling stages", "ablation", paper_doubling, decades=2),
         _anchored("warm-up over .1 T", "setting", warmup=0.1),
-        _anchored("2 finalists", "setting", finalists=2),
-        _anchored("thrifty's tolerances", "setting", rungs=THRIFTY_RUNGS, tolerances=THRIFTY_TOLERANCES),
-        _anchored("first rung at .08 T", "setting", rungs=RUNGS[3:], tolerances=TOLERANCES[3:]),
+        _anchored("first rung at .08 T", "setting", rule={"fractions": RUNGS[4:]}),
     ]
 
 

@@ -162,7 +162,7 @@ the method beat anchored. compute: optimizer steps of all trials over T, search 
 slots, training steps only (`experiments/slots.py`). "7 full runs": LR tuned on a grid over 2 decades around the default
 (.1 for SGD, 3e-3 for AdamW; Schedule-Free 1.0 and 2.5e-3). `paper`: 5 stages of T / 5, 10 probes of T / 50 each, over 2
 decades around the default LR (wider where its name says so). `anchored`: all defaults, over [1e-5, 10] (SGD) or [1e-6, 1]
-(AdamW) unless its name says otherwise; "thrifty": effort="thrifty". PBT and PB2: Ray's own, 12 trials, LR over 2
+(AdamW) unless its name says otherwise. PBT and PB2: Ray's own, 12 trials, LR over 2
 decades. Methods share stretches that they train in common; results are those of separate runs.
 """
 

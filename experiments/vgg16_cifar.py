@@ -212,8 +212,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help='torch.compile, in its mode MODE if given ("reduce-overhead": CUDA graphs)')  # fmt: skip
     parser.add_argument("--stage-steps", type=int, default=1000, help="paper: tau (default 1000)")
     parser.add_argument("--max-stage-steps", type=int, default=8000, help="paper: its maximum (default 8000)")
-    parser.add_argument("--reports", type=int, help="validations per probe, or per rung of the race")
-    parser.add_argument("--effort", choices=["thrifty", "thorough"], help="of the race")
+    parser.add_argument("--reports", type=int, help="paper: validations per probe")
     parser.add_argument("--gpus-per-trial", type=float, default=0.1 if on_gpu else 0.0)
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
     parser.add_argument("--slots", type=int, help="trials at the same time (default: as many as fit)")
@@ -235,8 +234,7 @@ def options_of(policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
         stages = {"stage_steps": arguments.stage_steps, "max_stage_steps": arguments.max_stage_steps}
         return {"lr_interval": (1e-3, 1e-1), "num_lrs": 10, "series": "authors", "promote": False, **stages, **reports}
     if policy == "anchored":
-        given = {"reports": arguments.reports, "effort": arguments.effort}
-        return {"lr_interval": (1e-5, 10.0), **{name: value for name, value in given.items() if value is not None}}
+        return {"lr_interval": (1e-5, 10.0)}
     return {}
 
 

@@ -78,7 +78,7 @@ def _row(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _label(row: dict[str, Any]) -> str:
     if row["policy"] in SEARCHES:
-        return ", ".join([f"**{row['policy']}**", *filter(None, [row["options"].get("effort")])])
+        return f"**{row['policy']}**"
     name = "constant, averaged weights" if row["policy"] == "constant" else row["policy"]
     if row["tuned"]:
         return f"{name}, best peak of {', '.join(f'{peak:g}' for peak in row['peaks'])}"

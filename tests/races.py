@@ -1,4 +1,4 @@
-"""Races for tests, by the plain rule unless told otherwise: no warm-up, no drift, as many finalists as there are LRs."""
+"""Races for tests, without a warm-up unless told otherwise."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from autolrs_ray.core.policy import Point, Verdict
 
 
 def anchored(total_steps=200, lr_interval=(1e-3, 10.0), concurrency=1, **options):
-    return make_policy(
-        "anchored",
-        total_steps,
-        lr_interval,
-        0,
-        concurrency,
-        **{"warmup": 0.0, "drift": 0.0, "num_lrs": 8, "finalists": 8, **options},
-    )
+    return make_policy("anchored", total_steps, lr_interval, 0, concurrency, **{"warmup": 0.0, "num_lrs": 8, **options})
 
 
 def drive(policy, losses, can_save=True, every=None):
@@ -23,7 +16,7 @@ def drive(policy, losses, can_save=True, every=None):
     started = []
     while not policy.done and (wanted := policy.wanted()):
         segment = wanted[0]
-        started.append((segment.start, min(trunk.step for trunk in policy.trunks if trunk.status == "open")))
+        started.append((segment.arm, segment.start))
         policy.issue(segment.arm)
         for step in segment.boundaries if every is None else range(segment.start + every, segment.end + 1, every):
             verdict = policy.report(segment.arm, Point(step, losses(segment.lr, step)), can_save)

@@ -68,7 +68,7 @@ def paper(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def anchored(tmp_path: Path) -> Path:
-    """Two trunks of a field and one that joined; 0.5 wins, 0.01 is dropped at step 6, 0.75 diverges."""
+    """Three trunks: 0.5 wins, 0.01 is dropped at step 6, 0.75 diverges."""
     rungs = [("t00", 0.01, 6, 2.5), ("t01", 0.5, 6, 2.0), ("t01", 0.5, 30, 1.5)]
     ends = [(0.01, "t00", "dropped", 6), (0.75, "t02", "diverged", 0)]
     return write(tmp_path / "anchored", "anchored", [

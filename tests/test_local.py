@@ -20,7 +20,7 @@ def paper(**options):
 
 
 def anchored(**options):
-    return make_policy("anchored", 60, **{**dict(lr_interval=(1e-3, 1.0), num_lrs=4, reports=3), **options})
+    return make_policy("anchored", 60, **{**dict(lr_interval=(1e-3, 1.0), num_lrs=4), **options})
 
 
 def events(run, *names):

@@ -44,9 +44,8 @@ class Machine(RuleBasedStateMachine):
                 "anchored",
                 60,
                 num_lrs=5,
-                infill=2 * flag,
-                branches=0 if warmup else 2,
-                reports=2,
+                run_ahead=flag,
+                warmup=0.05 * warmup,
                 commits=6,
                 envelope=envelope,
                 **options,
@@ -342,10 +341,10 @@ class RaceMachine(Machine):
 
     def rules_of_the_policy(self):
         policy = self.policy
-        assert len(policy.trunks) <= policy.num_lrs + policy.infill + policy.branches
+        assert len(policy.trunks) == policy.num_lrs
         low, high = policy.lr_interval
         for trunk in policy.trunks:
-            assert low * 0.999 <= trunk.lr <= high * (1.001 if trunk.parent is None else 4.0)
+            assert low * 0.999 <= trunk.lr <= high * 1.001
         if policy.done:
             (won,) = [trunk for trunk in policy.trunks if trunk.status == "won"]
             assert math.isfinite(won.saved_loss)

@@ -1,4 +1,4 @@
-"""The scale of log learning rates that proposals and branches are laid out on."""
+"""The scale of log learning rates that learning rates are laid out on."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from autolrs_ray.core.envelopes import envelope_factor
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
-from tests.races import anchored, drive
+from tests.races import anchored
 from tests.simulation import Simulation, diverging
 
 
@@ -33,65 +33,6 @@ def test_a_race_without_survivors_ends_with_every_lr_that_was_tried():
         simulation.run()
 
 
-def test_if_the_last_leader_diverges_late_the_best_dropped_lr_below_it_starts_again():
-    """One LR is so good at the first rungs that all others go; then it blows up."""
-    simulation = Simulation(anchored())
-    best = simulation.policy.trunks[6].lr
-
-    def change(arm, point):
-        lr = simulation.running[arm][0].lr
-        loss = (math.nan if point.step > 100 else 0.01) if lr == best else 1.0 + abs(math.log(lr / 0.1))
-        return replace(point, loss=loss, averaged_loss=loss)
-
-    simulation.change = change
-    simulation.run()
-    assert simulation.of("done")[0]["lr"] == min(
-        (t.lr for t in simulation.policy.trunks), key=lambda x: abs(math.log(x / 0.1))
-    )
-    assert "starts again" in simulation.of("warning")[0]["message"]
-
-
-def test_a_trunk_that_had_run_ahead_when_it_was_dropped_is_not_preferred_for_it():
-    for ahead in (False, True):
-        policy = anchored(1000, num_lrs=3, concurrency=3)
-        policy.report("t00", Point(20, 2.0))
-        if ahead:
-            policy.report("t00", Point(40, 2.0))
-        policy.report("t01", Point(20, 1.9))
-        policy.report("t02", Point(20, 1.0))
-        assert [trunk.status for trunk in policy.trunks] == ["dropped", "dropped", "open"]
-        policy.report("t02", Point(30, math.nan))
-        assert [trunk.status for trunk in policy.trunks] == ["dropped", "open", "diverged"]
-        assert [segment.arm for segment in policy.wanted()] == ["t01"]
-
-
-def test_a_trunk_that_starts_again_needs_none_of_its_old_checkpoints():
-    policy = anchored(100, num_lrs=2, concurrency=2, envelope="wsd")
-    for step in (s for s in policy._boundaries if s < 75):
-        for arm, loss in (("t00", 1.001), ("t01", 1.0)):
-            policy.report(arm, Point(step, loss))
-            policy.saved(arm, step, f"{arm}@{step}")
-    assert "t00@40" in policy.checkpoints()  # the end of the hold
-    for arm, loss in (("t00", 2.0), ("t01", 1.0)):
-        policy.report(arm, Point(75, loss))
-    policy.report("t01", Point(76, math.nan))
-    assert [(segment.arm, segment.start) for segment in policy.wanted()] == [("t00", 0)]
-    assert policy.checkpoints() == set()
-
-
-def test_a_rungs_score_is_the_same_for_a_trial_that_was_restored_before_it():
-    """Seven reports a rung: with the one at the boundary before them, two would count instead of one."""
-    whole, losses = anchored(1000, num_lrs=2, reports=7), [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
-    whole.report("t00", Point(20, 10.0))
-    whole.saved("t00", 20, "c")
-    restored = anchored(1000, num_lrs=2, reports=7)
-    restored.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-    for policy in (whole, restored):
-        for step, loss in zip((22, 25, 28, 31, 34, 37, 40), losses, strict=True):
-            policy.report("t00", Point(step, loss))
-    assert whole.trunks[0].scores == restored.trunks[0].scores == {20: 10.0, 40: 3.0}
-
-
 def test_failing_trunks_leave_the_race():
     simulation = Simulation(anchored())
     simulation.change = lambda arm, point: "fail" if arm in ("t03", "t05") else None
@@ -104,13 +45,14 @@ def test_failing_trunks_leave_the_race():
 def test_the_failure_of_the_last_trunk_ends_the_run_with_its_checkpoint():
     policy = anchored(100, num_lrs=2, concurrency=2)
     policy.report("t00", Point(2, 1.0))
-    policy.saved("t00", 2, "here")
-    policy.report("t01", Point(2, 9.0))
-    with pytest.raises(AutoLRSError, match=r"failed for good \(killed\).*here \(step 2\).*resume"):
+    policy.report("t00", Point(4, 1.0))
+    policy.saved("t00", 4, "here")
+    policy.report("t01", Point(2, math.nan))
+    with pytest.raises(AutoLRSError, match=r"failed for good \(killed\).*here \(step 4\).*resume"):
         policy.failed("t00", "killed")
     restored = anchored(100, num_lrs=2)
     restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
-    assert [(segment.arm, segment.start) for segment in restored.wanted()] == [("t00", 2)]
+    assert [(segment.arm, segment.start) for segment in restored.wanted()] == [("t00", 4)]
 
 
 def test_a_cause_that_fails_all_trunks_at_the_start_can_be_mended_and_the_whole_field_resumed():
@@ -121,22 +63,23 @@ def test_a_cause_that_fails_all_trunks_at_the_start_can_be_mended_and_the_whole_
         policy.failed("t02", "no such data set")
     restored = anchored(100, num_lrs=3)
     restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
-    assert [segment.arm for segment in restored.wanted()] == ["t00", "t01", "t02"]
+    assert [segment.arm for segment in restored.wanted()] == ["t00", "t02"]
+    assert all(trunk.active for trunk in restored.trunks)
 
 
 def test_a_trunk_restarted_from_an_older_checkpoint_goes_over_its_rungs_again_harmlessly():
     policy = anchored(1000, num_lrs=2, concurrency=2)
-    for i in range(2):
-        for step in (20, 40):
-            policy.report(f"t{i:02d}", Point(step, 1.0 + 1e-3 * i))
+    for step in (20, 30):
+        for i in range(2):
+            policy.report(f"t{i:02d}", Point(step, 1.0 - 1e-3 * i * step))
             policy.saved(f"t{i:02d}", step, f"t{i:02d}@{step}")
-    before, decided = dict(policy.trunks[0].scores), policy.decided
+    before, decided = dict(policy.trunks[1].readings), policy.decided
     policy.drain_events()
-    for step in (10, 20, 30):
-        assert policy.report("t00", Point(step, 50.0)) in (Verdict.CONTINUE, Verdict.SAVE)
-        policy.saved("t00", step, "again")
-    assert (policy.trunks[0].scores, policy.decided, policy.trunks[0].step) == (before, decided, 40)
-    assert policy.trunks[0].checkpoint == "t00@40"
+    for step in (10, 20, 25):
+        assert policy.report("t01", Point(step, 50.0)) in (Verdict.CONTINUE, Verdict.SAVE)
+        policy.saved("t01", step, "again")
+    assert (policy.trunks[1].readings, policy.decided, policy.trunks[1].step) == (before, decided, 30)
+    assert policy.trunks[1].checkpoint == "t01@30"
     assert [event for event in policy.drain_events() if event["event"] in ("rung", "decision", "commit")] == []
 
 
@@ -147,12 +90,12 @@ def test_a_rung_passed_again_after_a_lost_checkpoint_is_not_scored_twice():
         simulation.act()
     trunk = next(trunk for trunk in simulation.policy.trunks if trunk.status == "open" and trunk.previous)
     index = simulation.policy.trunks.index(trunk)
-    scores = dict(trunk.scores)
+    readings = dict(trunk.readings)
     simulation.interrupt(anchored())
     simulation.policy.lost(trunk.checkpoint)
     simulation.run()
-    again = simulation.policy.trunks[index].scores
-    assert {step: again[step] for step in scores} == scores
+    again = simulation.policy.trunks[index].readings
+    assert {rung: again[rung] for rung in readings} == readings
     assert simulation.of("done")[0]["lr"] == whole.of("done")[0]["lr"]
     assert len(simulation.of("rung")) == len({(event["arm"], event["step"]) for event in simulation.of("rung")})
 
@@ -178,8 +121,7 @@ def test_a_lost_end_state_of_the_run_is_trained_again():
     assert (simulation.of("done")[-1]["lr"], simulation.of("done")[-1]["loss"]) == (won.lr, loss)
 
 
-@pytest.mark.parametrize(("slots", "options"), [(1, {}), (3, {}), (1, {"infill": 3}), (8, {"infill": 2, "reports": 7}),
-                                                (1, {"branches": 2}), (4, {"branches": 2})])  # fmt: skip
+@pytest.mark.parametrize(("slots", "options"), [(1, {}), (3, {}), (8, {"warmup": 0.2}), (2, {"run_ahead": False})])
 def test_a_race_interrupted_anywhere_and_restored_makes_the_same_decisions(slots, options):
     def new():
         return anchored(concurrency=slots, **options)
@@ -204,12 +146,14 @@ def test_a_race_interrupted_anywhere_and_restored_makes_the_same_decisions(slots
         assert all(mine[key] == rungs[key] for key in mine.keys() & rungs.keys())
 
 
-def test_the_checkpoints_kept_are_two_a_trunk_at_most_and_one_trunks_at_the_end():
+def test_the_checkpoints_kept_are_two_of_a_trunk_in_play_one_of_one_that_waits_and_the_winners_at_the_end():
     simulation = Simulation(anchored())  # which fails where one is missing
     while not simulation.policy.done:
         simulation.act()
-        alive = [trunk for trunk in simulation.policy.trunks if trunk.status in ("open", "won")]
-        assert len(simulation.store) <= 2 * len(alive)
+        statuses = [trunk.status for trunk in simulation.policy.trunks]
+        kept = 2 * (statuses.count("open") + statuses.count("won")) + statuses.count("waiting")
+        assert len(simulation.store) <= kept
+    assert len(simulation.store) <= 2
     (won,) = [trunk for trunk in simulation.policy.trunks if trunk.status == "won"]
     assert simulation.store[won.checkpoint].step == 200
 
@@ -241,7 +185,7 @@ def test_equal_scores_alone_do_not_accuse_a_trainable_whose_training_losses_diff
 
 
 def test_the_race_finds_a_good_learning_rate_and_trains_it_once():
-    simulation = Simulation(anchored(400, num_lrs=12, finalists=1)).run()
+    simulation = Simulation(anchored(400, num_lrs=12)).run()
     done = simulation.of("done")[0]
     full = {}
     for trunk in simulation.policy.trunks:
@@ -249,37 +193,14 @@ def test_the_race_finds_a_good_learning_rate_and_trains_it_once():
         full[trunk.lr] = alone.loss
     assert done["loss"] == full[done["lr"]]  # the winning trunk is the run: no step of it was trained otherwise
     assert done["loss"] <= 1.3 * min(full.values())
-    assert simulation.trained < 2.5 * 400
+    assert simulation.trained < 3.3 * 400
 
 
 def test_progress_says_where_the_run_stands():
     policy = anchored()
-    assert policy.trials_needed == 8
-    assert policy.breadth == 8
+    assert policy.trials_needed == 2
+    assert policy.breadth == 3
     simulation = Simulation(policy).run()
     progress = simulation.policy.progress()
     assert (progress["phase"], progress["step"]) == ("done", 200)
     assert progress["lr"] == simulation.of("done")[0]["lr"]
-
-
-def test_a_leader_that_the_rise_had_flattered_gives_way_to_the_lr_it_displaced():
-    """At 4 steps of a rise over 20, LR 5.6 is at 1.1, ahead of all; at its full height it blows up, to finite losses."""
-    simulation = Simulation(anchored(200, warmup=0.1)).run()
-    assert [event["lr"] for event in simulation.of("trunk") if event["status"] == "diverged"] == pytest.approx(
-        [5.6234], rel=1e-3
-    )
-    assert "starts again" in simulation.of("warning")[0]["message"]
-    done = simulation.of("done")[0]
-    assert (done["lr"], done["step"]) == (pytest.approx(1.7783, rel=1e-3), 200)
-    assert done["loss"] < 0.11
-
-
-def test_a_leader_that_learns_its_data_by_heart_later_on_stays():
-    policy = anchored(1000, num_lrs=2, warmup=0.1)
-    slow, fast = policy.trunks
-
-    def losses(lr, step):
-        return 1.4 if lr == slow.lr else 1.0 - step / 1000.0 if step <= 320 else 2.0
-
-    drive(policy, losses)
-    assert (slow.status, fast.status) == ("dropped", "won")

@@ -84,7 +84,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def begun(trial: Any = None, **options: Any) -> tuple[Desk, Slots]:
-    desk = AutoLRSSearch(100, **{"num_lrs": 4, "infill": 1, **options}).desk
+    desk = AutoLRSSearch(100, **{"num_lrs": 4, **options}).desk
     found = Slots(desk, trial or PlacementGroupFactory([{"CPU": 1}]))
     found.ask()
     return desk, found

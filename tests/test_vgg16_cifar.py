@@ -309,18 +309,6 @@ def test_the_papers_set_up_is_700_epochs_with_doubling_stages() -> None:
     assert compute * 350 == pytest.approx(700 + cut / 351)
 
 
-def test_the_races_options_are_told_apart_in_the_table() -> None:
-    (job,) = vgg16_cifar.jobs_of(vgg16_cifar.parse(["--policy", "anchored", "--effort", "thorough"]))
-    assert job.options == {"lr_interval": (1e-5, 10.0), "effort": "thorough"}
-    make_policy("anchored", job.steps, **job.options)
-    found = [outcome(0, 0.5, policy="anchored", options=options) for options in ({}, job.options)]
-    rows = vgg16_report.summarise(found)
-    assert [vgg16_report.table([row]).splitlines()[2].split(" | ")[0] for row in rows] == [
-        "| **anchored**",
-        "| **anchored**, thorough",
-    ]
-
-
 @pytest.mark.parametrize(("variable", "address"), [(None, "local"), ("RAY_ADDRESS", "auto"), ("RAY_JOB_ID", "auto")])
 def test_in_a_clusters_job_it_joins_the_cluster(
     variable: str | None, address: str, monkeypatch: pytest.MonkeyPatch

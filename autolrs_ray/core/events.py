@@ -27,6 +27,8 @@ class Event(StrEnum):
     SAVED = "saved"  # the leading probe's end state is durable: stage, arm, step, checkpoint
     ROLLBACK = "rollback"  # the main trial diverged: stage, step, lr, new_lr
     # of the race
-    RUNG = "rung"  # a trunk has come to one: arm, probe, lr, step, score, loss, averaged_loss
-    DECISION = "decision"  # a rung is decided: step, leader, score, dropped, kept
-    TRUNK = "trunk"  # one has left the race: arm, probe, lr, status, step
+    RUNG = (
+        "rung"  # a trunk has come to one: arm, probe, lr, step, rung (a share), score, loss, averaged_loss, train_loss
+    )
+    DECISION = "decision"  # a rung is decided: step, rung, leader, score, judged, kept
+    TRUNK = "trunk"  # one joins, waits or has left the race: arm, probe, lr, status, step

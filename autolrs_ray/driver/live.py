@@ -73,15 +73,11 @@ class LiveProgress(Callback):  # type: ignore[misc]
         line, policy = Text(self.line(progress)), self._desk.policy
         if not isinstance(policy, AnchoredPolicy):
             return Group(line)
-        racing = [trunk for trunk in policy.trunks if trunk.status in ("open", "won")]
-        racing.sort(
-            key=lambda trunk: (-len(trunk.scores), trunk.scores[max(trunk.scores)] if trunk.scores else trunk.lr)
-        )
+        racing = policy.standing()
         table = Table.grid(padding=(0, 2))
-        for trunk in racing[:MAX_TRUNKS]:
-            loss = f"{trunk.scores[max(trunk.scores)]:.4g}" if trunk.scores else "-"
-            reached = max([trunk.step, *trunk.scores])
-            table.add_row(f"  lr {trunk.lr:.3g}", f"loss {loss}", ProgressBar(policy.total_steps, reached, width=30))
+        for lr, score, reached in racing[:MAX_TRUNKS]:
+            loss = f"{score:.4g}" if score is not None else "-"
+            table.add_row(f"  lr {lr:.3g}", f"loss {loss}", ProgressBar(policy.total_steps, reached, width=30))
         more = len(racing) - MAX_TRUNKS
         return Group(line, table, Text(f"  and {more} more")) if more > 0 else Group(line, table)
 

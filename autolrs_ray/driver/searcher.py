@@ -40,8 +40,7 @@ class AutoLRSSearch(Searcher):
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
     num_lrs (k), kappa, initial, fit, series, probe_reports, main_reports, promote, envelope.
-    Options of policy="anchored": effort ("thorough" or "thrifty"), num_lrs, envelope, warmup, rungs, tolerances, drift,
-    settled, early, infill, finalists, branches, averaging, reports, commits.
+    Options of policy="anchored": num_lrs, envelope, warmup, commits, run_ahead.
     See :class:`~autolrs_ray.core.paper.policy.PaperPolicy`, :class:`~autolrs_ray.core.race.policy.AnchoredPolicy`.
 
     Raises TypeError or ValueError, naming the value, for anything out of range.

@@ -98,8 +98,8 @@ class History:
         done = self.named(Event.DONE)
         if done:
             return str(done[-1]["arm"])
-        ended = {event["arm"] for event in self.named(Event.TRUNK)}
-        alive = [event for event in self.named(Event.RUNG) if event["arm"] not in ended]
+        fates = self.fates
+        alive = [event for event in self.named(Event.RUNG) if fates.get(event["arm"], "open") == "open"]
         best = min(alive, key=lambda event: (-event["step"], event["score"] is None, event["score"]), default=None)
         return "t00" if best is None else str(best["arm"])
 
@@ -137,8 +137,8 @@ class History:
 
     @cached_property
     def fates(self) -> dict[str, str]:
-        """Anchored: arm -> "won", "open", "dropped", "diverged" or "failed"."""
-        fates = dict.fromkeys(self.lrs, "open")
+        """Anchored: arm -> "untried", "open", "waiting", "dropped", "diverged", "failed" or "won"."""
+        fates = {event["arm"]: str(event.get("status", "open")) for event in self.named(Event.PROPOSAL)}
         fates.update({event["arm"]: event["status"] for event in self.named(Event.TRUNK)})
         fates.update({event["arm"]: "won" for event in self.named(Event.DONE) if "arm" in event})
         return fates

@@ -93,8 +93,7 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
     elif data.anchored:
         envelope = data.history.envelope
         ramp = data.result.schedule.pieces[0].warmup_steps
-        found_lrs = ", then ".join(number(lr, 3) for lr in lrs)
-        lr = (found_lrs, "peak learning rate", f"times the envelope {envelope}, after {ramp} steps of warm-up")
+        lr = (number(lrs[0], 3), "peak learning rate", f"times the envelope {envelope}, after {ramp} steps of warm-up")
     else:
         lr = (f"{number(min(lrs), 3)} to {number(max(lrs), 3)}", "learning rates", f"{len(lrs)} pieces")
     when = "final" if found["done"] else "so far"

@@ -108,7 +108,7 @@ def build_slow(config: dict[str, Any]) -> TrainingTask:
 
 
 def run(folder: Path, nodes: int = 0, **options: Any) -> RunResult:
-    options = {"num_lrs": 4, "infill": 0, "branches": 0, "config": {"nodes": nodes}, **options}
+    options = {"num_lrs": 4, "config": {"nodes": nodes}, **options}
     return autolrs_ray.run(build_slow, 100, storage_path=folder, name="run", progress=False, **options)
 
 

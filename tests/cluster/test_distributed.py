@@ -221,7 +221,6 @@ def test_a_race_with_two_workers_a_trial_is_that_with_one(tmp_path: Path) -> Non
             build_plain_noted,
             120,
             num_lrs=4,
-            infill=1,
             slots=2,
             workers=workers,
             config={"trace": str(trace)},

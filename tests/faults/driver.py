@@ -44,8 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         lr_interval=(1e-2, 1.0), policy="paper",
     ),
     "anchored": dict(
-        total_steps=160, num_lrs=5, rungs=(0.1, 0.3, 0.6), tolerances=(0.3, 0.2, 0.1), infill=2, finalists=3, reports=2,
-        commits=6, lr_interval=(1e-3, 1.0),
+        total_steps=160, num_lrs=5, commits=6, lr_interval=(1e-3, 1.0),
     ),
 }  # fmt: skip
 

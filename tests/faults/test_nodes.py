@@ -124,9 +124,7 @@ def test_a_trial_larger_than_any_node_ends_the_run_in_seconds_and_two_workers_sh
                 build_tiny, 60, resources={"cpu": 2}, resource_timeout_s=1.0, storage_path=tmp_path, progress=False
             )
         assert time.monotonic() - began < 30.0
-        result = autolrs_ray.run(
-            build_tiny, 60, workers=2, num_lrs=2, infill=0, branches=0, storage_path=tmp_path / "two", progress=False
-        )
+        result = autolrs_ray.run(build_tiny, 60, workers=2, num_lrs=2, storage_path=tmp_path / "two", progress=False)
         assert result.done
         assert result.timing.max_concurrent == 1
     finally:

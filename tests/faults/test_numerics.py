@@ -12,13 +12,11 @@ from tests.faults.harness import Driver
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize(("policy", "failures"), [
-    ("paper", {"surrogate failed (RuntimeError: injected); space-filling LR": 5,
-               "forecaster failed (RuntimeError: injected); the mean of the last losses instead": 10}),
-    ("anchored", {"surrogate failed (injected); no in-fill LR": 1}),
-])  # fmt: skip
-def test_run_survives_failing_fits(tmp_path: Path, cluster: str, policy: str, failures: dict[str, int]) -> None:
-    with Driver(tmp_path, ("--policy", policy, "--address", cluster, "--sabotage")) as driver:
+def test_run_survives_failing_fits(tmp_path: Path, cluster: str) -> None:
+    with Driver(tmp_path, ("--policy", "paper", "--address", cluster, "--sabotage")) as driver:
         assert driver.outcome()["done"]
     messages = [event["message"] for event in read_journal(tmp_path / "run") if event["event"] == "warning"]
-    assert {message: messages.count(message) for message in messages} == failures
+    assert {message: messages.count(message) for message in messages} == {
+        "surrogate failed (RuntimeError: injected); space-filling LR": 5,
+        "forecaster failed (RuntimeError: injected); the mean of the last losses instead": 10,
+    }

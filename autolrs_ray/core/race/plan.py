@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from autolrs_ray.core.checks import require_float, require_int
@@ -51,7 +51,7 @@ class RacePlan:
         return self.steps[self.fractions.index(fraction)]
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> RacePlan:

@@ -15,6 +15,7 @@ from typing import Any
 
 from autolrs_ray.core.checks import require_bool, require_float, require_int
 from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, bin_centred_grid, envelope_factor
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, finite_or_inf, refuse_ignored_lr, way_on
 from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
 from autolrs_ray.core.race.rule import Course, Reading, Untrained, walk
@@ -46,13 +47,13 @@ class AnchoredPolicy(Policy):
     warmup: float = 0.2
     commits: int = 10
     run_ahead: bool = True
-    plan: RacePlan | None = None
 
     # durable state
     trunks: list[Trunk] = field(default_factory=list, init=False)
     untrained: Untrained | None = field(default=None, init=False)
     phase: str = field(default="race", init=False)
     heir: int | None = field(default=None, init=False)  # the one trunk of a race that is over and was extended
+    plan: RacePlan = field(init=False)
     warmup_steps: int = field(init=False)  # of the run as it began: extending it changes none of them
     decided: int = field(default=0, init=False)
 
@@ -60,6 +61,7 @@ class AnchoredPolicy(Policy):
     _course: Course = field(init=False, repr=False)
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
+    _moved: bool = field(default=False, init=False, repr=False)  # an untrained model's scores are not all the same
     _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,20 +70,26 @@ class AnchoredPolicy(Policy):
         require_bool("run_ahead", self.run_ahead)
         rise = require_float("warmup", self.warmup, 0.0, 1.0)
         self.warmup_steps = round(rise * self.total_steps)
-        self.rungs = self.plan or RacePlan.of(self.total_steps, rise=rise)
+        self.plan = RacePlan.of(self.total_steps, rise=rise)
         for step in (0, self.total_steps // 2, self.total_steps):
             envelope_factor(self.envelope, step, self.total_steps)
         self._boundaries = self._lay_boundaries()
         interval = LogInterval(*self.lr_interval)
         self.trunks = [Trunk(interval.lr(x)) for x in bin_centred_grid(self.num_lrs)]
         for i, trunk in enumerate(self.trunks):
-            self.emit("proposal", stage=0, probe=i, arm=_arm(i), lr=trunk.lr, status=trunk.status)
-        self._follow()
+            self.emit(Event.PROPOSAL, stage=0, probe=i, arm=_arm(i), lr=trunk.lr, status=trunk.status)
+        self._course = self._walk()
+        self._sort_out()
+
+    def follow(self, plan: RacePlan) -> None:
+        """Race by another plan than the default; before anything has been reported."""
+        self.plan, self._boundaries = plan, self._lay_boundaries()
+        self._course = self._walk()
 
     def _lay_boundaries(self) -> tuple[int, ...]:
         """Steps at which checkpoints are due: rungs, commits, the end of the envelope's hold, the end."""
         spaced = {round(self.total_steps * i / self.commits) for i in range(1, self.commits + 1)}
-        steps = (self.total_steps,) if self.heir is not None else self.rungs.steps
+        steps = (self.total_steps,) if self.heir is not None else self.plan.steps
         late = {step for step in (*spaced, self._hold_end()) if step > (0 if self.heir is not None else steps[0])}
         return tuple(sorted({*steps, *late}))
 
@@ -113,7 +121,7 @@ class AnchoredPolicy(Policy):
         self.total_steps, self.phase, self.heir = total_steps, "race", alive[0]
         self._boundaries = self._lay_boundaries()
         self._points.clear()
-        self.emit("extend", total_steps=total_steps, step=trunk.step, lr=trunk.lr)
+        self.emit(Event.EXTEND, total_steps=total_steps, step=trunk.step, lr=trunk.lr)
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
@@ -131,7 +139,7 @@ class AnchoredPolicy(Policy):
         return max(1, min(3, in_play + len(self._candidates())))
 
     def cost(self, slots: int) -> tuple[float, float]:
-        few, settled = min(3, self.num_lrs), self.rungs.settled
+        few, settled = min(3, self.num_lrs), self.plan.settled
         compute = self.num_lrs * settled + few * (1.0 - settled)
         return compute, max(1.0, compute / min(slots, few)) if slots > 1 else compute
 
@@ -142,7 +150,7 @@ class AnchoredPolicy(Policy):
         alone = self._course.winner if self.heir is None else self.heir
         if alone is not None:
             return {alone: self.total_steps} if self.trunks[alone].step < self.total_steps else {}
-        return {i: self.rungs.step(rung) for i, rung in self._course.missing.items()}
+        return {i: self.plan.step(rung) for i, rung in self._course.missing.items()}
 
     def _candidates(self) -> list[int]:
         """Trunks that may run ahead, those that are likely to be needed first, first: the next below those in play."""
@@ -154,12 +162,12 @@ class AnchoredPolicy(Policy):
             if self.untrained is None
             else range(min(play, default=0))[::-1]
         )
-        end = max((s for s in self.rungs.steps if s <= round(AHEAD_UNTIL * self.total_steps)), default=0)
+        end = max((s for s in self.plan.steps if s <= round(AHEAD_UNTIL * self.total_steps)), default=0)
         return [i for i in below if i not in play and self.trunks[i].active and self._front(i) < end]
 
     def _front(self, i: int) -> int:
         """How far trunk `i` has come: its last commit, or the last rung at which it was read."""
-        return max(self.trunks[i].step, *(self.rungs.step(rung) for rung in self.trunks[i].readings), 0)
+        return max(self.trunks[i].step, *(self.plan.step(rung) for rung in self.trunks[i].readings), 0)
 
     def _ahead(self) -> list[int]:
         """Trunks that run ahead now, or may: as many as the rule leaves slots."""
@@ -174,7 +182,7 @@ class AnchoredPolicy(Policy):
     def _segment(self, i: int) -> Segment:
         trunk = self.trunks[i]
         boundaries = tuple(boundary for boundary in self._boundaries if boundary > trunk.step)
-        until = self.rungs.step(self.rungs.first) if self.untrained is None and i == self._baseline() else 0
+        until = self.plan.step(self.plan.first) if self.untrained is None and i == self._baseline() else 0
         reports = tuple(FIRST_READINGS if boundary <= until else 1 for boundary in boundaries)
         return Segment(_arm(i), "trunk", 0, trunk.lr, trunk.step, boundaries, reports, trunk.checkpoint,
                        self.envelope, self.total_steps, self.warmup_steps)  # fmt: skip
@@ -191,7 +199,7 @@ class AnchoredPolicy(Policy):
             self._break(i, "diverged")
             return Verdict.FINISH
         if self.heir is None:
-            for rung, step in zip(self.rungs.fractions, self.rungs.steps, strict=True):
+            for rung, step in zip(self.plan.fractions, self.plan.steps, strict=True):
                 if step in crossed and rung not in trunk.readings:
                     self._read(i, rung, point)
         if crossed:
@@ -212,13 +220,14 @@ class AnchoredPolicy(Policy):
     def _read(self, i: int, rung: float, point: Point) -> None:
         """Note what trunk `i` reads at `rung`."""
         trunk, arm = self.trunks[i], _arm(i)
-        index = self.rungs.fractions.index(rung)
-        reading = Reading(score_of(point), self._train_loss(arm, self.rungs.steps[index - 1] if index else 0))
+        index = self.plan.fractions.index(rung)
+        reading = Reading(score_of(point), self._train_loss(arm, self.plan.steps[index - 1] if index else 0))
         trunk.readings[rung] = reading
-        self.emit("rung", arm=arm, probe=i, lr=trunk.lr, step=self.rungs.steps[index], rung=rung, score=reading.score,
+        self.emit(Event.RUNG, arm=arm, probe=i, lr=trunk.lr, step=self.plan.steps[index], rung=rung, score=reading.score,
                   loss=point.loss, averaged_loss=point.averaged_loss, train_loss=reading.train)  # fmt: skip
-        if self.untrained is None and i == self._baseline() and rung >= self.rungs.first:
+        if self.untrained is None and i == self._baseline() and rung >= self.plan.first:
             self.untrained = untrained_by(self._points[arm])
+            self._moved = len({score_of(point) for point in self._points[arm]}) > 1
 
     def _train_loss(self, arm: str, since: int) -> float | None:
         """Mean training loss per step, up to the last report, from the report on at which the step `since` was passed."""
@@ -260,16 +269,16 @@ class AnchoredPolicy(Policy):
 
     # -- what follows --------------------------------------------------------------------------------------------------
 
-    def _follow(self) -> None:
+    def _walk(self) -> Course:
         """Ask the rule how far what has been read carries the race."""
-        self._course = walk([trunk.readings for trunk in self.trunks], self.untrained, self.rungs)
+        return walk([trunk.readings for trunk in self.trunks], self.untrained, self.plan)
 
     def _settle(self) -> None:
         """Draw every conclusion that what is known allows: who goes on, the end, or that there is none."""
         if self.heir is None:
             if self.untrained is None:
                 self._take_baseline()
-            self._follow()
+            self._course = self._walk()
             self._announce()
             self._sort_out()
             if not self._course.missing and self._course.winner is None:
@@ -279,7 +288,7 @@ class AnchoredPolicy(Policy):
     def _take_baseline(self) -> None:
         """The smallest LR has come to grief, and the next one has been read already."""
         i = self._baseline()
-        reading = None if i is None else self.trunks[i].readings.get(self.rungs.first)
+        reading = None if i is None else self.trunks[i].readings.get(self.plan.first)
         if reading is not None:
             self.untrained = Untrained(reading.score, reading.train)
 
@@ -289,10 +298,10 @@ class AnchoredPolicy(Policy):
             if self.decided == 0:
                 seen = [(i, self.trunks[i].readings[decision.rung]) for i in field_]
                 refuse_ignored_lr(
-                    [(self.trunks[i].lr, r.score, r.train, False) for i, r in seen if math.isfinite(r.score)]
+                    [(self.trunks[i].lr, r.score, r.train, self._moved) for i, r in seen if math.isfinite(r.score)]
                 )
             score = self.trunks[decision.leader].readings[decision.rung].score
-            self.emit("decision", step=self.rungs.step(decision.rung), rung=decision.rung, score=score,
+            self.emit(Event.DECISION, step=self.plan.step(decision.rung), rung=decision.rung, score=score,
                       leader=self.trunks[decision.leader].lr, judged=decision.judged,
                       kept=[self.trunks[i].lr for i in sorted(decision.play)])  # fmt: skip
             self.decided += 1
@@ -309,7 +318,7 @@ class AnchoredPolicy(Policy):
                     trunk.restart()
                     self._tell(i, "all other learning rates have diverged; it starts again")
                 self._turn(i, "open")
-            elif trunk.readings:
+            elif trunk.readings and trunk.status != "dropped":
                 passed = winner is not None or (leader is not None and i > leader)
                 self._turn(i, "dropped" if passed else "waiting")
 
@@ -323,22 +332,21 @@ class AnchoredPolicy(Policy):
             self._forget(_arm(i))
         if status == "waiting":
             trunk.previous = None
-        self.emit("trunk", arm=_arm(i), probe=i, lr=trunk.lr, status=status, step=trunk.step)
+        self.emit(Event.TRUNK, arm=_arm(i), probe=i, lr=trunk.lr, status=status, step=trunk.step)
 
     def _forget(self, arm: str) -> None:
         self._points.pop(arm, None)
         self._unsaved.discard(arm)
 
     def _tell(self, i: int, message: str) -> None:
-        self.emit("warning", stage=0, arm=_arm(i), message=f"LR {self.trunks[i].lr:.3g}: {message}")
+        self.emit(Event.WARNING, stage=0, arm=_arm(i), message=f"LR {self.trunks[i].lr:.3g}: {message}")
 
     def _break(self, i: int, status: str) -> None:
         """Trunk `i` has come to grief past the last rung at which it was read."""
         trunk = self.trunks[i]
         if self.heir is None:
-            rung = next((rung for rung in self.rungs.fractions if rung not in trunk.readings), None)
-            if rung is not None:
-                trunk.readings[rung] = Reading(math.inf)
+            rung = next((rung for rung in self.plan.fractions if rung not in trunk.readings), self.plan.fractions[-1])
+            trunk.readings[rung] = Reading(math.inf)
         self._turn(i, status)
         if self.heir is not None:
             self._fail()
@@ -357,7 +365,7 @@ class AnchoredPolicy(Policy):
             return
         trunk = self.trunks[winner]
         self.phase, trunk.status = "done", "won"
-        self.emit("done", arm=_arm(winner), lr=trunk.lr, step=trunk.step, loss=trunk.saved_loss,
+        self.emit(Event.DONE, arm=_arm(winner), lr=trunk.lr, step=trunk.step, loss=trunk.saved_loss,
                   checkpoint=trunk.checkpoint)  # fmt: skip
 
     # -- checkpoints and failures --------------------------------------------------------------------------------------
@@ -377,7 +385,7 @@ class AnchoredPolicy(Policy):
         trunk.saved_loss = score_of(point) if point else None
         self._keep_since(arm, trunk)
         self.emit(
-            "commit", stage=0, arm=arm, end=step, lr=trunk.lr, warmup_steps=self.warmup_steps, checkpoint=path,
+            Event.COMMIT, stage=0, arm=arm, end=step, lr=trunk.lr, warmup_steps=self.warmup_steps, checkpoint=path,
             loss=point.loss if point else None, averaged_loss=point.averaged_loss if point else None,
         )  # fmt: skip
         self._finish_if_won()
@@ -385,7 +393,7 @@ class AnchoredPolicy(Policy):
     def _keep_since(self, arm: str, trunk: Trunk) -> None:
         """Of the reports so far keep those that the next reading's training loss is the mean of."""
         points = self._points.get(arm, [])
-        last = max((rung for rung in self.rungs.steps if rung <= trunk.step), default=0)
+        last = max((rung for rung in self.plan.steps if rung <= trunk.step), default=0)
         start = next((n for n, point in enumerate(points) if point.step >= last > 0), 0)
         self._points[arm] = points[start:]
         trunk.since = [(point.step, point.train_loss) for point in points[start:] if point.step <= trunk.step]
@@ -404,7 +412,7 @@ class AnchoredPolicy(Policy):
                 f"the last trunk of the race (LR {trunk.lr:.3g}) failed for good ({reason}). Its {self.last_good(arm)}, or "
                 "allow more max_failures."
             )
-        self.emit("warning", stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
+        self.emit(Event.WARNING, stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._break(i, "failed")
 
     def is_open(self, arm: str) -> bool:
@@ -422,7 +430,7 @@ class AnchoredPolicy(Policy):
                 trunk.step, trunk.checkpoint = trunk.previous or (0, None)
                 trunk.previous, trunk.since = None, []
                 self._forget(_arm(i))
-                self.emit("warning", stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
+                self.emit(Event.WARNING, stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
 
     def last_good(self, arm: str) -> str:
         trunk = self.trunks[int(arm[1:])]
@@ -438,12 +446,19 @@ class AnchoredPolicy(Policy):
 
     # -- what is seen and kept -----------------------------------------------------------------------------------------
 
+    def standing(self) -> list[tuple[float, float | None, int]]:
+        """(LR, score at the last rung, steps trained) of those in play, the largest LR first."""
+        alive = [(i, trunk) for i, trunk in enumerate(self.trunks) if trunk.status in ("open", "won")]
+        return [
+            (t.lr, t.readings[max(t.readings)].score if t.readings else None, self._front(i)) for i, t in alive[::-1]
+        ]
+
     def progress(self) -> dict[str, Any]:
         alive = [trunk for trunk in self.trunks if trunk.status in ("open", "won")]
         leader = min((t for t in alive if t.saved_loss is not None), key=lambda t: t.saved_loss or 0.0, default=None)
         return dict(
-            phase=self.phase, stage=self.decided, stages=len(self.rungs.fractions),
-            resolved=sum(trunk.status in ENDED for trunk in self.trunks), trials=len(self.trunks),
+            phase=self.phase, stage=self.decided, stages=len(self.plan.fractions),
+            resolved=len(self.trunks) - len(alive), trials=len(self.trunks),
             lr=leader.lr if leader else None, loss=leader.saved_loss if leader else None,
             step=max((trunk.step for trunk in alive), default=0), total_steps=self.total_steps,
         )  # fmt: skip
@@ -452,7 +467,7 @@ class AnchoredPolicy(Policy):
         untrained = None if self.untrained is None else vars(self.untrained)
         return dict(
             policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps, heir=self.heir,
-            warmup_steps=self.warmup_steps, rungs=self.rungs.state_dict(), untrained=untrained,
+            warmup_steps=self.warmup_steps, plan=self.plan.state_dict(), untrained=untrained,
             trunks=[trunk.state_dict() for trunk in self.trunks],
         )  # fmt: skip
 
@@ -460,13 +475,13 @@ class AnchoredPolicy(Policy):
         if state.get("policy") != "anchored":
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'anchored'")
         self.phase, self.decided, self.heir = state["phase"], state["decided"], state["heir"]
-        self.warmup_steps, self.rungs = state["warmup_steps"], RacePlan.from_state(state["rungs"])
+        self.warmup_steps, self.plan = state["warmup_steps"], RacePlan.from_state(state["plan"])
         self.untrained = None if state["untrained"] is None else Untrained(**state["untrained"])
         self.trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]
         self._issued, self._events = set(), []
         self._points, self._unsaved = {}, set()
         self._boundaries = self._lay_boundaries()
-        self._follow()
+        self._course = self._walk()
 
 
 def _arm(i: int) -> str:
@@ -482,7 +497,7 @@ def score_of(point: Point) -> float:
 
 def untrained_by(points: list[Point]) -> Untrained:
     """What an untrained model reads, by the first reports of the smallest LR: the largest score, and the mean of the training
-    losses. Their noise: where the next would lie in 95 of 100 cases (Student's t), by the means over FIRST_READINGS equal parts.
+    losses. Their noise: how far off the next would be in 95 of 100 cases (Student's t), by means over FIRST_READINGS parts.
     """
     score = max((point.loss for point in points if math.isfinite(point.loss)), default=score_of(points[-1]))
     parts: dict[int, list[tuple[int, float]]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from autolrs_ray.core.race.rule import Reading
@@ -47,7 +47,7 @@ class Trunk:
 
     def state_dict(self) -> dict[str, Any]:
         readings = [[rung, _json(r.score), _json(r.train)] for rung, r in self.readings.items()]
-        return {**asdict(self), "readings": readings}
+        return {**vars(self), "readings": readings, "since": list(self.since)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trunk:
