@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from autolrs_ray import AutoLRSSearch
+from autolrs_ray.core.policy import Point
 from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.driver.live import LiveProgress
 
@@ -18,19 +19,20 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
     search.desk.count_busy(3)
     policy = search.policy
     assert isinstance(policy, AnchoredPolicy)
-    policy.trunks[0].status = "dropped"
-    policy.trunks[3].scores, policy.trunks[3].step, policy.trunks[3].saved_loss = {20: 0.5, 40: 0.25}, 40, 0.25
+    policy.issue("t00"), policy.issue("t09")
+    policy.report("t00", Point(20, 2.0))
+    policy.report("t09", Point(20, 0.5))
+    policy.saved("t09", 20, "t09@20")
     live = LiveProgress(search)
     console = Console(width=160, record=True, file=StringIO(), force_terminal=True)
     console.print(live.view(policy.progress()))
     lines = console.export_text().splitlines()
     assert lines[0].startswith(
-        "AutoLRS anchored | rung 0/10 | 9 of 10 LRs in the race | lr 0.00126 | loss 0.25 | step 40/1000"
+        "AutoLRS anchored | rung 0/15 | 2 of 10 LRs in the race | lr 5.01 | loss 0.5 | step 20/1000"
     )
     assert "| 3/4 slots |" in lines[0]
-    assert lines[1].split()[:4] == ["lr", "0.00126", "loss", "0.25"]
-    assert [line.split()[1] for line in lines[2:5]] == ["7.94e-05", "0.000316", "0.00501"]  # not yet scored: by LR
-    assert lines[9] == "  and 1 more"
+    assert lines[1].split()[:4] == ["lr", "5.01", "loss", "0.5"]
+    assert lines[2].split()[:4] == ["lr", "1.26", "loss", "-"]
 
 
 def test_the_time_left_is_what_the_steps_since_the_view_began_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,8 +45,7 @@ def test_the_time_left_is_what_the_steps_since_the_view_began_took(monkeypatch: 
     live = LiveProgress(search)
     monkeypatch.setattr(live, "_console", Console(file=screen))  # no terminal: a line per change
     for seconds, step in ((10.0, 200), (30.0, 200), (130.0, 300), (3730.0, 400)):  # resumed at step 200
-        clock[0], policy.trunks[0].step = 1000.0 + seconds, step
-        policy.trunks[0].scores = {step: 1.0}
+        clock[0], policy.trunks[1].step = 1000.0 + seconds, step
         live.on_step_end(1, [])
     shown = [line.rpartition("slots | ")[2] for line in screen.getvalue().splitlines()[1:]]
     assert shown == ["0:10 gone", "2:10 gone, 15:10 left", "1:02:10 gone, 3:06:30 left"]

@@ -175,7 +175,8 @@ def test_anchored_race_overlaps_and_trains_no_step_twice(tmp_path: Path) -> None
     expected = next(event for event in reference.events if event["event"] == "done")
     assert result.done
     assert (result.rows[-1]["lr"], result.loss) == (expected["lr"], expected["loss"])
-    assert len(actors(tmp_path / "run")) == 4
+    assert 2 <= len(actors(tmp_path / "run")) <= 4
+    assert result.timing.max_concurrent > 1
     assert result.weights in ("raw", "averaged")
     trainer.model.load_state_dict(result.model_state())
     losses = result.rows[-1]["loss"], result.rows[-1]["averaged_loss"]

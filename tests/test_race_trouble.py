@@ -198,7 +198,7 @@ def test_the_race_finds_a_good_learning_rate_and_trains_it_once():
 
 def test_progress_says_where_the_run_stands():
     policy = anchored()
-    assert policy.trials_needed == 2
+    assert policy.trials_needed == 8
     assert policy.breadth == 3
     simulation = Simulation(policy).run()
     progress = simulation.policy.progress()

@@ -107,7 +107,7 @@ def test_an_autoscaler_is_asked_for_what_the_policy_can_use_until_the_end(cluste
     cluster.starting = 0
     desk, found = begun()
     assert cluster.asked == [[{"CPU": 1.0}] * desk.policy.breadth]
-    assert desk.policy.breadth >= 4
+    assert desk.policy.breadth == 3
     cluster.look(found)
     assert len(cluster.asked) == 1  # as before
     desk._policy = SimpleNamespace(breadth=2, emit=lambda *_, **__: None)  # learning rates have dropped out

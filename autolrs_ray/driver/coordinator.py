@@ -61,7 +61,7 @@ class Coordinator:
         self._slots.ask()
         keep_actors_warm(controller, self._resources, desk.slots, more=desk.slots)
         use_idle_workers(controller, trainable)
-        if desk.policy_name == "paper":  # the race proposes none
+        if desk.settings.policy_name == "paper":  # the race proposes none
             # a second, while the actors start; after the record, whose warnings it would silence
             threading.Thread(target=surrogate.preload, daemon=True).start()
 

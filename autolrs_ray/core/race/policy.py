@@ -131,7 +131,7 @@ class AnchoredPolicy(Policy):
 
     @property
     def trials_needed(self) -> int:
-        return min(2, self.num_lrs)
+        return self.num_lrs  # the walk may go all the way down
 
     @property
     def breadth(self) -> int:
