@@ -71,13 +71,16 @@ class Point:
     """One report: losses to be minimised, at `step` optimizer steps since the start of the run.
 
     loss: validation loss of the weights. train_loss: mean training loss since the last report. averaged_loss: validation
-    loss of the averaged weights. None where the training does not report it.
+    loss of the averaged weights. guide, averaged_guide: the validation losses where `loss` and `averaged_loss` are of a metric
+    to be maximised (negated), which says less early on. None where the training does not report it.
     """
 
     step: int
     loss: float
     train_loss: float | None = None
     averaged_loss: float | None = None
+    guide: float | None = None
+    averaged_guide: float | None = None
 
 
 @dataclass

@@ -13,6 +13,7 @@ from autolrs_ray.core.segments import Segment
 
 _MEND = 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
 _TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
+VAL_LOSS, AVERAGED_LOSS = "val_loss", "averaged_loss"  # keys of the loss where the metric is another, to be maximised
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -43,7 +44,8 @@ def point_of(result: dict[str, Any], segment: Segment, keys: ReportKeys, sign: f
     loss = sign * _number(result, keys.loss)
     train = _number(result, keys.train) if keys.train in result else None
     averaged = sign * _number(result, keys.averaged) if keys.averaged in result else None
-    return Point(step, loss, train, averaged)
+    guides = (VAL_LOSS, AVERAGED_LOSS) if sign < 0 and keys.loss != VAL_LOSS and VAL_LOSS in result else ()
+    return Point(step, loss, train, averaged, *(_number(result, key) for key in guides if key in result))
 
 
 def step_of(result: dict[str, Any], key: str) -> int:

@@ -10,6 +10,9 @@ from autolrs_ray.core.checks import require_float, require_int
 RUNGS: tuple[float, ...] = (0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.5, 0.64, 0.8, 1.0)
 """Shares of the run at which the race compares its trunks."""
 
+UNRISEN = 0.06
+"""The first rung of a race without a rise."""
+
 FIRST_READINGS = 4
 """Reports of the smallest LR before anything is decided: of an untrained model's losses, and of how they scatter."""
 
@@ -31,15 +34,22 @@ class RacePlan:
     patience: int = 0
 
     @classmethod
-    def of(cls, total_steps: int, fractions: tuple[float, ...] = RUNGS, **rule: Any) -> RacePlan:
-        """Rungs at `fractions` of `total_steps`, the last at its end. Of fractions that fall on one step the latest is kept."""
+    def of(
+        cls, total_steps: int, fractions: tuple[float, ...] | None = None, rise: float = 0.2, **rule: Any
+    ) -> RacePlan:
+        """Rungs at `fractions` of `total_steps`, the last at its end. Of fractions that fall on one step the latest is kept.
+
+        None: those of RUNGS; without a rise from UNRISEN on only: a large learning rate at full height needs time.
+        """
         require_int("total_steps", total_steps, 2)
+        if fractions is None:
+            fractions = RUNGS if rise else tuple(fraction for fraction in RUNGS if fraction >= UNRISEN)
         for fraction in fractions:
             require_float("each rung", fraction, 0.0, 1.0, low_open=True)
         if not fractions or list(fractions) != sorted(set(fractions)) or fractions[-1] != 1.0:
             raise ValueError(f"rungs must be increasing fractions of the run that end at 1, got {fractions}")
         nominal = {max(1, round(fraction * total_steps)): fraction for fraction in fractions}
-        return cls(total_steps, tuple(nominal.values()), tuple(nominal), **rule)
+        return cls(total_steps, tuple(nominal.values()), tuple(nominal), rise, **rule)
 
     @property
     def first(self) -> float:

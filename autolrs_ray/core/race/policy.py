@@ -51,6 +51,9 @@ class AnchoredPolicy(Policy):
     # durable state
     trunks: list[Trunk] = field(default_factory=list, init=False)
     untrained: Untrained | None = field(default=None, init=False)
+    early: list[Point] = field(
+        default_factory=list, init=False
+    )  # reports of the smallest LR, until `untrained` is known
     phase: str = field(default="race", init=False)
     heir: int | None = field(default=None, init=False)  # the one trunk of a race that is over and was extended
     plan: RacePlan = field(init=False)
@@ -61,7 +64,7 @@ class AnchoredPolicy(Policy):
     _course: Course = field(init=False, repr=False)
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
-    _moved: bool = field(default=False, init=False, repr=False)  # an untrained model's scores are not all the same
+    _moved: bool = field(default=False, init=False, repr=False)  # the scores of the smallest LR are not all the same
     _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -167,7 +170,12 @@ class AnchoredPolicy(Policy):
 
     def _front(self, i: int) -> int:
         """How far trunk `i` has come: its last commit, or the last rung at which it was read."""
-        return max(self.trunks[i].step, *(self.plan.step(rung) for rung in self.trunks[i].readings), 0)
+        return max(self.trunks[i].step, *self._passed(i), 0)
+
+    def _passed(self, i: int) -> list[int]:
+        return [
+            self.plan.step(rung) for rung, reading in self.trunks[i].readings.items() if math.isfinite(reading.score)
+        ]
 
     def _ahead(self) -> list[int]:
         """Trunks that run ahead now, or may: as many as the rule leaves slots."""
@@ -198,6 +206,8 @@ class AnchoredPolicy(Policy):
         if not math.isfinite(score_of(point)):
             self._break(i, "diverged")
             return Verdict.FINISH
+        if self.untrained is None and i == self._baseline():
+            self._listen(point)
         if self.heir is None:
             for rung, step in zip(self.plan.fractions, self.plan.steps, strict=True):
                 if step in crossed and rung not in trunk.readings:
@@ -221,13 +231,14 @@ class AnchoredPolicy(Policy):
         """Note what trunk `i` reads at `rung`."""
         trunk, arm = self.trunks[i], _arm(i)
         index = self.plan.fractions.index(rung)
-        reading = Reading(score_of(point), self._train_loss(arm, self.plan.steps[index - 1] if index else 0))
+        final = None if point.guide is None else finite_or_inf(final_of(point))
+        reading = Reading(score_of(point), self._train_loss(arm, self.plan.steps[index - 1] if index else 0), final)
         trunk.readings[rung] = reading
         self.emit(Event.RUNG, arm=arm, probe=i, lr=trunk.lr, step=self.plan.steps[index], rung=rung, score=reading.score,
                   loss=point.loss, averaged_loss=point.averaged_loss, train_loss=reading.train)  # fmt: skip
-        if self.untrained is None and i == self._baseline() and rung >= self.plan.first:
-            self.untrained = untrained_by(self._points[arm])
-            self._moved = len({score_of(point) for point in self._points[arm]}) > 1
+        enough = len(self.early) >= FIRST_READINGS or rung == self.plan.fractions[-1]
+        if self.untrained is None and i == self._baseline() and enough:
+            self._know_untrained()
 
     def _train_loss(self, arm: str, since: int) -> float | None:
         """Mean training loss per step, up to the last report, from the report on at which the step `since` was passed."""
@@ -276,8 +287,6 @@ class AnchoredPolicy(Policy):
     def _settle(self) -> None:
         """Draw every conclusion that what is known allows: who goes on, the end, or that there is none."""
         if self.heir is None:
-            if self.untrained is None:
-                self._take_baseline()
             self._course = self._walk()
             self._announce()
             self._sort_out()
@@ -285,12 +294,22 @@ class AnchoredPolicy(Policy):
                 self._fail()
         self._finish_if_won()
 
+    def _listen(self, point: Point) -> None:
+        """Note a report of the smallest LR, of which the first few are an untrained model's."""
+        self.early = [*(earlier for earlier in self.early if earlier.step < point.step), point]
+
+    def _know_untrained(self) -> None:
+        self.untrained = untrained_by(self.early)
+        self._moved = len({score_of(point) for point in self.early}) > 1
+        self.early = []
+
     def _take_baseline(self) -> None:
-        """The smallest LR has come to grief, and the next one has been read already."""
+        """The smallest LR has come to grief: the next stands in for it, which may have been read already."""
         i = self._baseline()
-        reading = None if i is None else self.trunks[i].readings.get(self.plan.first)
-        if reading is not None:
-            self.untrained = Untrained(reading.score, reading.train)
+        readings = {} if i is None else self.trunks[i].readings
+        self.early = [Point(self.plan.step(rung), r.score, r.train) for rung, r in readings.items()]
+        if len(self.early) >= FIRST_READINGS:
+            self._know_untrained()
 
     def _announce(self) -> None:
         for decision in self._course.decisions[self.decided :]:
@@ -347,9 +366,12 @@ class AnchoredPolicy(Policy):
         if self.heir is None:
             rung = next((rung for rung in self.plan.fractions if rung not in trunk.readings), self.plan.fractions[-1])
             trunk.readings[rung] = Reading(math.inf)
+        baseline = i == self._baseline()
         self._turn(i, status)
         if self.heir is not None:
             self._fail()
+        if baseline and self.untrained is None:
+            self._take_baseline()
         self._settle()
 
     def _fail(self) -> None:
@@ -365,8 +387,20 @@ class AnchoredPolicy(Policy):
             return
         trunk = self.trunks[winner]
         self.phase, trunk.status = "done", "won"
+        if self.heir is None:
+            self._judge_outcome(winner)
         self.emit(Event.DONE, arm=_arm(winner), lr=trunk.lr, step=trunk.step, loss=trunk.saved_loss,
                   checkpoint=trunk.checkpoint)  # fmt: skip
+
+    def _judge_outcome(self, winner: int) -> None:
+        """Say what a person should know of a result before using it."""
+        if self.num_lrs > 1 and not self._course.decisions[-1].judged:
+            self._tell(winner, "it has won, but no learning rate has learned anything: losses have not got better by more than "
+                       "their noise. Look at the data, the loss and the model, or train for longer")  # fmt: skip
+        elif self.num_lrs > 2 and winner in (0, self.num_lrs - 1):
+            end, low_or_high = ("smallest", "lower") if winner == 0 else ("largest", "higher")
+            self._tell(winner, f"it has won and is the {end} of the interval: a {low_or_high} one may be better still; widen "
+                       f"lr_interval={self.lr_interval}")  # fmt: skip
 
     # -- checkpoints and failures --------------------------------------------------------------------------------------
 
@@ -382,7 +416,7 @@ class AnchoredPolicy(Policy):
             trunk.held = (step, path)
         points = self._points.get(arm, [])
         point = next((point for point in points if point.step == step and math.isfinite(point.loss)), None)
-        trunk.saved_loss = score_of(point) if point else None
+        trunk.saved_loss = final_of(point) if point else None
         self._keep_since(arm, trunk)
         self.emit(
             Event.COMMIT, stage=0, arm=arm, end=step, lr=trunk.lr, warmup_steps=self.warmup_steps, checkpoint=path,
@@ -399,21 +433,40 @@ class AnchoredPolicy(Policy):
         trunk.since = [(point.step, point.train_loss) for point in points[start:] if point.step <= trunk.step]
 
     def failed(self, arm: str, reason: str) -> None:
+        """As Policy's. An LR that fails has diverged, if others go on; where three fail at one place, it is not the LR."""
         i = int(arm[1:])
         trunk = self.trunks[i]
         if not trunk.active:
             return
-        if not any(other.active for other in self.trunks if other is not trunk):
-            for other in self.trunks:  # before the first decision, whoever mends the cause gets the whole field back
-                if other.status == "failed" and self.decided == 0:
-                    other.status, other.readings = "untried", {}
-                    other.restart()
+        last = not any(other.active for other in self.trunks if other is not trunk)
+        if last or self._fails_everywhere(i):
+            self._forgive()
+            which = (
+                "the last trunk of the race"
+                if last
+                else f"the third trunk that failed, and none has come further: {arm}"
+            )
             raise AutoLRSError(
-                f"the last trunk of the race (LR {trunk.lr:.3g}) failed for good ({reason}). Its {self.last_good(arm)}, or "
+                f"{which} (LR {trunk.lr:.3g}) failed for good ({reason}). Its {self.last_good(arm)}, or "
                 "allow more max_failures."
             )
         self.emit(Event.WARNING, stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._break(i, "failed")
+
+    def _fails_everywhere(self, i: int) -> bool:
+        """Whether two have failed before trunk `i` does, the smallest LR has been heard of, and none has come further."""
+        failed = [j for j, trunk in enumerate(self.trunks) if trunk.status == "failed"]
+        heard = self.untrained is not None or 0 in (*failed, i)
+        further = any(self._front(j) > self._front(i) for j in range(len(self.trunks)) if j not in failed)
+        return len(failed) >= 2 and heard and not further
+
+    def _forgive(self) -> None:
+        """Whoever mends the cause gets those back that it had taken out of the race; they start again."""
+        for trunk in self.trunks:
+            if trunk.status == "failed":
+                trunk.readings = {rung: r for rung, r in trunk.readings.items() if math.isfinite(r.score)}
+                trunk.status = "waiting" if trunk.readings else "untried"
+                trunk.restart()
 
     def is_open(self, arm: str) -> bool:
         return not self.done and self.trunks[int(arm[1:])].active
@@ -467,16 +520,28 @@ class AnchoredPolicy(Policy):
         untrained = None if self.untrained is None else vars(self.untrained)
         return dict(
             policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps, heir=self.heir,
+            envelope=self.envelope if isinstance(self.envelope, str | None) else "function", commits=self.commits,
             warmup_steps=self.warmup_steps, plan=self.plan.state_dict(), untrained=untrained,
+            early=[{k: v for k, v in vars(point).items() if v is not None and math.isfinite(v)} for point in self.early],
             trunks=[trunk.state_dict() for trunk in self.trunks],
         )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("policy") != "anchored":
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'anchored'")
+        if missing := {"plan", "commits", "envelope"} - state.keys():
+            raise ValueError(
+                f"this state is of a race by an earlier rule (it has no {', '.join(sorted(missing))}): end the run with the "
+                "version that began it"
+            )
+        if (state["envelope"] == "function") != callable(self.envelope):
+            raise ValueError(f"this race began with the envelope {state['envelope']!r}, not {self.envelope!r}")
+        self.envelope = self.envelope if callable(self.envelope) else state["envelope"]
+        self.commits, self.num_lrs = state["commits"], len(state["trunks"])
         self.phase, self.decided, self.heir = state["phase"], state["decided"], state["heir"]
         self.warmup_steps, self.plan = state["warmup_steps"], RacePlan.from_state(state["plan"])
         self.untrained = None if state["untrained"] is None else Untrained(**state["untrained"])
+        self.early = [Point(**point) for point in state["early"]]
         self.trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]
         self._issued, self._events = set(), []
         self._points, self._unsaved = {}, set()
@@ -488,26 +553,47 @@ def _arm(i: int) -> str:
     return f"t{i:02d}"
 
 
-def score_of(point: Point) -> float:
+def final_of(point: Point) -> float:
     """Of the raw or the averaged weights, whichever are better: one of them is the final model."""
-    if point.averaged_loss is None:
-        return point.loss
-    return min(point.loss, point.averaged_loss, key=finite_or_inf)
+    return _better(point.loss, point.averaged_loss)
+
+
+def score_of(point: Point) -> float:
+    """What rungs are judged by: the same, of the validation loss where the metric is another."""
+    return final_of(point) if point.guide is None else _better(point.guide, point.averaged_guide)
+
+
+def guide_of(point: Point) -> float:
+    """The same of the raw weights."""
+    return point.loss if point.guide is None else point.guide
+
+
+def _better(raw: float, averaged: float | None) -> float:
+    return raw if averaged is None else min(raw, averaged, key=finite_or_inf)
 
 
 def untrained_by(points: list[Point]) -> Untrained:
-    """What an untrained model reads, by the first reports of the smallest LR: the largest score, and the mean of the training
-    losses. Their noise: how far off the next would be in 95 of 100 cases (Student's t), by means over FIRST_READINGS parts.
+    """What an untrained model reads, by the first reports of the smallest LR: the largest score, the mean of training losses.
+
+    Noise is how far off the next would be in 95 of 100 cases (Student's t): of training losses by means over FIRST_READINGS
+    parts, since they are means themselves, of scores as they are. Readings are rough without training losses or averages.
     """
-    score = max((point.loss for point in points if math.isfinite(point.loss)), default=score_of(points[-1]))
+    scores = [score_of(point) for point in points if math.isfinite(score_of(point))]
+    raw = max(
+        (guide for point in points if math.isfinite(guide := guide_of(point))), default=max(scores, default=math.inf)
+    )
+    rough = any(point.train_loss is None or point.averaged_loss is None for point in points)
     parts: dict[int, list[tuple[int, float]]] = {}
     for before, point in zip([0, *(point.step for point in points)], points, strict=False):
         if point.train_loss is not None and math.isfinite(point.train_loss):
             part = (point.step * FIRST_READINGS - 1) // points[-1].step
             parts.setdefault(part, []).append((point.step - before, point.train_loss))
-    if not parts:
-        return Untrained(score)
     means = [sum(steps * loss for steps, loss in part) / sum(steps for steps, _ in part) for part in parts.values()]
-    count = len(means)
-    noise = STUDENT[count] * stdev(means) * math.sqrt(1 + 1 / count) if count > 1 else 0.0
-    return Untrained(score, fmean(means), noise)
+    return Untrained(raw, fmean(means) if means else None, _scatter(means), _scatter(scores), rough)
+
+
+def _scatter(values: list[float]) -> float:
+    """Half the width of the interval in which the next of such `values` lies in 95 of 100 cases."""
+    count = len(values)
+    t = STUDENT.get(count, STUDENT[max(STUDENT)])
+    return t * stdev(values) * math.sqrt(1 + 1 / count) if count > 1 else 0.0

@@ -11,20 +11,24 @@ from autolrs_ray.core.race.plan import RacePlan
 
 @dataclass(frozen=True)
 class Reading:
-    """A trunk at a rung. score: to be minimised, inf of one that has diverged by then; train: its mean training loss since the
-    rung before, None where none is reported."""
+    """A trunk at a rung. score: to be minimised, inf of one that has diverged by then. train: its mean training loss since the
+    rung before, None where none is reported. final: what the end is judged by, where that is not the score."""
 
     score: float
     train: float | None = None
+    final: float | None = None
 
 
 @dataclass(frozen=True)
 class Untrained:
-    """The same of a model that has learned nothing yet. noise: by how much such training losses scatter."""
+    """The same of a model that has learned nothing yet. noise, score_noise: by how much training losses and scores scatter.
+    patience: readings are rough, and the leader of the rung before is to stay in play."""
 
     score: float
     train: float | None = None
     noise: float = 0.0
+    score_noise: float = 0.0
+    patience: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
     """Where a race stands: who leads, who goes on, who has won.
 
     field[i]: what has been read of learning rate (LR) number i, the smallest first, by rung (a nominal share of the run).
-    untrained: what a model reads that has learned nothing. Until that is known, the smallest LR, which learns next to nothing,
-    goes to the rung `first`, and the largest to the first of all.
+    untrained: what a model reads that has learned nothing. Until that is known, the largest LR goes to the first rung, and the
+    smallest, which learns next to nothing at first, from rung to rung.
 
     The best LR falls as training goes on, and while the LR rises, the largest look better than they will turn out. So the race
     starts with the largest LR and walks down. At a rung those in play are level, and the best of them leads. Two go on: the
@@ -68,17 +72,19 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
     `settled` of the run on none joins, and the LR below goes on only while it is near as well; but where the leader's score
     has got worse by more than the margin since the rung before, the walk goes on.
 
-    None leads that has not learned: its training loss must have fallen by more than its noise, and its score by `close` of
-    that fall at least, since running statistics lag behind. While none has (a plateau), the largest LR whose training loss
-    has not risen by more than the noise stands in for the leader, and it and the next below go on, whatever their scores.
+    None leads that has not learned: its training loss must have fallen by more than its noise, and its score too, since running
+    statistics lag behind. While none has (a plateau), the largest LR whose training loss has not risen by more than the noise
+    stands in for the leader, and it and the next below go on, whatever their scores. Where no training losses are reported, the
+    score speaks for them.
 
     Only ratios of differences of losses count, so that neither their scale matters nor a constant that is added to them. Of
     equal scores the lower training loss leads, then the better reading at the rung before, and so on.
     """
     alive = _alive(field, math.inf)
     if untrained is None:
-        first = {alive[-1]: plan.fractions[0], alive[0]: plan.first} if alive else {}
-        return Course((), {i: rung for i, rung in first.items() if rung not in field[i]}, frozenset(first))
+        first = {alive[-1]: plan.fractions[:1], alive[0]: plan.fractions} if alive else {}
+        unread = {i: next((rung for rung in rungs if rung not in field[i]), None) for i, rungs in first.items()}
+        return Course((), {i: rung for i, rung in unread.items() if rung is not None}, frozenset(first))
     decisions: list[Decision] = []
     play = {len(field) - 1}
     for rung in plan.fractions:
@@ -124,10 +130,14 @@ class _Level:
         """The one with the best score; of equals, by training loss and by the rungs before. Only of LRs that are equal in all
         that, which nothing tells apart, the largest."""
         rungs = [rung for rung in reversed(self._plan.fractions) if rung <= self._rung]
+        at_end = self._rung == self._plan.fractions[-1]
 
-        def rank(i: int) -> list[tuple[float, float]]:
-            seen = [self._field[i].get(rung) for rung in rungs]
-            return [(r.score, math.inf if r.train is None else r.train) if r else (math.inf, math.inf) for r in seen]
+        def rank(i: int) -> tuple[float, list[tuple[float, float]]]:
+            final = self._field[i][self._rung].final if at_end else None
+            seen = [self._field[i].get(rung, Reading(math.inf)) for rung in rungs]
+            return math.inf if final is None else final, [
+                (r.score, math.inf if r.train is None else r.train) for r in seen
+            ]
 
         return min(sorted(among, reverse=True), key=rank)
 
@@ -136,7 +146,7 @@ class _Level:
         learned = [i for i in level if self._has_learned(i)]
         if learned:
             return self.best(learned), True
-        calm = [i for i in level if self._fall(i) >= -self._untrained.noise]
+        calm = [i for i in level if self._fall(i) >= -self._noise(i)]
         return (max(calm) if calm else min(level, default=None)), False
 
     def _fall(self, i: int) -> float:
@@ -144,9 +154,14 @@ class _Level:
         train, first = self._field[i][self._rung].train, self._untrained.train
         return self._untrained.score - self._score(i) if train is None or first is None else first - train
 
+    def _noise(self, i: int) -> float:
+        """How much of that may be chance."""
+        scored = self._field[i][self._rung].train is None or self._untrained.train is None
+        return self._untrained.score_noise if scored else self._untrained.noise
+
     def _has_learned(self, i: int) -> bool:
-        fall = self._fall(i)
-        return fall > self._untrained.noise and self._untrained.score - self._score(i) > self._plan.close * fall
+        better = self._untrained.score - self._score(i)
+        return better > self._untrained.score_noise and self._fall(i) > self._noise(i)
 
     def next_below(self, leader: int | None, play: set[int]) -> int | None:
         bound = min(play) if leader is None else leader
@@ -183,7 +198,7 @@ class _Level:
             play.add(below)
         if above is not None and judged and self._rung >= self._plan.rise and self._near(above, leader, progress):
             play.add(above)
-        if self._plan.patience and self._last and self._last.leader in level:
+        if (self._plan.patience or self._untrained.patience) and self._last and self._last.leader in level:
             play.add(self._last.leader)
         return play
 

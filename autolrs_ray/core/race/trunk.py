@@ -46,14 +46,18 @@ class Trunk:
         self.checkpoint = self.previous = self.held = self.saved_loss = None
 
     def state_dict(self) -> dict[str, Any]:
-        readings = [[rung, _json(r.score), _json(r.train)] for rung, r in self.readings.items()]
+        readings = [[rung, _json(r.score), _json(r.train), _json(r.final)] for rung, r in self.readings.items()]
         return {**vars(self), "readings": readings, "since": list(self.since)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trunk:
         pairs = {name: tuple(state[name]) if state[name] else None for name in ("previous", "held")}
-        readings = {rung: Reading(float(s), None if t is None else float(t)) for rung, s, t in state["readings"]}
+        readings = {rung: Reading(float(s), _number(t), _number(final)) for rung, s, t, final in state["readings"]}
         return cls(**{**state, **pairs, "readings": readings, "since": [(s, t) for s, t in state["since"]]})
+
+
+def _number(value: float | str | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _json(number: float | None) -> float | str | None:
