@@ -1,4 +1,4 @@
-"""Races for tests, without a warm-up unless told otherwise."""
+"""Races for tests, of eight learning rates unless told otherwise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from autolrs_ray.core.policy import Point, Verdict
 
 
 def anchored(total_steps=200, lr_interval=(1e-3, 10.0), concurrency=1, **options):
-    return make_policy("anchored", total_steps, lr_interval, 0, concurrency, **{"warmup": 0.0, "num_lrs": 8, **options})
+    return make_policy("anchored", total_steps, lr_interval, 0, concurrency, **{"warmup": 0.2, "num_lrs": 8, **options})
+
+
+def start(policy, loss=3.0, train_loss=None):
+    """The smallest LR reports an untrained model's losses, up to the first rung."""
+    rung = policy.plan.steps[0]
+    for step in sorted({max(1, rung * part // 4) for part in range(1, 5)}):
+        policy.report("t00", Point(step, loss, train_loss))
+    policy.saved("t00", rung, f"t00@{rung}")
 
 
 def drive(policy, losses, can_save=True, every=None):

@@ -15,7 +15,7 @@ from autolrs_ray.core.race.plan import RUNGS, RacePlan
 from autolrs_ray.core.race.policy import untrained_by
 from autolrs_ray.core.race.rule import Reading
 from autolrs_ray.core.segments import next_report
-from tests.races import anchored, drive
+from tests.races import anchored, drive, start
 from tests.simulation import Simulation
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_the_walk_goes_down_from_the_largest_to_one_below_the_best():
     assert [trunk.status for trunk in policy.trunks] == [
         "dropped", "untried", "untried", "dropped", "won", "dropped", "dropped", "dropped",
     ]  # fmt: skip
-    assert max(policy.trunks[0].readings) == 0.02  # as far as is needed to know the untrained model
+    assert max(policy.trunks[0].readings) == 0.06  # until it has been read four times
     statuses = [(e["probe"], e["status"]) for e in policy.drain_events() if e["event"] == "trunk"]
     assert [probe for probe, status in statuses if status == "open"] == [0, 7, 6, 5, 4, 3]
 
@@ -110,7 +110,7 @@ def test_no_rung_is_decided_before_all_in_play_have_passed_it():
     policy = anchored(1000, num_lrs=3, concurrency=3, run_ahead=False)
     assert [segment.arm for segment in policy.wanted()] == ["t00", "t02"]
     policy.issue("t00"), policy.issue("t02")
-    policy.report("t00", Point(20, 3.0))
+    start(policy)
     assert policy.report("t02", Point(20, 1.0)) is Verdict.PAUSE
     assert policy.decided == 0
     assert [segment.arm for segment in policy.wanted()] == ["t01"]
@@ -158,9 +158,9 @@ def test_a_race_costs_no_more_than_was_said(slots):
 
 def test_every_segment_starts_at_the_trunks_last_checkpoint_under_the_envelope():
     policy = anchored(1000, num_lrs=2, concurrency=2, commits=20)
-    for arm in ("t00", "t01"):
-        policy.report(arm, Point(20, 1.0))
-        policy.saved(arm, 20, f"{arm}@20")
+    start(policy)
+    policy.report("t01", Point(20, 1.0))
+    policy.saved("t01", 20, "t01@20")
     segment = next(segment for segment in policy.wanted() if segment.arm == "t01")
     assert (segment.start, segment.source, segment.boundaries[:4]) == (20, "t01@20", (30, 40, 50, 60))
     assert segment.end == 1000

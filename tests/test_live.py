@@ -11,6 +11,7 @@ from autolrs_ray import AutoLRSSearch
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.driver.live import LiveProgress
+from tests.races import start
 
 
 def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
@@ -20,7 +21,7 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
     policy = search.policy
     assert isinstance(policy, AnchoredPolicy)
     policy.issue("t00"), policy.issue("t09")
-    policy.report("t00", Point(20, 2.0))
+    start(policy)
     policy.report("t09", Point(20, 0.5))
     policy.saved("t09", 20, "t09@20")
     live = LiveProgress(search)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autolrs_ray.core.envelopes import envelope_factor
+from autolrs_ray.core.envelopes import lr_factor
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
 from tests.races import anchored
 from tests.simulation import Simulation, diverging
@@ -189,7 +189,7 @@ def test_the_race_finds_a_good_learning_rate_and_trains_it_once():
     done = simulation.of("done")[0]
     full = {}
     for trunk in simulation.policy.trunks:
-        alone = simulation.toy.train(400, lambda t, lr=trunk.lr: lr * envelope_factor("quadratic", t, 400))
+        alone = simulation.toy.train(400, lambda t, lr=trunk.lr: lr * lr_factor("quadratic", t, 400, 80))
         full[trunk.lr] = alone.loss
     assert done["loss"] == full[done["lr"]]  # the winning trunk is the run: no step of it was trained otherwise
     assert done["loss"] <= 1.3 * min(full.values())
