@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from autolrs_ray.core.race.plan import RUNGS, RacePlan
 from autolrs_ray.core.race.rule import Course, Reading, Untrained, walk
 
-FIELDS = Path(__file__).parent / "data" / "fields.jsonl.gz"
+FIELDS = Path(__file__).parent / "fields" / "real.jsonl.gz"
 PLAN = RacePlan.of(1000)
 
 Readings = list[dict[float, Reading]]
@@ -159,7 +159,7 @@ def test_the_one_above_goes_on_from_the_end_of_the_rise_while_it_is_near():
     for rung in RUNGS:
         if rung < 0.5:
             whole[1][rung] = Reading(whole[2][rung].score - 0.01, whole[2][rung].train)
-    course, seen = race(untrained, whole)
+    course, _ = race(untrained, whole)
     assert [(d.rung, sorted(d.play)) for d in course.decisions if d.rung in (0.16, 0.2)] == [
         (0.16, [0, 1]),
         (0.2, [0, 1]),
