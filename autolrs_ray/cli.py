@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from autolrs_ray.outcome.schedule import LearnedSchedule
     from autolrs_ray.show.run_data import RunData
 
 Row = dict[str, Any]
@@ -154,12 +152,13 @@ def _print_table(header: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
     for title, numeric in header:
-        table.add_column(title, justify="right" if numeric else "left")
+        table.add_column(Text(title), justify="right" if numeric else "left")  # as it is: a metric may be called "[b]"
     for row in rows:
-        table.add_row(*row, style="bold" if row[-1] == "won" else None)
+        table.add_row(*map(Text, row), style="bold" if row[-1] == "won" else None)
     Console(highlight=False).print(table)
 
 
@@ -282,13 +281,6 @@ def tensorboard(
         typer.echo(str(save_tensorboard(run_dir, output)))
 
 
-def _as_csv(schedule: LearnedSchedule, every: int) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "schedule.csv"
-        schedule.write_csv(file, every)
-        return file.read_text()
-
-
 @app.command()
 def export(
     run_dir: RunDir,
@@ -297,7 +289,7 @@ def export(
         typer.Option("--format", help="Pieces as JSON, or rows step,lr as CSV (default: by OUTPUT's ending, or json)."),
     ] = None,
     output: Annotated[str | None, typer.Option(help="File to write, or its URI (default: standard output).")] = None,
-    every: Annotated[int, typer.Option(min=1, help="CSV: a row for every N-th step.", metavar="N")] = 1,
+    every: Annotated[int, typer.Option(min=1, help="CSV: a row for every N-th step, and the last.", metavar="N")] = 1,
 ) -> None:
     """Write the learned schedule, to train again without Ray.
 
@@ -311,7 +303,7 @@ def export(
     if form is None:
         form = Format.CSV if output is not None and output.endswith(".csv") else Format.JSON
     with _telling():  # of a folder that is not there, or an envelope that was a function of the user's own
-        text = _as_csv(schedule, every) if form is Format.CSV else schedule.to_json() + "\n"
+        text = schedule.to_csv(every) if form is Format.CSV else schedule.to_json() + "\n"
         if output is not None:
             write_bytes(output, text.encode())
     if output is None:

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 import weakref
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR, LambdaLR, SequentialLR
 
@@ -78,6 +81,41 @@ def test_a_schedule_of_a_hundred_thousand_pieces_is_looked_up_quickly():
 def test_a_schedule_that_makes_no_sense_is_refused(pieces, error, message):
     with pytest.raises(error, match=message):
         LearnedSchedule(30, tuple(Piece(*piece) for piece in pieces))
+
+
+# -- over another number of steps --------------------------------------------------------------------------------------
+
+
+def test_a_stretched_schedule_has_the_same_course():
+    for times in (1, 2, 7):
+        long = STAGES.stretch(100 * times)
+        assert long.total_steps == 100 * times
+        assert [(p.start, p.end, p.warmup_steps) for p in long.pieces] == [
+            (0, 10 * times, 10 * times), (10 * times, 30 * times, 0), (30 * times, 100 * times, 0),
+        ]  # fmt: skip
+        assert [long.lr_at(step * times) for step in range(10, 100)] == pytest.approx(
+            [STAGES.lr_at(step) for step in range(10, 100)]
+        )
+        assert long.lr_at(10 * times - 1) == STAGES.lr_at(9) == 0.5  # the end of the rise
+        assert long.stretch(100) == STAGES
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 10**18), st.lists(st.integers(1, 50), min_size=1, max_size=8))
+def test_whatever_the_length_a_stretched_schedule_has_no_gaps_and_the_same_rates(total, lengths):
+    edges = [0, *accumulate(lengths)]
+    schedule = LearnedSchedule(edges[-1], tuple(Piece(a, b, 0.1 + a) for a, b in pairwise(edges)))
+    stretched = schedule.stretch(total)
+    assert (stretched.pieces[0].start, stretched.pieces[-1].end) == (0, total)
+    assert all(before.end == after.start for before, after in pairwise(stretched.pieces))
+    assert [piece.lr for piece in stretched.pieces] == sorted({piece.lr for piece in stretched.pieces})
+    if total >= edges[-1]:
+        assert len(stretched.pieces) == len(lengths)
+
+
+def test_a_schedule_cannot_be_stretched_to_nothing():
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        RACE.stretch(0)
 
 
 # -- from a run --------------------------------------------------------------------------------------------------------
@@ -168,6 +206,26 @@ def test_csv_comes_back_with_the_same_learning_rate_at_every_step(schedule, tmp_
     assert loaded.total_steps == 100
 
 
+@pytest.mark.parametrize("every", [1, 7, 10, 33, 99, 100, 300])
+def test_a_csv_of_every_nth_step_keeps_the_length_of_the_run(every, tmp_path):
+    for schedule in (STAGES, RACE):
+        schedule.write_csv(tmp_path / "s.csv", every)
+        loaded = LearnedSchedule.load(tmp_path / "s.csv")
+        assert loaded.total_steps == schedule.total_steps == loaded.pieces[-1].end
+        assert [loaded.lr_at(step) for step in (*range(0, 100, every), 99)] == [
+            schedule.lr_at(step) for step in (*range(0, 100, every), 99)
+        ]
+
+
+def test_a_csv_of_a_million_billion_rows_is_refused_before_it_is_begun(tmp_path):
+    long = LearnedSchedule(10**15, (Piece(0, 10**15, 0.1, "linear"),))
+    with pytest.raises(ValueError, match=r"1,000,000,000,000,000 rows are too many.*a larger `every`, or JSON"):
+        long.to_csv()
+    assert len(long.to_csv(10**14).splitlines()) == 12
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        RACE.to_csv(0)
+
+
 def test_a_coarse_csv_is_held_from_row_to_row(tmp_path):
     STAGES.write_csv(tmp_path / "s.csv", every=10)
     assert (tmp_path / "s.csv").read_text().splitlines()[:3] == ["step,lr", "0,0.05", "10,0.2"]
@@ -182,6 +240,7 @@ def test_a_coarse_csv_is_held_from_row_to_row(tmp_path):
         ("{}", "not a learned schedule"),
         ("[]", "not a learned schedule"),
         ("null", "not a learned schedule"),
+        ("[" * 100_000, "not a learned schedule"),
         ('{"format": 2}', "format 2 is not 1"),
         ('{"format": 1, "total_steps": 5, "pieces": [{"start": 0}]}', "not a learned schedule"),
         ('{"format": 1, "total_steps": 5, "pieces": [{"start": 0, "end": 5, "lr": "x"}]}', "lr must be a number"),
@@ -243,8 +302,22 @@ def replay(optim, scheduler, steps):
 
 def test_the_torch_scheduler_replays_the_schedule():
     optim = optimizer(0.1)
-    seen = replay(optim, LearnedLRScheduler(optim, STAGES), 105)
-    assert [lr for (lr,) in seen] == [STAGES.lr_at(step) for step in range(105)]
+    seen = replay(optim, LearnedLRScheduler(optim, STAGES), 100)
+    assert [lr for (lr,) in seen] == [STAGES.lr_at(step) for step in range(100)]
+
+
+def test_training_past_the_schedules_end_is_warned_of_once_and_training_to_it_is_not():
+    optim = optimizer(0.1)
+    scheduler = LearnedLRScheduler(optim, STAGES)
+    replay(optim, scheduler, 100)
+    optim.step()
+    with pytest.warns(UserWarning, match=r"ends at step 100, and training goes on.*stretch\(total_steps\)"):
+        scheduler.step()
+    assert replay(optim, scheduler, 5) == [[STAGES.lr_at(99)]] * 5
+    part = LearnedSchedule(100, STAGES.pieces[:2])  # of a run that has come to step 30
+    scheduler = LearnedLRScheduler(optimizer(0.1), part)
+    with pytest.warns(UserWarning, match="ends at step 30"):
+        replay(scheduler.optimizer, scheduler, 40)
 
 
 def test_parameter_groups_keep_the_ratios_of_their_initial_learning_rates():

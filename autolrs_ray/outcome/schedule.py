@@ -10,8 +10,9 @@ import csv
 import json
 import math
 import os
+import warnings
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from autolrs_ray.core.checks import require_float, require_int
 from autolrs_ray.core.envelopes import ENVELOPES
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.outcome.history import History
-from autolrs_ray.record.stores import is_uri
+from autolrs_ray.record.stores import is_uri, write_bytes
 
 FORMAT = 1
+MOST_ROWS = 10_000_000  # of a CSV file: some 250 MB
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,45 @@ class LearnedSchedule:
             schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]))
             schedule.to_json()
             return schedule
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a learned schedule: {error}") from error
 
+    def to_csv(self, every: int = 1) -> str:
+        """Rows step,lr for every `every`-th step and the last one, which tells the length of the run.
+
+        Raises ValueError for more than MOST_ROWS of them, and what `lr_at` raises.
+        """
+        require_int("every", every, 1)
+        count = -(-self.total_steps // every)
+        if count > MOST_ROWS:
+            raise ValueError(f"{count:,} rows are too many (at most {MOST_ROWS:,}): a larger `every`, or JSON")
+        last = [] if (self.total_steps - 1) % every == 0 else [self.total_steps - 1]
+        rows = (f"{step},{self.lr_at(step)!r}\n" for step in (*range(0, self.total_steps, every), *last))
+        return "step,lr\n" + "".join(rows)
+
     def write_csv(self, path: str | os.PathLike[str], every: int = 1) -> None:
-        """Rows step,lr for every `every`-th step."""
-        with open(path, "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["step", "lr"])
-            rows.writerows((step, repr(self.lr_at(step))) for step in range(0, self.total_steps, every))
+        """Write `to_csv(every)` to a file, or to its URI."""
+        write_bytes(os.fspath(path), self.to_csv(every).encode())
+
+    def stretch(self, total_steps: int) -> LearnedSchedule:
+        """The same course over `total_steps`: where a share of them is done, LR is what it is here at the same share.
+
+        Warm-up and pieces shrink or grow with it; pieces shorter than half a step vanish. The learning rates stay: whether the
+        best of a short run is that of a long one is another question.
+        """
+        require_int("total_steps", total_steps, 1)
+
+        def scaled(step: int) -> int:
+            return (2 * step * total_steps + self.total_steps) // (
+                2 * self.total_steps
+            )  # rounded, exact for any length
+
+        pieces = [
+            replace(piece, start=scaled(piece.start), end=scaled(piece.end), warmup_steps=scaled(piece.warmup_steps))
+            for piece in self.pieces
+            if scaled(piece.start) < scaled(piece.end)
+        ]
+        return LearnedSchedule(total_steps, tuple(pieces))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LearnedSchedule:
@@ -159,12 +191,14 @@ class LearnedSchedule:
 class LearnedLRScheduler(LRScheduler):
     """Replays a learned schedule: step it once per optimizer step. Groups keep the ratios of their initial LRs.
 
-    So do groups that are added later, whose initial LR is the one they come with. Raises ValueError where the first group's is
+    So do groups that are added later, whose initial LR is the one they come with. Past the schedule's end the last LR is
+    held, with a warning. Raises ValueError where the first group's is
     not positive, and what the schedule raises at steps that it does not cover.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, last_epoch: int = -1) -> None:
         self.schedule = schedule
+        self._told = False
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Any]:
@@ -172,14 +206,26 @@ class LearnedLRScheduler(LRScheduler):
         for group in groups[len(self.base_lrs) :]:
             shared = next(other for other in groups if other["lr"] is group["lr"])  # a tensor as the default of both
             self.base_lrs.append(group.setdefault("initial_lr", float(shared.get("initial_lr", group["lr"]))))
+        self._tell_of_the_end()
         lr, first = self.schedule.lr_at(max(0, self.last_epoch)), float(self.base_lrs[0])
         if not first > 0:
             raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")
         return [lr * (float(base) / first) for base in self.base_lrs]
 
+    def _tell_of_the_end(self) -> None:
+        """The call after the last update asks for a learning rate that nobody uses; one more, and somebody trains on."""
+        end = self.schedule.pieces[-1].end if self.schedule.pieces else 0
+        if self.last_epoch > end and not self._told:
+            self._told = True
+            message = (
+                f"the learned schedule ends at step {end:,}, and training goes on: its last learning rate is held. "
+            )
+            mend = f"LearnedSchedule.stretch(total_steps) makes one of {self.schedule.total_steps:,} steps longer"
+            warnings.warn(message + mend, stacklevel=3)
+
     def state_dict(self) -> dict[str, Any]:
         return {
-            **{k: v for k, v in super().state_dict().items() if k != "schedule"},
+            **{k: v for k, v in super().state_dict().items() if k not in ("schedule", "_told")},
             "schedule": self.schedule.to_json(),
         }
 

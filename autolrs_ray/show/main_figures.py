@@ -54,6 +54,7 @@ def _last(data: RunData) -> float:
 
 
 def _draw_curve(axes: Any, x: list[float], y: list[float], look: tuple[str, float], label: str) -> None:
+    label = f" {label}" if label.startswith("_") else label  # or the legend leaves it out
     axes.plot(x, y, color=look[0], linewidth=look[1], marker="o" if len(x) < 30 else None, label=label)
 
 

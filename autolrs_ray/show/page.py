@@ -21,7 +21,7 @@ from autolrs_ray.record.stores import join, normal, write_bytes
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.run_data import RunData
 from autolrs_ray.show.search_figures import forecast_figure, race_figure, surrogate_figure
-from autolrs_ray.show.style import legend_below, style
+from autolrs_ray.show.style import legend_below, show_names_as_they_are, style
 from autolrs_ray.show.summary import summary
 
 REPORT_FILE = "report.html"
@@ -194,20 +194,10 @@ def _picture(data: RunData, draw: Draw, caption: str) -> Row | None:
     figure = draw(data)
     if figure is None:
         return None
-    _show_names_as_they_are(figure)
+    show_names_as_they_are(figure)
     wide = _data_uri(figure)
     _narrow(figure)
     return dict(caption=caption, wide=wide, narrow=_data_uri(figure))
-
-
-def _show_names_as_they_are(figure: Any) -> None:
-    """A metric called "$x" is no formula."""
-    from matplotlib.text import Text
-
-    ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
-    for text in figure.findobj(Text):
-        if text not in ticks:
-            text.set_parse_math(False)
 
 
 def _data_uri(figure: Any) -> str:

@@ -21,7 +21,7 @@ from autolrs_ray.record.stores import is_uri, join, upload
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.run_data import RunData
 from autolrs_ray.show.search_figures import forecast_figure, race_figure, surrogate_figure
-from autolrs_ray.show.style import style
+from autolrs_ray.show.style import show_names_as_they_are, style
 
 
 def save_plots(
@@ -64,6 +64,7 @@ def _draw(data: RunData, target: Path, steps_per_epoch: float | None) -> list[Pa
             figure = draw(data)
             if figure is None:
                 continue
+            show_names_as_they_are(figure)
             for suffix in ("png", "svg"):
                 path = target / f"{name}.{suffix}"
                 figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)  # same run, same bytes

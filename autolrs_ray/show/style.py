@@ -97,3 +97,13 @@ def colours_of_lr(low: float, high: float) -> Any:
 
     shades = [matplotlib.colormaps["viridis"](i / 255) for i in range(225)]
     return ScalarMappable(LogNorm(low, high), ListedColormap(shades))
+
+
+def show_names_as_they_are(figure: Any) -> None:
+    """A metric called "$x" is no formula."""
+    from matplotlib.text import Text
+
+    ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    for text in figure.findobj(Text):
+        if text not in ticks:
+            text.set_parse_math(False)
