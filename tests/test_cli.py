@@ -193,9 +193,9 @@ def test_export_writes_a_schedule_that_loads_as_the_same(paper: Path, tmp_path: 
     assert [loaded.lr_at(step) for step in range(60)] == [schedule.lr_at(step) for step in range(60)]
 
 
-def test_export_every_thins_the_rows_out(paper: Path) -> None:
+def test_export_every_thins_the_rows_out_and_keeps_the_last(paper: Path) -> None:
     lines = invoke("export", paper, "--format", "csv", "--every", "20").split()
-    assert lines == ["step,lr", f"0,{0.05 * (1 / 10)!r}", "20,0.25", "40,0.125"]
+    assert lines == ["step,lr", f"0,{0.05 * (1 / 10)!r}", "20,0.25", "40,0.125", "59,0.125"]
 
 
 def test_export_refuses_a_run_without_a_stage_and_a_file_it_cannot_write(paper: Path, tmp_path: Path) -> None:
