@@ -131,7 +131,7 @@ def test_free_slots_run_the_next_lrs_below_ahead_nearest_first_and_give_way():
     assert policy.report("t05", Point(120, 2.0)) is Verdict.PAUSE
     policy.saved("t05", 120, "t05@120")
     policy.withdraw("t05")
-    assert [segment.arm for segment in policy.wanted()] == ["t04"]
+    assert policy.wanted() == []  # the others are not the nearest
     assert [segment.arm for segment in anchored(1000, concurrency=1).wanted()] == ["t00", "t07"]
     assert policy.breadth == 3
 
@@ -153,7 +153,9 @@ def test_decisions_do_not_depend_on_the_order_of_arrival_or_the_number_of_slots(
 @pytest.mark.parametrize("slots", [1, 2, 3, 12])
 def test_a_race_costs_no_more_than_was_said(slots):
     simulation = Simulation(anchored(1000, concurrency=slots, num_lrs=12, warmup=0.2), slots=slots).run()
-    assert simulation.trained <= 1000 * simulation.policy.cost(slots)[0]
+    compute, wall_clock = simulation.policy.cost(slots)
+    assert simulation.trained <= 1000 * compute
+    assert 1.0 <= wall_clock <= compute
 
 
 def test_every_segment_starts_at_the_trunks_last_checkpoint_under_the_envelope():

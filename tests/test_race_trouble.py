@@ -11,7 +11,8 @@ import pytest
 
 from autolrs_ray.core.envelopes import lr_factor
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict
-from tests.races import anchored
+from autolrs_ray.core.race.plan import RacePlan
+from tests.races import anchored, drive, start
 from tests.simulation import Simulation, diverging
 
 
@@ -204,3 +205,92 @@ def test_progress_says_where_the_run_stands():
     progress = simulation.policy.progress()
     assert (progress["phase"], progress["step"]) == ("done", 200)
     assert progress["lr"] == simulation.of("done")[0]["lr"]
+
+
+# -- what is said plainly ----------------------------------------------------------------------------------------------
+
+
+def told(policy):
+    return [event["message"] for event in policy.drain_events() if event["event"] == "warning"]
+
+
+def test_a_winner_at_an_end_of_the_interval_is_pointed_out():
+    for sign, word in ((1, "largest"), (-1, "smallest")):
+        policy = anchored(1000)
+        drive(policy, lambda lr, step, sign=sign: 3.0 - (2.0 + 0.1 * sign * math.log(lr)) * step / 1000)
+        (message,) = told(policy)
+        assert f"is the {word} of the interval" in message
+        assert "widen lr_interval=(0.001, 10.0)" in message
+    policy = anchored(1000)
+    drive(policy, lambda lr, step: 3.0 - (2.0 - 0.2 * abs(math.log(lr))) * step / 1000)
+    assert told(policy) == []
+
+
+def test_a_race_in_which_nothing_was_learned_says_so():
+    policy = anchored(1000)
+    drive(policy, lambda lr, step: 2.3 + 0.01 * math.sin(step + lr))
+    (message,) = told(policy)
+    assert "no learning rate has learned anything" in message
+
+
+def test_an_lr_that_raises_has_diverged_there_if_others_go_on():
+    policy = anchored(1000, num_lrs=8)
+
+    def losses(lr, step):
+        return 3.0 - (2.0 + 0.1 * math.log(lr)) * step / 1000
+
+    failing = {"t07", "t06", "t05", "t04"}  # they raise at once
+    while not policy.done and (wanted := policy.wanted()):
+        segment = wanted[0]
+        policy.issue(segment.arm)
+        if segment.arm in failing and segment.start == 0:
+            policy.withdraw(segment.arm)
+            policy.failed(segment.arm, "overflow")
+            continue
+        for step in segment.boundaries:
+            verdict = policy.report(segment.arm, Point(step, losses(segment.lr, step)))
+            if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
+                policy.saved(segment.arm, step, f"{segment.arm}@{step}")
+            if verdict not in (Verdict.CONTINUE, Verdict.SAVE):
+                break
+        policy.withdraw(segment.arm)
+    assert {trunk.status for trunk in policy.trunks[4:]} == {"failed"}
+    assert policy.trunks[3].status == "won"
+
+
+def test_where_three_fail_at_one_place_it_is_not_the_learning_rate_and_they_come_back_once_it_is_mended():
+    policy = anchored(1000, num_lrs=8, concurrency=3)
+    for arm in ("t00", "t07"):
+        policy.failed(arm, "no such file")
+    with pytest.raises(AutoLRSError, match=r"the third trunk that failed, and none has come further.*no such file"):
+        policy.failed("t06", "no such file")
+    restored = anchored(1000, num_lrs=8)
+    restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert {trunk.status for trunk in restored.trunks} <= {"untried", "open"}
+    assert [segment.arm for segment in restored.wanted()] == ["t00", "t07"]
+
+
+def test_a_run_goes_on_under_the_rule_that_it_began_by_whatever_the_defaults_are_now():
+    policy = anchored(1000)
+    policy.follow(RacePlan.of(1000, (0.1, 0.3, 1.0), settled=0.5))
+    restored = anchored(1000, commits=3)
+    restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert restored.plan == policy.plan
+    assert restored.commits == policy.commits
+    assert [segment.boundaries for segment in restored.wanted()] == [segment.boundaries for segment in policy.wanted()]
+    state = {key: value for key, value in policy.state_dict().items() if key != "plan"}
+    with pytest.raises(ValueError, match=r"a race by an earlier rule .*no plan.*version that began it"):
+        anchored(1000).load_state_dict(state)
+    with pytest.raises(ValueError, match="began with the envelope 'quadratic'"):
+        anchored(1000, envelope=lambda step: 1.0).load_state_dict(policy.state_dict())
+
+
+def test_a_race_for_the_highest_metric_is_led_by_the_loss_and_decided_by_the_metric():
+    policy = anchored(1000, num_lrs=2)
+    start(policy)
+    for i, (guide, accuracy) in enumerate(((1.001, -0.9), (1.0, -0.8))):
+        for step in policy._boundaries:
+            policy.report(f"t{i:02d}", Point(step, accuracy, guide=3.0 - 2.0 * step / 1000 * guide))
+            policy.saved(f"t{i:02d}", step, f"t{i:02d}@{step}")
+    assert policy.trunks[0].status == "won"
+    assert policy.trunks[0].saved_loss == -0.9

@@ -86,8 +86,8 @@ class AnchoredPolicy(Policy):
 
     def follow(self, plan: RacePlan) -> None:
         """Race by another plan than the default; before anything has been reported."""
-        self.plan, self._boundaries = plan, self._lay_boundaries()
-        self._course = self._walk()
+        self.plan = plan
+        self._boundaries, self._course = self._lay_boundaries(), self._walk()
 
     def _lay_boundaries(self) -> tuple[int, ...]:
         """Steps at which checkpoints are due: rungs, commits, the end of the envelope's hold, the end."""
@@ -139,12 +139,13 @@ class AnchoredPolicy(Policy):
     @property
     def breadth(self) -> int:
         in_play = 1 if self.heir is not None else len(self._course.play)
-        return max(1, min(3, in_play + len(self._candidates())))
+        return max(1, min(3, in_play + len(self._ahead(1))))
 
     def cost(self, slots: int) -> tuple[float, float]:
         few, settled = min(3, self.num_lrs), self.plan.settled
-        compute = self.num_lrs * settled + few * (1.0 - settled)
-        return compute, max(1.0, compute / min(slots, few)) if slots > 1 else compute
+        compute = self.num_lrs * settled + few * (1.0 - settled)  # all join, and three go on to the end
+        joining = max(0, self.num_lrs - 2) * settled  # one after another, while the others wait
+        return compute, min(compute, few / min(slots, few) + joining)
 
     def _needed(self) -> dict[int, int]:
         """Trunk -> the step to which the rule needs it."""
@@ -155,19 +156,6 @@ class AnchoredPolicy(Policy):
             return {alone: self.total_steps} if self.trunks[alone].step < self.total_steps else {}
         return {i: self.plan.step(rung) for i, rung in self._course.missing.items()}
 
-    def _candidates(self) -> list[int]:
-        """Trunks that may run ahead, those that are likely to be needed first, first: the next below those in play."""
-        if not self.run_ahead or self.done or self.heir is not None or self._course.winner is not None:
-            return []
-        play = self._course.play
-        below = (
-            range(min(play - {0}, default=0) - 1, -1, -1)
-            if self.untrained is None
-            else range(min(play, default=0))[::-1]
-        )
-        end = max((s for s in self.plan.steps if s <= round(AHEAD_UNTIL * self.total_steps)), default=0)
-        return [i for i in below if i not in play and self.trunks[i].active and self._front(i) < end]
-
     def _front(self, i: int) -> int:
         """How far trunk `i` has come: its last commit, or the last rung at which it was read."""
         return max(self.trunks[i].step, *self._passed(i), 0)
@@ -177,14 +165,24 @@ class AnchoredPolicy(Policy):
             self.plan.step(rung) for rung, reading in self.trunks[i].readings.items() if math.isfinite(reading.score)
         ]
 
-    def _ahead(self) -> list[int]:
-        """Trunks that run ahead now, or may: as many as the rule leaves slots."""
-        needed = set(self._needed()) | {int(arm[1:]) for arm in self._issued if int(arm[1:]) in self._course.play}
-        return self._candidates()[: max(0, self.concurrency - len(needed))]
+    def _ahead(self, slots: int) -> list[int]:
+        """Trunks that `slots` slots which the rule leaves over run ahead: the next below those in play."""
+        decisions, play = self._course.decisions, self._course.play
+        settled = bool(decisions) and decisions[-1].rung >= self.plan.settled
+        if not self.run_ahead or settled or self.done or self.heir is not None or self._course.winner is not None:
+            return []
+        lowest = max(play, default=0) if self.untrained is None else min(play, default=0)
+        nearest = [i for i in reversed(range(lowest)) if self.trunks[i].active and i not in play][:slots]
+        end = max((step for step in self.plan.steps if step <= round(AHEAD_UNTIL * self.total_steps)), default=0)
+        return [i for i in nearest if self._front(i) < end]
+
+    def _left_over(self) -> int:
+        """Slots beside those of the trunks in play, which are two at least before the race has settled."""
+        return max(0, self.concurrency - max(2, len(self._course.play)))
 
     def wanted(self) -> list[Segment]:
         needed = sorted(self._needed(), key=lambda i: (self.trunks[i].step, i))
-        free = [i for i in (*needed, *self._ahead()) if _arm(i) not in self._issued]
+        free = [i for i in (*needed, *self._ahead(self._left_over())) if _arm(i) not in self._issued]
         return [self._segment(i) for i in free]
 
     def _segment(self, i: int) -> Segment:
@@ -276,7 +274,7 @@ class AnchoredPolicy(Policy):
             behind = full and any(self.trunks[j].step < point.step for j in needed if _arm(j) not in self._issued)
             return Verdict.PAUSE if behind else Verdict.SAVE
         urgent = full and any(_arm(j) not in self._issued for j in needed)
-        return Verdict.SAVE if i in self._ahead() and not urgent else Verdict.PAUSE
+        return Verdict.SAVE if i in self._ahead(self._left_over()) and not urgent else Verdict.PAUSE
 
     # -- what follows --------------------------------------------------------------------------------------------------
 
