@@ -68,3 +68,23 @@ def make_policy(
         raise TypeError(f'policy="{name}" has no option {", ".join(unknown)}; it has {", ".join(sorted(allowed))}')
     interval = validate_interval(DEFAULT_INTERVALS[name] if lr_interval is None else lr_interval)
     return build(total_steps, floor, dict(options), lr_interval=interval, seed=seed, concurrency=concurrency)
+
+
+def options_of(policy: Policy) -> dict[str, Any]:
+    """All options of `make_policy` that decide the course of `policy`, as they were resolved: JSON values, functions named."""
+    if isinstance(policy, PaperPolicy):
+        found = {name: getattr(policy.plan, name) for name in _PLAN_OPTIONS}
+        found |= {name: getattr(policy, name) for name in _PAPER_OPTIONS}
+    else:
+        found = {name: getattr(policy, name) for name in _RACE_OPTIONS}
+    return {name: described(value) for name, value in found.items()}
+
+
+def rule_of(policy: Policy) -> dict[str, Any] | None:
+    """What else decides it, which is no option: the rungs and numbers of the race's rule. None where there is nothing."""
+    return policy.plan.state_dict() if isinstance(policy, AnchoredPolicy) else None
+
+
+def described(value: Any) -> Any:
+    """An option as a JSON value: a function by its name."""
+    return f"function {getattr(value, '__name__', '')}" if callable(value) else value

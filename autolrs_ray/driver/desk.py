@@ -122,16 +122,15 @@ class Desk:
 
     def _continue(self, record: Record, saved: dict[str, Any]) -> None:
         """Go on from the state `saved`; ValueError, naming them, if its settings are others."""
-        ours, theirs = self.settings.describe(), saved["config"]
-        different = [key for key in ours if ours[key] != theirs.get(key) and key != "slots"]
-        extending = self.settings.extend and different == ["total_steps"]
-        if extending:
-            self._policy, different = self.settings.build(self._slots, theirs["total_steps"]), []
-        if different:
-            changes = ", ".join(f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in different)
+        theirs = saved["config"]
+        different = self.settings.adopt(theirs)
+        extending = self.settings.extend and [*different] == ["total_steps"]
+        if different and not extending:
+            changes = ", ".join(f"{key}: {then!r} -> {now!r}" for key, (then, now) in different.items())
             raise ValueError(f"cannot resume the run in {record} with other settings ({changes})")
+        self._policy = self.settings.build(self._slots, theirs["total_steps"])
         self.policy.load_state_dict(saved["state"])
-        if ours["slots"] != theirs.get("slots"):
+        if self.settings.max_slots != theirs.get("slots"):
             self.policy.set_concurrency(self._slots, self._later_slots)
         self._let_go_of_damaged()
         if extending:

@@ -9,7 +9,7 @@ from typing import Any
 from ray.tune.search.sample import Domain, Float, LogUniform
 
 from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_interval
-from autolrs_ray.core.policies import make_policy
+from autolrs_ray.core.policies import DEFAULT_INTERVALS, make_policy, options_of, rule_of
 from autolrs_ray.core.policy import Policy
 from autolrs_ray.driver.reports import ReportKeys
 
@@ -60,7 +60,9 @@ class RunSettings:
         self.seed, self.max_slots, self.resume, self.extend = seed, slots, resume, extend
         self.report_timeout_s = require_float("report_timeout_s", report_timeout_s, 0.0, math.inf, low_open=True)
         self.resource_timeout_s = require_float("resource_timeout_s", resource_timeout_s, 0.0, math.inf)
-        self.build(1)  # bad options are to raise here, not minutes later
+        planned = self.build(1)  # bad options are to raise here, not minutes later
+        self._resolved, self._rule = options_of(planned), rule_of(planned)
+        self._kept: set[str] = set()  # options as a run that goes on was begun with, and not as they were given
 
     def build(self, slots: int, total_steps: int | None = None) -> Policy:
         """The policy of this run, planned for `slots`; total_steps: instead of the run's own."""
@@ -112,13 +114,32 @@ class RunSettings:
         self.max_slots = most if self.max_slots is None else min(self.max_slots, most)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides the run's course, as JSON values."""
-        options = {
-            k: v if not callable(v) else f"function {getattr(v, '__name__', '')}" for k, v in self.options.items()
-        }
-        described = dict(
-            total_steps=self.total_steps, policy=self.policy_name, lr_interval=self.lr_interval, metric=self.loss_key,
+        """Everything that decides the run's course, as JSON values; options as they were resolved, and which were given."""
+        interval = self.lr_interval or DEFAULT_INTERVALS[self.policy_name]
+        given = {*self.options, *(["lr_interval"] if self.lr_interval else [])} - self._kept
+        found = dict(
+            total_steps=self.total_steps, policy=self.policy_name, lr_interval=interval, metric=self.loss_key,
             mode=self.mode or "min", time_attr=self.time_attr, train_metric=self.train_metric,
-            averaged_metric=self.keys.averaged, seed=self.seed, options=options, slots=self.max_slots,
+            averaged_metric=self.keys.averaged, seed=self.seed, options=self._resolved, given=sorted(given),
+            rule=self._rule, slots=self.max_slots,
         )  # fmt: skip
-        return json.loads(json.dumps(described))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+    def adopt(self, theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Go on with a run that was begun with the settings `theirs`: what was given neither then nor now stays as it was
+        then, whatever this version's default is. Returns what else differs: name -> (then, now)."""
+        ours = self.describe()
+        before, now = ({**config, **config.get("options", {})} for config in (theirs, ours))
+        given = {*ours["given"], *theirs.get("given", ())}
+        options = {*ours["options"], *theirs.get("options", {}), "lr_interval"}
+        kept = {name for name in options - given if name in before and name in now}
+        fixed = {*ours} - {"options", "given", "rule", "slots"} | options
+        changed = {name: (before.get(name), now.get(name)) for name in {**now, **before} if name in fixed - kept}
+        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        if "policy" in changed:
+            return {"policy": changed["policy"]}
+        if not changed.keys() - {"total_steps"}:
+            self.lr_interval = validate_interval(before["lr_interval"])
+            self.options = {**{name: before[name] for name in kept - {"lr_interval"}}, **self.options}
+            self._resolved, self._rule, self._kept = options_of(self.build(1)), theirs.get("rule"), kept
+        return changed
