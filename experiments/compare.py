@@ -29,7 +29,7 @@ from experiments.compare_methods import METHODS, Lab, setting
 from experiments.compare_report import RAY, hardware, write_report
 from experiments.compare_tasks import DEFAULT_TASKS, Task, make_task
 
-GROUPS = ("main", "ablation", "setting")
+GROUPS = ("main", "ablation")
 QUICK_METHODS = ("anchored", "paper", "constant", "constant + averaged weights", "linear",
                  "linear, default LR", "Schedule-Free, default LR", "Prodigy + cosine", "anchored, 2 decades",
                  "anchored, no warm-up", "anchored, no envelope")  # fmt: skip
@@ -106,7 +106,7 @@ def run_ray(arguments: argparse.Namespace, task: Task, missing: list[tuple[str, 
 def chosen_methods(names: list[str] | None, quick: bool) -> list[str]:
     """Method names, or whole groups of them. Raises ValueError for a name there is none of."""
     if not names:
-        return list(QUICK_METHODS) if quick else [name for name, m in METHODS.items() if m.group != "setting"]
+        return list(QUICK_METHODS if quick else METHODS)
     chosen: list[str] = []
     for name in names:
         if name in GROUPS:
@@ -126,8 +126,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="200 steps, 2 seeds, the main methods")
     parser.add_argument("--tasks", nargs="+", help="digits, digits_noise, char_lm, cifar16, cifar32")
-    parser.add_argument("--methods", nargs="+", help="names or groups: main, ablation, setting, ray")
-    parser.add_argument("--seeds", type=int, help="seeds a task (default: 5 for digits, 3 for the others)")
+    parser.add_argument("--methods", nargs="+", help="names or groups: main, ablation, ray")
+    parser.add_argument("--seeds", type=int, help="seeds a task (default: 5, for characters and CIFAR-10 3)")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--data-dir", help="torchvision root that holds cifar-10-batches-py")
     parser.add_argument("--text", help="text file of the character model (default: Python's language reference)")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autolrs_ray.core.envelopes import lr_factor
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.core.race.plan import RUNGS, RacePlan
@@ -39,6 +40,8 @@ from experiments.slots import run_slots
 
 SLOTS = 12
 """k: trials that run at the same time; the size of the race's field."""
+COST_SLOTS = (1, 2, 4, SLOTS)
+"""Numbers of slots on which the race's cost is told."""
 
 
 @dataclass
@@ -251,7 +254,6 @@ def paper_doubling(lab: Lab) -> Outcome:
 def anchored(
     lab: Lab,
     decades: int = 6,
-    slots: int = SLOTS,
     order: str = "common",
     weights: str = "best",
     averages: int | None = None,
@@ -260,18 +262,43 @@ def anchored(
     **options: Any,
 ) -> Outcome:
     """The race; the final model is the best of raw and averaged weights on validation. averages: how many of them there are
-    (None: all of the task's). averaging: whether there are any. rule: numbers of the race's rule other than its own."""
+    (None: all of the task's). averaging: whether there are any. rule: numbers of the race's rule other than its own.
+
+    Run on 1, 2, 4 and `SLOTS` slots, for what it costs there. Raises RuntimeError where their number changes the LR found.
+    """
+    task, cost, found = lab.task, {}, {}
+    for slots in COST_SLOTS:
+        given = {"commits": task.commits, **options}
+        policy = make_policy("anchored", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **given)
+        assert isinstance(policy, AnchoredPolicy)
+        if rule is not None:
+            policy.follow(RacePlan.of(task.steps, **{"rise": policy.warmup, **rule}))
+        trainer = lab.trainer(averaging=averaging, train_losses=True, order=order, averages=averages)
+        run = run_slots(policy, trainer, slots)
+        cost[slots] = (run.steps / task.steps, run.clock / task.steps)
+        found[slots] = run.events[-1]["lr"]
+    if len(set(found.values())) > 1:
+        raise RuntimeError(f"the number of slots has changed the learning rate found: {found}")
+    walk = [(event["rung"], event["leader"], event["kept"]) for event in run.events if event["event"] == "decision"]
+    extra = {"slots": cost, "walk": walk, "tried": sum(trunk.status != "untried" for trunk in policy.trunks)}
+    return lab.outcome(trainer, weights, *cost[SLOTS], lr=found[SLOTS], extra=extra)
+
+
+def whole_field(lab: Lab) -> Outcome:
+    """Every LR of the race trained to T, the best on validation: what the race would find if it could not err."""
     task = lab.task
-    options = {"commits": task.commits, **options}
-    policy = make_policy("anchored", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
-    if rule is not None and isinstance(policy, AnchoredPolicy):
-        policy.follow(RacePlan.of(task.steps, **{"rise": policy.warmup, **rule}))
-    trainer = lab.trainer(averaging=averaging, train_losses=True, order=order, averages=averages)
-    run = run_slots(policy, trainer, slots)
-    last = run.events[-1]
-    kept = {event["step"] / task.steps: event["kept"] for event in run.events if event["event"] == "decision"}
-    extra = {"kept": {f"{fraction:.2f}": lrs for fraction, lrs in kept.items()}}
-    return lab.outcome(trainer, weights, run.steps / task.steps, run.clock / task.steps, lr=last["lr"], extra=extra)
+    policy = AnchoredPolicy(task.steps, lr_interval=INTERVALS[task.optimizer][6], commits=task.commits)
+    best, lr, final = math.inf, math.nan, None
+    for trunk in policy.trunks:
+        trainer = lab.trainer()
+        factor = partial(lr_factor, policy.envelope, total_steps=task.steps, warmup_steps=policy.warmup_steps)
+        trainer.train(task.steps, lambda step, lr=trunk.lr, factor=factor: lr * factor(step))
+        score = min(finite_or_inf(trainer.evaluate(averaged=averaged)["loss"]) for averaged in (False, True))
+        if score < best:
+            best, lr, final = score, trunk.lr, trainer.state_dict()
+    assert final is not None
+    trainer.load_state_dict(final)
+    return lab.outcome(trainer, "best", float(len(policy.trunks)), 1.0, lr=lr)
 
 
 def scaled_rungs(factor: float) -> dict[str, Any]:
@@ -284,7 +311,7 @@ def scaled_rungs(factor: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """group: "main", "ablation", "setting" (of the race; exploration) or "ray". decades: width of the search interval."""
+    """group: "main", "ablation" or "ray". decades: width of the search interval."""
 
     name: str
     group: str
@@ -333,32 +360,34 @@ def _methods() -> list[Method]:
         Method("paper, 6 decades", "main", partial(paper, decades=6), decades=6),
         _anchored("4 decades", "main", 4),
         _anchored("2 decades", "main", 2),
-        _anchored("on 4 slots", "main", slots=4),
         Method("cosine", "main", partial(tuned, shape="cosine"), tuned=True),
         Method("one-cycle", "main", partial(tuned, shape="one-cycle"), tuned=True),
         Method("cosine, default LR", "main", partial(untuned, shape="cosine")),
         Method("one-cycle, default LR", "main", partial(untuned, shape="one-cycle")),
         Method("constant, default LR", "main", partial(untuned, shape="constant")),
+        Method("whole field of 12 (full runs)", "ablation", whole_field, decades=6),
         _anchored("no warm-up", warmup=0.0),
+        _anchored("warm-up half as long", warmup=0.1),
+        _anchored("warm-up twice as long", warmup=0.4),
         _anchored("no averaging", averaging=False, weights="raw"),
         _anchored("one average, over a quarter", averages=1),
         _anchored("no envelope", envelope="constant"),
         _anchored("wsd", envelope="wsd"),
         _anchored("linear", envelope="linear"),
-        _anchored("log grid of 17", num_lrs=17),
+        _anchored("6 LRs", num_lrs=6),
+        _anchored("24 LRs", num_lrs=24),
         _anchored("rungs half as long", rule=scaled_rungs(0.5)),
         _anchored("rungs twice as long", rule=scaled_rungs(2.0)),
         _anchored("margin half as wide", rule={"close": 0.02}),
         _anchored("margin twice as wide", rule={"close": 0.08}),
         _anchored("settled at .15 T", rule={"settled": 0.15}),
         _anchored("settled at .6 T", rule={"settled": 0.6}),
+        _anchored("never an LR above", rule={"rise": 1.0}),
         _anchored("patience", rule={"patience": 1}),
         _anchored("no run-ahead", run_ahead=False),
         _anchored("no common random numbers", order="per run"),
         Method("paper + quadratic envelope", "ablation", partial(paper, envelope="quadratic"), decades=2),
         Method("paper, doubling stages", "ablation", paper_doubling, decades=2),
-        _anchored("warm-up over .1 T", "setting", warmup=0.1),
-        _anchored("first rung at .08 T", "setting", rule={"fractions": RUNGS[4:]}),
     ]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from autolrs_ray.training.averages import lowest
@@ -141,19 +142,25 @@ class MemoTrainer:
         for lr in lrs:
             key = hashlib.blake2b(key + struct.pack("<d", lr), digest_size=16).digest()
             marks.append(key)
-        name = f"train/{self._mark.hex()}/{key.hex()}"
-        if self.train_losses and lrs and self._memo.get(name) is None:
-            self._memo.put(name, self._continue(self._at_mark(), lrs, key))
+        if self.train_losses and any(self._memo.get(_train(mark)) is None for mark in marks):
+            self._continue(self._at_mark(), lrs, marks)
         self._lrs += lrs
         self._marks += marks
-        return float(self._memo.get(name)) if self.train_losses and lrs else float("nan")
+        if not self.train_losses or not marks:
+            return float("nan")
+        total = np.float32(0.0)  # the Trainer's own sum
+        with np.errstate(over="ignore", invalid="ignore"):
+            for mark in marks:
+                total += np.float32(self._memo.get(_train(mark)))
+        return float(total) / len(marks)
 
-    def _continue(self, real: Trainer, lrs: list[float], mark: bytes) -> float:
+    def _continue(self, real: Trainer, lrs: list[float], marks: list[bytes]) -> None:
+        """Step by step, so that every step's loss is known and may be asked for in other stretches."""
         start = real.step
         self.trained += len(lrs)
-        loss = real.train(start + len(lrs), lambda step: lrs[step - start])
-        self._real_mark = mark
-        return loss
+        for mark in marks:
+            self._memo.put(_train(mark), real.train(real.step + 1, lambda step: lrs[step - start]))
+            self._real_mark = mark
 
     def _at_mark(self) -> Trainer:
         """The real trainer in the present state, by training on from the latest state of this history still known."""
@@ -171,7 +178,7 @@ class MemoTrainer:
                 self._real.reset()
             self._real_mark = known
         if steps < self.step:
-            self._continue(self._real, self._lrs[steps:], self._mark)
+            self._continue(self._real, self._lrs[steps:], self._marks[steps + 1 :])
         return self._real
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
@@ -203,3 +210,8 @@ class MemoTrainer:
                 self._memo.put(f"{split}/{'averaged' if kind else 'raw'}/{self._mark.hex()}", value)
             value = self._memo.get(key)
         return [dict(metrics) for metrics in value or []]
+
+
+def _train(mark: bytes) -> str:
+    """The name of the training loss of the step that led to this state."""
+    return f"train/{mark.hex()}"
