@@ -1,4 +1,4 @@
-"""The figure of the comparison: test loss against total compute, one mark a method, one panel a task."""
+"""The figure of the comparison: test loss against total compute on one slot, one mark a method, one panel a task."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ MARKS: dict[str, tuple[str, str, str, bool]] = {
     "constant + averaged weights": ("constant + averaging, tuned", "#8c6d1f", "P", False),
     "Schedule-Free": ("Schedule-Free, tuned", "#2a8a4a", "X", True),
     "Schedule-Free, default LR": ("Schedule-Free, default LR", "#2a8a4a", "X", False),
+    "ScheduleFree+": ("ScheduleFree+", "#2a8a4a", "P", False),
     "Prodigy + cosine": ("Prodigy + cosine", "#7b3fa0", "*", True),
     "PBT": ("Ray PBT (2 decades)", "#d9822b", "h", True),
     "PB2": ("Ray PB2 (2 decades)", "#d9822b", "h", False),
@@ -88,7 +89,8 @@ def _panel(axis: Any, found: dict[str, dict[str, Any]], title: str) -> None:
     crowd: dict[float, int] = {}
     clipped: dict[float, int] = {}
     for name in shown:
-        (loss, error), compute = found[name]["test_loss"], found[name]["compute"]
+        (loss, error), row = found[name]["test_loss"], found[name]
+        compute = row["slots"]["1"][0] if row["slots"] else row["compute"]
         _, colour, marker, filled = MARKS[name]
         place = round(math.log(compute), 1)
         crowd[place] = crowd.get(place, 0) + 1
@@ -107,5 +109,5 @@ def _panel(axis: Any, found: dict[str, dict[str, Any]], title: str) -> None:
     axis.set_xticks([], minor=True)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.set_title(title, fontsize=10, loc="left")
-    axis.set_xlabel("total compute, search included (units of T)")
+    axis.set_xlabel("compute on one slot, search included (units of T)")
     axis.set_ylabel("test loss")

@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.core.race.plan import RUNGS, RacePlan
 from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.training.trainer import Trainer
+from experiments.compare_report import COST_SLOTS
 from experiments.compare_tasks import (
     DEFAULT_LR,
     GRID,
@@ -35,13 +36,13 @@ from experiments.compare_tasks import (
     WEIGHT_DECAY,
     Task,
 )
+from experiments.known_answers import NoisyQuadratic
 from experiments.memo import Memo, MemoTrainer, PerRunOrderTrainer
+from experiments.schedule_free_plus import ScheduleFreePlus
 from experiments.slots import run_slots
 
 SLOTS = 12
 """k: trials that run at the same time; the size of the race's field."""
-COST_SLOTS = (1, 2, 4, SLOTS)
-"""Numbers of slots on which the race's cost is told."""
 
 
 @dataclass
@@ -227,6 +228,26 @@ def prodigy(lab: Lab) -> Outcome:
     return Outcome(test["loss"], test.get("accuracy"), val["loss"], 1.0, 1.0, 1.0)
 
 
+def schedule_free_plus(lab: Lab) -> Outcome:
+    """At its defaults, with a warm-up of 5 % as for Schedule-Free; gradients as they are, since its step goes by their size."""
+    seen: dict[str, Tensor] = {}
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        seen["loss"] = lab.task.loss(output, targets)
+        return seen["loss"]
+
+    task, warmup = replace(lab.task, loss=loss, clip_norm=None), lab.task.steps // 20
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        return ScheduleFreePlus(parameters, lambda: float(seen["loss"]), warmup)
+
+    trainer = AveragedPointTrainer(lambda: task.build(lab.seed, make), lab.seed)
+    trainer.train(task.steps, lambda step: min(1.0, (step + 1) / warmup))
+    trainer.to_averaged_point()
+    val, test = trainer.evaluate(), trainer.evaluate(lab.test_data)
+    return Outcome(test["loss"], test.get("accuracy"), val["loss"], 1.0, 1.0, None, "averaged")
+
+
 # -- our policies ------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +264,18 @@ def paper(lab: Lab, decades: int = 2, slots: int = SLOTS, **options: Any) -> Out
     trainer = lab.trainer(averaging=False, train_losses=doubling)
     run = run_slots(policy, trainer, slots)
     lrs = [event["lr"] for event in run.events if event["event"] == "commit"]
-    return lab.outcome(trainer, "raw", run.steps / task.steps, run.clock / task.steps, extra={"lrs": lrs})
+    extra = {"lrs": lrs, "slots": paper_costs(task, options)}
+    return lab.outcome(trainer, "raw", run.steps / task.steps, run.clock / task.steps, extra=extra)
+
+
+def paper_costs(task: Task, options: dict[str, Any]) -> dict[int, tuple[float, float]]:
+    """Number of slots -> compute and wall-clock, which do not depend on what is trained: here a toy."""
+    cost = {}
+    for slots in COST_SLOTS:
+        policy = make_policy("paper", task.steps, NoisyQuadratic.interval, 0, slots, **options)
+        run = run_slots(policy, NoisyQuadratic(0), slots)
+        cost[slots] = (run.steps / task.steps, run.clock / task.steps)
+    return cost
 
 
 def paper_doubling(lab: Lab) -> Outcome:
@@ -354,6 +386,7 @@ def _methods() -> list[Method]:
         ),
         Method("Schedule-Free", "main", _schedule_free_grid, tuned=True),
         Method("Schedule-Free, default LR", "main", _schedule_free_default),
+        Method("ScheduleFree+", "main", schedule_free_plus),
         Method("Prodigy + cosine", "main", prodigy),
         Method("paper, q = 1", "main", partial(paper, slots=1), decades=2),
         Method("paper, 4 decades", "main", partial(paper, decades=4), decades=4),

@@ -23,6 +23,9 @@ TITLES = {
     "cifar32": "CIFAR-10 at 32 x 32 (SGD)",
 }
 RAY = ("PBT", "PB2")
+COST_SLOTS = (1, 2, 4, 12)
+COSTLY = ("anchored", "anchored, no run-ahead", "paper")  # what slots change the cost of
+WHOLE_RUNS = {"a grid of 7 full runs": 7, "PBT, PB2: 12 trials": 12, "one run": 1}
 Number = list[float] | None
 
 
@@ -47,7 +50,7 @@ def summarise(
     cached: list[dict[str, Any]], methods: Mapping[str, Any], earlier: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """Rows of compare.json: one per task, setting and method. test_losses, lrs: by seed. minus_anchored: paired over the
-    seeds both have.
+    seeds both have. slots: number of slots -> [compute, wall-clock] there.
 
     A method that has run on at most half of anchored's seeds is left out: its mean would not compare with the others'.
     earlier: rows of an earlier compare.json; they stay where nothing newer of the task and method is cached, and there is
@@ -78,13 +81,28 @@ def summarise(
                 minus_anchored=mean_se(differences) if differences else None,
                 compute=round(sum(o["compute"] for o in outcomes) / len(rows), 3),
                 wall_clock=round(sum(o["wall_clock"] for o in outcomes) / len(rows), 3),
+                slots=costs([o.get("extra", {}).get("slots") for o in outcomes], outcomes[0]["compute"]),
                 test_losses=[o["test_loss"] for o in outcomes], lrs=[o["lr"] for o in outcomes],
                 hardware=rows[-1]["hardware"], date=max(row["date"] for row in rows),
             ))  # fmt: skip
     fresh = {(row["task"], row["method"]) for row in result}
     ours = {row["task"]: row["test_losses"] for row in result if row["method"] == "anchored"}
-    kept = [row for row in earlier if (row["task"], row["method"]) not in fresh and row["method"] in {*methods, *RAY}]
+    kept = [
+        {**row, "slots": row.get("slots") or costs([None], row["compute"])}
+        for row in earlier
+        if (row["task"], row["method"]) not in fresh and row["method"] in {*methods, *RAY}
+    ]
     return [_against(row, ours[row["task"]]) if row["task"] in ours else row for row in kept] + result
+
+
+def costs(found: Sequence[Mapping[str, list[float]] | None], compute: float) -> dict[str, list[float]]:
+    """Number of slots -> [compute, wall-clock], means over seeds. None: `compute` whole runs, side by side where slots allow;
+    of anything else nothing is known."""
+    known = [cost for cost in found if cost]
+    if len(known) == len(found):
+        cells = {n: zip(*(cost[n] for cost in known), strict=True) for n in known[0]}
+        return {str(n): [round(sum(values) / len(known), 3) for values in cell] for n, cell in cells.items()}
+    return {str(n): [compute, math.ceil(compute / n)] for n in COST_SLOTS} if compute == int(compute) else {}
 
 
 def _against(row: dict[str, Any], anchored: list[float]) -> dict[str, Any]:
@@ -107,19 +125,20 @@ def _source(row: dict[str, Any]) -> str:
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
     loss = row["test_loss"][0]
-    return (["main", "ablation", "setting"].index(row["group"]), finite_or_inf(loss))
+    return (["main", "ablation"].index(row["group"]), finite_or_inf(loss))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: main methods first, best test loss on top, then ablations and settings of the race."""
+    """Markdown: main methods first, best test loss on top, then ablations."""
     accuracy = any(row["test_accuracy"] for row in rows)
     heads = [
         "method",
         "LR from",
         "test loss",
         "minus anchored (paired)",
-        "compute, T",
-        f"wall-clock, T ({12} slots)",
+        "one slot, T",
+        "12 slots: compute, T",
+        "wall-clock, T",
         "seeds",
     ]
     heads = heads[:3] + (["test accuracy, %"] if accuracy else []) + heads[3:]
@@ -128,14 +147,28 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=_rank):
         if row["group"] != group:
             group = row["group"]
-            title = {"ablation": "*ablations*", "setting": "*settings of the race*"}[group]
-            lines.append(f"| {title} |" + " |" * (len(heads) - 1))
+            lines.append("| *ablations* |" + " |" * (len(heads) - 1))
         name = f"**{row['method']}**" if row["method"] in ("paper", "anchored") else row["method"]
         cells = [name, _source(row), _plus_minus(row["test_loss"], 4)]
         cells += [_plus_minus(row["test_accuracy"], 2, scale=100.0)] if accuracy else []
         difference = "" if row["method"] == "anchored" else _plus_minus(row["minus_anchored"], 4, "+")
-        cells += [difference, f"{row['compute']:.2f}", f"{row['wall_clock']:.2f}", str(row["seeds"])]
+        alone = f"{row['slots']['1'][0]:.2f}" if row["slots"] else ""
+        cells += [difference, alone, f"{row['compute']:.2f}", f"{row['wall_clock']:.2f}", str(row["seeds"])]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: compute and wall-clock on few and many slots."""
+    lines = ["| compute / wall-clock, T | " + " | ".join(f"{n} slot{'s' * (n > 1)}" for n in COST_SLOTS) + " |"]
+    lines += ["| --- |" + " --- |" * len(COST_SLOTS)]
+    found = {(row["task"], row["method"]): row["slots"] for row in rows}
+    shown = [(f"{method}: {TITLES.get(task, task)}", found[task, method]) for method in COSTLY for task in TITLES
+             if found.get((task, method))]  # fmt: skip
+    shown += [(name, costs([None], runs)) for name, runs in WHOLE_RUNS.items()]
+    for name, slots in shown:
+        cells = [f"{compute:.2f} / {wall:.2f}" for compute, wall in (slots[str(n)] for n in COST_SLOTS)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -158,12 +191,14 @@ NOTES = """
 Losses and accuracies: mean ± standard error over seeds, on a test split that was read once for each final model; every
 choice (LR, weights, winner of a race) was made on the validation split. On the digits tasks each seed draws its own split,
 so the error of a mean is mostly the split's: compare methods by the paired column (same seeds, same splits). Negative:
-the method beat anchored. compute: optimizer steps of all trials over T, search included. Wall-clock: the same on 12 free
-slots, training steps only (`experiments/slots.py`). "7 full runs": LR tuned on a grid over 2 decades around the default
-(.1 for SGD, 3e-3 for AdamW; Schedule-Free 1.0 and 2.5e-3). `paper`: 5 stages of T / 5, 10 probes of T / 50 each, over 2
-decades around the default LR (wider where its name says so). `anchored`: all defaults, over [1e-5, 10] (SGD) or [1e-6, 1]
-(AdamW) unless its name says otherwise. PBT and PB2: Ray's own, 12 trials, LR over 2
-decades. Methods share stretches that they train in common; results are those of separate runs.
+the method beat anchored. Compute: optimizer steps of all trials over T, search included; on one slot it is the wall-clock
+too. Wall-clock: training steps only (`experiments/slots.py`). On more slots than two `anchored` trains learning rates ahead
+that it may not need: the result is the same, sooner and dearer. "7 full runs": LR tuned on a grid over 2 decades around the
+default (.1 for SGD, 3e-3 for AdamW; Schedule-Free 1.0 and 2.5e-3). `paper`: 5 stages of T / 5, 10 probes of T / 50 each,
+over 2 decades around the default LR (wider where its name says so). `anchored`: all defaults, over [1e-5, 10] (SGD) or
+[1e-6, 1] (AdamW) unless its name says otherwise. PBT and PB2: Ray's own, 12 trials on 12 slots, LR over 2 decades.
+ScheduleFree+: Adam with its authors' defaults on all tasks. Methods share stretches that they train in common; results are
+those of separate runs.
 """
 
 
@@ -193,6 +228,7 @@ def write_report(
         text = f"## {TITLES.get(name, name)}, T = {steps} steps\n\n{verdict(of_task)}\n\n{table(of_task)}\n"
         print(text)
         parts.append(text)
+    parts.append(f"## What it costs on 1, 2, 4 and 12 slots\n\n{cost_table(rows)}\n")
     extra = out / "compare_notes.md"  # what was not run, written by hand beside the results
     parts += ["## Notes\n" + NOTES, extra.read_text() if extra.exists() else ""]
     replace(out / "compare.md", "\n".join(parts).rstrip() + "\n")
