@@ -272,7 +272,7 @@ def paper_costs(task: Task, options: dict[str, Any]) -> dict[int, tuple[float, f
     """Number of slots -> compute and wall-clock, which do not depend on what is trained: here a toy."""
     cost = {}
     for slots in COST_SLOTS:
-        policy = make_policy("paper", task.steps, NoisyQuadratic.interval, 0, slots, **options)
+        policy = make_policy("paper", task.steps, (1e-3, 1.0), 0, slots, **options)
         run = run_slots(policy, NoisyQuadratic(0), slots)
         cost[slots] = (run.steps / task.steps, run.clock / task.steps)
     return cost

@@ -17,10 +17,20 @@ from autolrs_ray.core.policies import make_policy
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.trainer import Trainer
 from experiments import compare, known_answers
-from experiments.compare_methods import METHODS, Lab, anchored, one_cycle, paper, tuned
-from experiments.compare_report import mean_se, summarise, verdict
+from experiments.compare_methods import (
+    METHODS,
+    Lab,
+    anchored,
+    one_cycle,
+    paper,
+    scaled_rungs,
+    schedule_free_plus,
+    tuned,
+)
+from experiments.compare_report import cost_table, costs, mean_se, summarise, verdict
 from experiments.compare_tasks import GRID, Task, make_task
 from experiments.memo import Memo, MemoTrainer, PerRunOrderTrainer
+from experiments.schedule_free_plus import ScheduleFreePlus
 from experiments.slots import run_slots
 
 
@@ -109,6 +119,15 @@ def test_memo_trainer_trains_on_from_wherever_a_history_was_known(task: Task, tm
     assert memo.trained == 30
 
 
+def test_training_losses_are_known_in_other_stretches_than_they_were_trained_in(task: Task, tmp_path: Path) -> None:
+    memo, plain = memo_trainer(task, tmp_path), Trainer(lambda: task.build(0), 0)
+    memo.train(20, lambda _: 0.1)
+    memo.reset()
+    for until in (3, 17, 20):
+        assert memo.train(until, lambda _: 0.1) == plain.train(until, lambda _: 0.1)
+    assert memo.trained == 20
+
+
 def test_without_common_random_numbers_the_order_depends_on_the_first_lr(task: Task) -> None:
     trainer = PerRunOrderTrainer(lambda: task.build(0), 0, averaging=True)
     orders = []
@@ -176,6 +195,54 @@ def test_choices_never_see_the_test_split(task: Task, tmp_path: Path) -> None:
     assert len(reads) == 3
 
 
+def test_the_race_tells_what_it_costs_on_few_slots_and_many(task: Task, tmp_path: Path) -> None:
+    outcome = anchored(Lab(task, 0, tmp_path), 4, **options(task))
+    cost = outcome.extra["slots"]
+    assert cost[12] == (outcome.compute, outcome.wall_clock)
+    assert cost[1][0] == cost[1][1] <= outcome.compute
+    walls = [cost[slots][1] for slots in (1, 2, 4, 12)]
+    assert walls == sorted(walls, reverse=True)
+    assert walls[-1] >= 1.0
+
+
+def test_ablations_of_the_rule_reach_it(task: Task, tmp_path: Path) -> None:
+    lab = Lab(task, 0, tmp_path)
+    walks = [
+        anchored(lab, 4, **options(task), **rule).extra["walk"]
+        for rule in ({}, {"rule": scaled_rungs(2.0)}, {"rule": {"close": 0.9}}, {"rule": {"fractions": (0.5, 1.0)}})
+    ]
+    assert walks[1] != walks[0]
+    assert [rung for rung, *_ in walks[3]] == [0.5, 1.0]
+    assert sum(len(kept) for *_, kept in walks[2]) > sum(len(kept) for *_, kept in walks[0])
+
+
+def test_schedule_free_plus_takes_polyaks_step_and_averages() -> None:
+    """Of its first two steps from (3, -1) on the loss 2 |x|: worked out by hand."""
+    weights = torch.tensor([3.0, -1.0], requires_grad=True)
+    optimizer = ScheduleFreePlus([weights], lambda: float(2 * weights.detach().abs().sum()), lr=0.5)
+    points = []
+    for _ in range(2):
+        (2 * weights.abs().sum()).backward()
+        optimizer.step()
+        weights.grad = None
+        optimizer.eval()
+        points.append(weights.detach().clone())
+        optimizer.train()
+    size = 0.5 * 8.0 / (math.sqrt(math.pi / 2) * 4.0)
+    first = torch.tensor([3.0 - size, -1.0 + size])  # all of z, whose step is the sign of the gradient
+    torch.testing.assert_close(points[0], first)
+    size = 0.5 * 2 * float(first.abs().sum()) / (math.sqrt(math.pi / 2) * 4.0)
+    z = first - size * first.sign()
+    torch.testing.assert_close(points[1], (first + z) / 2)  # the largest step so far weighs both
+    torch.testing.assert_close(weights.detach(), 0.9 * points[1] + 0.1 * z)
+
+
+def test_schedule_free_plus_needs_no_learning_rate(task: Task, tmp_path: Path) -> None:
+    outcome = schedule_free_plus(Lab(task, 0, tmp_path))
+    assert outcome.lr is None
+    assert outcome.test_loss < 1.5 < math.log(10)
+
+
 def test_one_cycle_is_torchs(task: Task) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=1001)
@@ -226,6 +293,20 @@ def test_mean_and_standard_error() -> None:
     assert mean_se([1.0, 3.0]) == [2.0, 1.0]
     assert mean_se([None, None]) is None
     assert mean_se([2.0]) == [2.0, 0.0]
+
+
+def test_costs_on_few_slots_and_many() -> None:
+    whole = {"1": [7.0, 7], "2": [7.0, 4], "4": [7.0, 2], "12": [7.0, 1]}
+    assert costs([None, None], 7.0) == whole
+    assert costs([{"1": [2.0, 2.0]}, {"1": [3.0, 3.0]}], 9.0) == {"1": [2.5, 2.5]}
+    assert costs([None, {"1": [3.0, 3.0]}], 2.5) == {}
+    rows = summarise([cached("digits", method, s, 1.0) for method in ("linear", "paper") for s in range(3)], METHODS)
+    assert [row["slots"] for row in rows] == [whole, whole]
+    found = {"slots": {str(n): [1.9, 1.0 + 0.9 / n] for n in (1, 2, 4, 12)}}
+    for row in rows:
+        row["slots"] = found["slots"]
+    assert "| paper: Digits (8 x 8 images, SGD) | 1.90 / 1.90 | 1.90 / 1.45 |" in cost_table(rows)
+    assert "| PBT, PB2: 12 trials | 12.00 / 12.00 | 12.00 / 6.00 | 12.00 / 3.00 | 12.00 / 1.00 |" in cost_table(rows)
 
 
 def test_rows_pair_seeds_with_anchored_and_the_verdict_says_who_lost() -> None:
