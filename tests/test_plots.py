@@ -18,8 +18,9 @@ from autolrs_ray.core.policies import make_policy
 from autolrs_ray.record.record import Record
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.plots import save_plots
+from autolrs_ray.show.race_figure import in_play, race_figure
 from autolrs_ray.show.run_data import RunData, read_reports
-from autolrs_ray.show.search_figures import posterior, race_figure, spread, surrogate_figure
+from autolrs_ray.show.search_figures import posterior, spread, surrogate_figure
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
@@ -339,8 +340,11 @@ def test_the_race_shows_every_trunk_the_winner_thickest_and_marks_the_lost(ancho
     marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) and line.get_marker() in set("X^s")]
     assert len(marks) == len(lost) > 1
     assert set(lost) < labels(figure)
-    counts = [text.get_text() for text in figure.axes[0].texts]
-    assert counts == [str(len(event["kept"])) for event in data.history.named(Event.DECISION)]
+    spans = in_play(data.history)
+    assert spans[data.history.arm][-1][1] == 200
+    thick = [line for line in figure.axes[1].lines if line.get_linewidth() == 4.0 and len(line.get_xdata())]
+    assert len(thick) == sum(map(len, spans.values()))
+    assert {"in play", "joined the race here, from step 0"} < labels(figure)
 
 
 def test_a_metric_to_be_maximised_is_drawn_as_it_was_reported(tmp_path: Path) -> None:

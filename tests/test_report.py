@@ -89,7 +89,7 @@ def test_an_anchored_run_shows_the_race_and_who_won(anchored: Path) -> None:
     html = render(data)
     page = Page(html)
     assert [image["alt"] for image in page.all("img")][2:] == [
-        "Accuracy of the main run.", "The race: every learning rate's score, and where it was dropped."
+        "Accuracy of the main run.", "The race: every LR's score, who was in play, who waited and who joined when."
     ]  # fmt: skip
     assert html.count('<tr class="won">') == 1
     (piece,) = data.result.schedule.pieces

@@ -19,8 +19,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from autolrs_ray.core.events import Event
 from autolrs_ray.record.stores import join, normal, write_bytes
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
+from autolrs_ray.show.race_figure import race_figure
 from autolrs_ray.show.run_data import RunData
-from autolrs_ray.show.search_figures import forecast_figure, race_figure, surrogate_figure
+from autolrs_ray.show.search_figures import forecast_figure, surrogate_figure
 from autolrs_ray.show.style import legend_below, show_names_as_they_are, style
 from autolrs_ray.show.summary import summary
 
@@ -180,7 +181,11 @@ def _figures(data: RunData, steps_per_epoch: float | None) -> tuple[list[Row], l
             _picture(data, accuracy, "Accuracy of the main run."),
         ]
         search = [
-            _picture(data, race_figure, "The race: every learning rate's score, and where it was dropped."),
+            _picture(
+                data,
+                race_figure,
+                "The race: every LR's score, who was in play, who waited and who joined when.",
+            ),
             _picture(
                 data, surrogate_figure, "The Gaussian process of each stage, the learning rates tried, the one chosen."
             ),

@@ -19,8 +19,9 @@ from typing import Any
 
 from autolrs_ray.record.stores import is_uri, join, upload
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
+from autolrs_ray.show.race_figure import race_figure
 from autolrs_ray.show.run_data import RunData
-from autolrs_ray.show.search_figures import forecast_figure, race_figure, surrogate_figure
+from autolrs_ray.show.search_figures import forecast_figure, surrogate_figure
 from autolrs_ray.show.style import show_names_as_they_are, style
 
 

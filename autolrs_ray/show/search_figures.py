@@ -1,4 +1,4 @@
-"""Plots of the search: the surrogate of every stage and how its forecasts came true (paper), the race (anchored)."""
+"""Plots of the paper's search: the surrogate of every stage, and how its forecasts came true."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from autolrs_ray.show.main_figures import NAMES
 from autolrs_ray.show.run_data import Row, RunData
 from autolrs_ray.show.style import (
     LR,
-    STEPS,
-    colours_of_lr,
     legend_below,
-    mark_steps,
     new_figure,
     plain_log,
     scale_loss,
@@ -27,7 +24,6 @@ from autolrs_ray.show.style import (
 )
 
 MAX_PANELS = 12
-_ENDS = {"dropped": "X", "diverged": "^", "failed": "s"}
 
 
 def spread(count: int, most: int = MAX_PANELS) -> list[int]:
@@ -196,54 +192,3 @@ def _square(axes: Any, values: list[float]) -> str:
         plain_log(axes.yaxis)
     axes.plot(ends, ends, color="0.4", linewidth=1.0, linestyle="--", label="forecast = realised", zorder=1)
     return added
-
-
-# -- the race ------------------------------------------------------------------------------------------------------------
-
-
-def race_figure(data: RunData) -> Any | None:
-    """Score of every trunk against steps, coloured by LR; those that ended early with a mark, the winner thick."""
-    scores, lrs, fates = data.scores(), data.history.lrs, data.history.fates
-    scores = {arm: points for arm, points in scores.items() if arm in lrs}
-    if not data.anchored or not scores:
-        return None
-    first = sorted(next(iter(points.values())) for points in scores.values())
-    start = first[len(first) // 2]  # of the median trunk: a diverging one must not set the scale
-    edge = start + 0.5 * abs(start) if data.sign > 0 else -math.inf
-    figure = new_figure(8.0, 5.2)
-    axes = figure.subplots()
-    shades = colours_of_lr(*data.interval)
-    for arm, points in scores.items():
-        steps = list(points)
-        values = [min(value, edge) if data.sign > 0 else value for value in points.values()]
-        won, colour = fates[arm] == "won", shades.to_rgba(lrs[arm])
-        axes.plot(steps, values, color=colour, linewidth=3.2 if won else 1.4, zorder=1 if won else 2,
-                  label=f"winner (LR {lrs[arm]:.3g})" if won else None)  # fmt: skip
-        if fates[arm] in _ENDS:
-            axes.plot(steps[-1], values[-1], _ENDS[fates[arm]], color=colour, markersize=9, markeredgecolor="0.1",
-                      markeredgewidth=0.8, zorder=5, clip_on=False)  # fmt: skip
-    for fate in sorted(set(fates.values()) & set(_ENDS)):
-        axes.plot(
-            [], [], _ENDS[fate], color="0.7", markersize=9, markeredgecolor="0.1", markeredgewidth=0.8, label=fate
-        )
-    drawn = [value for points in scores.values() for value in points.values()]
-    added = scale_loss(axes, [min(value, edge) for value in drawn] if data.sign > 0 else drawn)
-    if data.sign > 0 and max(drawn) > edge:
-        axes.set_ylim(top=edge + 0.1 * abs(edge))
-    _mark_rungs(axes, data)
-    averaged = any(event.get("averaged_loss") is not None for event in data.history.named(Event.RUNG))
-    score = NAMES.get(data.metric, data.metric) + (", raw or averaged weights" if averaged else "")
-    axes.set(xlabel=f"{STEPS}, log scale", ylabel=score + added, xscale="log")
-    axes.set_title("The race of learning rates; above every rung: how many go on", pad=20)
-    plain_log(axes.xaxis, grouped=True)
-    figure.colorbar(shades, ax=axes, label="peak learning rate (log scale)")
-    legend_below(figure)
-    return figure
-
-
-def _mark_rungs(axes: Any, data: RunData) -> None:
-    """A line at every decided rung, with the number of trunks that went on from it above the axes."""
-    mark_steps(axes, data.history.boundaries, "")
-    for decision in data.history.named(Event.DECISION):
-        axes.annotate(f"{len(decision['kept'])}", (decision["step"], 1.0), xycoords=("data", "axes fraction"),
-                      xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9, color="0.35")  # fmt: skip
