@@ -74,8 +74,8 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
 
     None leads that has not learned: its training loss must have fallen by more than its noise, and its score too, since running
     statistics lag behind. While none has (a plateau), the largest LR whose training loss has not risen by more than the noise
-    stands in for the leader, and it and the next below go on, whatever their scores. Where no training losses are reported, the
-    score speaks for them.
+    stands in for the leader, and it and the next below go on, whatever their scores, until learning has lasted as long
+    as the plateau. Where no training losses are reported, the score speaks for them.
 
     Only ratios of differences of losses count, so that neither their scale matters nor a constant that is added to them. Of
     equal scores the lower training loss leads, then the better reading at the rung before, and so on.
@@ -88,7 +88,8 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
     decisions: list[Decision] = []
     play = {len(field) - 1}
     for rung in plan.fractions:
-        race = _Level(field, untrained, plan, rung, decisions[-1] if decisions else None)
+        learning = next((decision.rung for decision in decisions if decision.judged), None)
+        race = _Level(field, untrained, plan, rung, decisions[-1] if decisions else None, learning)
         while True:
             if missing := {i: rung for i in race.alive if i in play and rung not in field[i]}:
                 return Course(tuple(decisions), missing, frozenset(play.intersection(race.alive)))
@@ -118,8 +119,17 @@ def _alive(field: Field, rung: float) -> list[int]:
 class _Level:
     """The trunks at one rung."""
 
-    def __init__(self, field: Field, untrained: Untrained, plan: RacePlan, rung: float, last: Decision | None) -> None:
+    def __init__(
+        self,
+        field: Field,
+        untrained: Untrained,
+        plan: RacePlan,
+        rung: float,
+        last: Decision | None,
+        learning: float | None,
+    ) -> None:
         self._field, self._untrained, self._plan, self._rung, self._last = field, untrained, plan, rung, last
+        self._learning = learning
         self.alive = _alive(field, rung)
         self._margin = plan.close * (1.0 - rung)
 
@@ -191,10 +201,11 @@ class _Level:
         """Those of `level` that are trained to the next rung."""
         progress = self._untrained.score - self._score(leader)
         judged = judged and progress > 0.0
+        early = self._rung < 2.0 * (self._learning or self._rung)  # it has not been learning for as long as it was not
         play = {leader}
         below = max((i for i in self.alive if i < leader), default=None)
         above = min((i for i in level if i > leader), default=None)
-        if below in level and (walking or not judged or self._near(below, leader, progress)):
+        if below in level and (walking or early or not judged or self._near(below, leader, progress)):
             play.add(below)
         if above is not None and judged and self._rung >= self._plan.rise and self._near(above, leader, progress):
             play.add(above)
