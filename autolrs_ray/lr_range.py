@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autolrs_ray.core.checks import require_float, require_int, validate_interval
+from autolrs_ray.training.optimizers import lr_ratios, needs_closure, train_mode, write_lr
 
 SMOOTHING = 0.9  # of the exponential moving average of the losses
 FALL = 0.05  # of the whole fall of the smoothed loss: where it counts as falling
@@ -86,18 +87,19 @@ def lr_range_test(
     low, high = validate_interval(lr_interval)
     require_int("steps", steps, 10)
     require_float("stop_factor", stop_factor, 1.0, math.inf, low_open=True)
-    base = float(optimizer.param_groups[0]["lr"])
-    if not base > 0:
-        raise ValueError(f"build the optimizer with lr > 0 in its first group, got {base}: ratios are kept to it")
-    ratios = [float(group["lr"]) / base for group in optimizer.param_groups]
+    if needs_closure(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} computes the loss several times a step, which this test does not do"
+        )
+    lr_ratios([group["lr"] for group in optimizer.param_groups])
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     losses: list[float] = []
     average = _MovingAverage()
     with _put_back(model, optimizer), _random_numbers_put_back(batches):
         model.train()
+        train_mode([optimizer])
         for lr, (inputs, target) in zip(lrs, _endless(batches), strict=False):
-            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                group["lr"] = lr * ratio
+            write_lr(optimizer.param_groups, lr)
             optimizer.zero_grad(set_to_none=True)
             value = loss(model(inputs), target)
             if not math.isfinite(value.item()):

@@ -66,7 +66,8 @@ class PerRunOrderTrainer(Trainer):
         return int(self.__dict__.setdefault("_base_seed", self.seed))
 
     def _set_seed(self, seed: int) -> None:
-        self.seed, self._order = seed, (-1, self._order[1])
+        self.seed = self._rows.seed = seed
+        self._rows.forget()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _ = self.base_seed

@@ -112,8 +112,8 @@ def train_fixed(job: Job, peak: float, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     val = trainer.evaluate(averaged=averaged)
     folder.mkdir(parents=True, exist_ok=True)
-    network = trainer.averages[trainer.best_average].module if averaged else trainer.model
-    torch.save(network.state_dict(), folder / "weights.pt")
+    with trainer.evaluated(trainer.best_average if averaged else None) as network:
+        torch.save(network.state_dict(), folder / "weights.pt")
     found = {"peak": peak, "val_loss": val["loss"], "val_accuracy": val["accuracy"], "seconds": seconds}
     vgg16_report.replace(record, json.dumps(found))
     return {**found, "weights": folder / "weights.pt"}

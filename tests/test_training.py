@@ -175,7 +175,7 @@ def test_the_batch_at_a_step_is_a_function_of_seed_and_step():
 
 def test_an_epoch_shows_every_row_once_but_for_the_last_short_batch():
     trainer = Trainer(lambda: task(), 0)
-    rows = [torch.cat([trainer._indices(step) for step in range(6 * epoch, 6 * epoch + 6)]) for epoch in range(3)]
+    rows = [torch.cat([trainer._rows.at(step) for step in range(6 * epoch, 6 * epoch + 6)]) for epoch in range(3)]
     for epoch in rows:
         assert len(set(epoch.tolist())) == 60 == len(epoch)  # 64 rows, batches of 10
     assert not torch.equal(rows[0], rows[1])
@@ -305,8 +305,9 @@ def test_averaged_weights_and_buffers_follow_the_plain_formula():
                     twin[name] = value.double().clone()
                 else:
                     twin[name] += min(1.0, 1.0 / (part * step)) * (value.double() - twin[name])
-    for average, twin in zip(trainer.averages, twins.values(), strict=True):
-        ours = average.module.state_dict()
+    for index, twin in enumerate(twins.values()):
+        with trainer.evaluated(index) as model:
+            ours = copy.deepcopy(model.state_dict())
         assert ours.keys() == twin.keys()
         for name, value in ours.items():
             assert torch.allclose(value.double(), twin[name].double(), atol=1e-6), name
@@ -328,8 +329,9 @@ def test_the_averages_are_torchs_own_to_the_last_bit_and_count():
         weight[:] = [min(1.0, 1.0 / (part * step)) for part in trainer.task.average_over]
         for other in twins:
             other.update_parameters(trainer.model)
-    for average, other in zip(trainer.averages, twins, strict=True):
-        assert_same(average.state_dict(), other.state_dict())
+    for index, other in enumerate(twins):
+        with trainer.evaluated(index) as model:
+            assert_same(model.state_dict(), other.module.state_dict())
 
 
 def _lerp(old, new, weight):
@@ -341,8 +343,14 @@ def _lerp(old, new, weight):
 
 def by_hand(trainer):
     """Validation loss of every average."""
-    outputs = [average.module.eval()(X[64:]) for average in trainer.averages]
-    return [nn.functional.cross_entropy(output, Y[64:]).item() for output in outputs]
+    return [loss_of(trainer, index, X[64:], Y[64:]) for index in range(3)]
+
+
+def loss_of(trainer, index, inputs, targets):
+    with trainer.evaluated(index) as model:
+        found = nn.functional.cross_entropy(model.eval()(inputs), targets).item()
+        model.train()
+    return found
 
 
 def test_the_average_that_is_best_on_the_validation_data_counts():
@@ -356,8 +364,7 @@ def test_the_average_that_is_best_on_the_validation_data_counts():
         found = trainer.evaluate(averaged=True)["loss"]
         assert found == pytest.approx(min(losses), rel=1e-6)
         assert [m["loss"] for m in trainer.evaluate_averages()] == pytest.approx(losses, rel=1e-6)
-        elsewhere = trainer.averages[trainer.best_average].module.eval()(X[:64])
-        loss = nn.functional.cross_entropy(elsewhere, Y[:64]).item()
+        loss = loss_of(trainer, trainer.best_average, X[:64], Y[:64])
         assert trainer.evaluate((X[:64], Y[:64]), averaged=True)["loss"] == pytest.approx(loss, rel=1e-6)
         assert trainer.evaluate()["loss"] != found
         best.add(trainer.best_average)
@@ -389,15 +396,15 @@ def test_parts_of_the_run_that_cannot_be_averaged_over_are_refused(parts, error,
 def test_the_best_average_is_known_where_its_state_is_loaded(tmp_path):
     trainer = Trainer(lambda: task(), 0, averaging=True)
     trainer.train(40, lambda step: 3.0)
-    assert trainer.state_dict()["best_average"] is None, "nobody has looked yet"
+    assert trainer.state_dict()["averages"]["best"] is None, "nobody has looked yet"
     best = trainer.best_average
     trainer.save(tmp_path)
     trainer.reset()
-    assert trainer.state_dict()["best_average"] is None
+    assert trainer.state_dict()["averages"]["best"] is None
     trainer.load(tmp_path)
-    assert trainer.state_dict()["best_average"] == best
+    assert trainer.state_dict()["averages"]["best"] == best
     trainer.train(41, falling)
-    assert trainer.state_dict()["best_average"] is None, "that was of another step"
+    assert trainer.state_dict()["averages"]["best"] is None, "that was of another step"
 
 
 def test_a_checkpoint_without_averages_begins_them_where_it_stands(tmp_path):
@@ -405,16 +412,18 @@ def test_a_checkpoint_without_averages_begins_them_where_it_stands(tmp_path):
     trainer = Trainer(lambda: task(), 0, averaging=True)
     trainer.train(10, falling)
     trainer.load(tmp_path)
-    for average in trainer.averages:
-        assert torch.equal(average.module[0].weight, trainer.model[0].weight)
+    now = trainer.model[0].weight.detach().clone()
+    for index in range(3):
+        with trainer.evaluated(index) as model:
+            assert torch.equal(model[0].weight, now)
 
 
 def test_states_of_another_format_or_with_other_averages_are_refused():
     trainer = Trainer(lambda: task(average_over=(0.25,)), 0, averaging=True)
-    with pytest.raises(ValueError, match=r"holds 1 averages.*asks for 3: keep average_over"):
+    with pytest.raises(ValueError, match=r"holds averages over \(0.25,\) of the run.*keep average_over"):
         Trainer(lambda: task(), 0, averaging=True).load_state_dict(trainer.state_dict())
-    with pytest.raises(ValueError, match="of format 1, this version reads format 2"):
-        trainer.load_state_dict({**trainer.state_dict(), "format": 1})
+    with pytest.raises(ValueError, match="of format 2, this version reads format 3"):
+        trainer.load_state_dict({**trainer.state_dict(), "format": 2})
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
@@ -428,8 +437,8 @@ def test_evaluation_changes_nothing():
     trainer.evaluate(averaged=True)
     trainer.evaluate((X, Y))
     after = trainer.state_dict()
-    assert before.pop("best_average") is None
-    assert after.pop("best_average") in (0, 1, 2)  # what was found
+    assert before["averages"].pop("best") is None
+    assert after["averages"].pop("best") in (0, 1, 2)  # what was found
     assert_same(after, before)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert trainer.evaluate() == first

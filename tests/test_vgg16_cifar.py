@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision.datasets.cifar
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as transforms
 
@@ -102,7 +103,7 @@ def test_the_augmented_batch_is_a_function_of_seed_and_step(padding: str, data_d
         assert torch.equal(second.batch(step)[0], once[step])
         assert torch.equal(first.batch(step)[0], once[step])
     assert not torch.equal(trainer(data_dir, seed=1, padding=padding).batch(0)[0], once[0])
-    plain = first.train_data[0][first._indices(0)]
+    plain = first.train_data[0][first._rows.at(0)]
     moved = (once[0] != plain).flatten(1).any(1)
     assert moved.float().mean() > 0.9  # all but the few crops at the centre
 
@@ -151,10 +152,11 @@ def test_no_step_waits_for_the_device(averaging: bool, data_dir: str) -> None:
         train(ours, 7)  # within the epoch: its order is sent at its start
     assert ours.step == 7
     assert waits.found == []
-    if ours.averages:  # what it takes the place of
-        with waits:
-            ours.averages[0].update_parameters(ours.model)
-        assert waits.found
+    theirs = AveragedModel(ours.model)
+    theirs.update_parameters(ours.model)
+    with waits:  # it does find what it is to find
+        theirs.update_parameters(ours.model)
+    assert waits.found
 
 
 # -- model -------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from autolrs_ray.core.checks import require_int
 from autolrs_ray.core.segments import Segment, next_report
+from autolrs_ray.training.optimizers import note_built_lrs, set_lr, write_lr
 
 
 class HasGroups(Protocol):
@@ -52,17 +51,15 @@ class Follower:
         Groups keep the ratios of the LRs they were built with, or came with where they were added later ("initial_lr", as
         torch's schedulers keep it). Raises ValueError if the first of those was not positive.
         """
-        lr, groups = self.lr_at(step), optimizer.param_groups
-        first = _built(groups)
-        for group in groups:
-            _set(group, lr * (group["initial_lr"] / first))
+        lr = self.lr_at(step)
+        write_lr(optimizer.param_groups, lr)
         return lr
 
     def write_built_lrs(self, optimizer: HasGroups) -> None:
         """Write the LRs that the groups were built with: callbacks that add a group take its LR from those it finds."""
-        _built(optimizer.param_groups)
-        for group in optimizer.param_groups:
-            _set(group, group["initial_lr"])
+        groups = optimizer.param_groups
+        for group, lr in zip(groups, note_built_lrs(groups), strict=True):
+            set_lr(group, lr)
 
     def report_due(self, step: int) -> bool:
         """True if a report is due after `step` steps."""
@@ -80,27 +77,3 @@ class Follower:
         if self.segment:
             result.update(stage=self.segment.stage, role=self.segment.role)
         return result
-
-
-def _built(groups: Iterable[dict[str, Any]]) -> float:
-    """Note in every group the LR it was built with, where that is not yet noted; returns that of the first."""
-    groups = list(groups)
-    for group in groups:
-        if "initial_lr" not in group:
-            group["initial_lr"] = float(group["lr"])
-            if isinstance(
-                group["lr"], Tensor
-            ):  # one tensor may be the LR of several groups, and the default of those to come
-                group["lr"] = group["lr"].clone()
-        group["initial_lr"] = float(group["initial_lr"])
-    first: float = groups[0]["initial_lr"]
-    if not first > 0:
-        raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")
-    return first
-
-
-def _set(group: dict[str, Any], lr: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr

@@ -67,18 +67,14 @@ class RunResult:
         Raises ValueError if the run has no checkpoint yet or one of another version's format, CheckpointError if it cannot be
         read.
         """
-        from autolrs_ray.record.checkpoints import read_checkpoint, require_format
+        from autolrs_ray.record.checkpoints import model_weights, read_checkpoint, require_format
 
         if self.checkpoint is None:
             raise ValueError(f"the run in {self.folder} has committed no checkpoint yet")
         with local_copy(self.checkpoint) as folder:
             state = read_checkpoint(folder)
         require_format(state)
-        if self.weights == "raw":
-            return dict(state["model"])
-        prefix = "module."  # torch's AveragedModel wraps the model under this name
-        best = state["averages"][state["best_average"]]
-        return {key[len(prefix) :]: value for key, value in best.items() if key.startswith(prefix)}
+        return model_weights(state, averaged=self.weights == "averaged")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunResult:

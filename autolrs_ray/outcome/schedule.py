@@ -26,6 +26,7 @@ from autolrs_ray.core.envelopes import ENVELOPES
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.outcome.history import History
 from autolrs_ray.record.stores import is_uri, write_bytes
+from autolrs_ray.training.optimizers import lr_ratios
 
 FORMAT = 1
 MOST_ROWS = 10_000_000  # of a CSV file: some 250 MB
@@ -207,10 +208,8 @@ class LearnedLRScheduler(LRScheduler):
             shared = next(other for other in groups if other["lr"] is group["lr"])  # a tensor as the default of both
             self.base_lrs.append(group.setdefault("initial_lr", float(shared.get("initial_lr", group["lr"]))))
         self._tell_of_the_end()
-        lr, first = self.schedule.lr_at(max(0, self.last_epoch)), float(self.base_lrs[0])
-        if not first > 0:
-            raise ValueError(f"build the optimizer with lr > 0 in its first group, got {first}: ratios are kept to it")
-        return [lr * (float(base) / first) for base in self.base_lrs]
+        lr = self.schedule.lr_at(max(0, self.last_epoch))
+        return [lr * ratio for ratio in lr_ratios(self.base_lrs)]
 
     def _tell_of_the_end(self) -> None:
         """The call after the last update asks for a learning rate that nobody uses; one more, and somebody trains on."""

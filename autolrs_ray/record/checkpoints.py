@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
 import os
+from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +24,8 @@ MANIFEST_FILE = "manifest.json"
 PICKLE_FILE = "_dict_checkpoint.pkl"
 """Where Tune keeps what a `save_checkpoint` returned as a dict. Tune unpickles it, and so executes it, wherever it lies."""
 
-FORMAT = 2
-"""Of a Trainer's state: 2 since it holds several averages."""
+FORMAT = 3
+"""Of a Trainer's state: 2 since it holds several averages, 3 since it holds all that trains besides the model."""
 
 
 class CheckpointError(RuntimeError):
@@ -128,20 +132,108 @@ def require_format(state: dict[str, Any]) -> None:
         )
 
 
+def model_weights(state: dict[str, Any], averaged: bool) -> dict[str, Any]:
+    """The model's state_dict in a Trainer's `state`: with the best average's weights and statistics, in the model's dtypes, or
+    with the raw ones, those to be evaluated where the optimizer has a mode for that.
+
+    Raises ValueError where the state holds no average that has been found to be best.
+    """
+    model = dict(state.get("evaluated", state["model"]))
+    if not averaged:
+        return model
+    averages = state["averages"]
+    if averages is None or averages["best"] is None:
+        raise ValueError(f"the state of step {state['step']} holds no average found to be best: load it with a Trainer")
+    prefix = "model."  # of the names that a Trainer gives: a loss may have weights too
+    for name, value in averages["weights"][averages["best"]].items():
+        if name.startswith(prefix) and name[len(prefix) :] in model:
+            model[name[len(prefix) :]] = value.to(model[name[len(prefix) :]].dtype)
+    return model
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def snapshot(state: Any) -> Any:
-    """A copy of nested dicts and lists in which no tensor shares memory with `state`; tensors come to the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+def mapped(state: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Nested dicts, lists and tuples with every other value replaced by `leaf` of it. An OrderedDict keeps what torch notes
+    on it, the versions of a model's layers, without which some of them take their state for an old one's."""
     if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
+        found = {key: mapped(value, leaf) for key, value in state.items()}
+        if not hasattr(state, "_metadata"):
+            return found
+        ordered = OrderedDict(found)
+        ordered._metadata = copy.deepcopy(state._metadata)  # type: ignore[attr-defined]
+        return ordered
+    if isinstance(state, tuple):
+        values = [mapped(value, leaf) for value in state]
+        return type(state)(values) if type(state) in (tuple, torch.Size) else tuple(values)
+    if isinstance(state, list):
+        return [mapped(value, leaf) for value in state]
+    return leaf(state)
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+"""What a checkpoint holds besides tensors, dicts, lists and tuples: `torch.load(weights_only=True)` reads these back."""
+
+
+def plain(state: Any, where: str = "the state") -> Any:
+    """`state` with NumPy's scalars, and subclasses of plain types, as plain values.
+
+    Raises TypeError that names the place of a value that could be written, but not read back.
+    """
+    if isinstance(state, dict):
+        for key in state:
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"{where} has the key {key!r}: a checkpoint holds strings and ints for keys")
+        found = {_plain_leaf(key, where): plain(value, f"{where}[{key!r}]") for key, value in state.items()}
+        if not hasattr(state, "_metadata"):
+            return found
+        ordered = OrderedDict(found)
+        ordered._metadata = state._metadata  # type: ignore[attr-defined]
+        return ordered
+    if isinstance(state, torch.Size):
+        return state
     if isinstance(state, (list, tuple)):
-        return type(state)(snapshot(value) for value in state)
-    return state
+        values = [plain(value, f"{where}[{i}]") for i, value in enumerate(state)]
+        return values if isinstance(state, list) else tuple(values)
+    return _plain_leaf(state, where)
+
+
+def _plain_leaf(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) in PLAIN:
+        return value
+    for kind in (int, float, str):  # an IntEnum, a named float
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: it is read back "
+        "as tensors, numbers, strings, lists, tuples and dicts only. Return one of these from get_extra_state, or from the "
+        "state_dict of the optimizer"
+    )
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of nested dicts and lists in which no tensor shares memory with `state`; tensors come to the CPU. What is one
+    tensor under two names, as tied weights are, stays one."""
+    copies: dict[Any, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.layout is not torch.strided or not value.numel():
+            return value.detach().to("cpu", copy=True)
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+        if key not in copies:
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return mapped(state, copied)
 
 
 class BackgroundWriter:

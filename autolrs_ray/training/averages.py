@@ -168,6 +168,18 @@ class WeightAverages:
             finally:
                 _copy(parameters, own)
 
+    def keep_statistics(self, index: int) -> None:
+        """Take the model's running statistics into average `index`, where they have been estimated anew for it."""
+        pairs = zip(self._kept[index], (place.tensor for place in self._places), strict=True)
+        for kept, now in pairs:
+            if not isinstance(now, nn.Parameter):
+                _copy([kept], [now])
+
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of all averages."""
+        own = [i for i, place in enumerate(self._places) if not isinstance(place.tensor, nn.Parameter)]
+        return [kept[i] for kept in self._kept for i in own]
+
     def each(self, function: Callable[[], T]) -> list[T]:
         """What `function` returns with every average in the model, in the order of `over`."""
         found = []

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
-from autolrs_ray.core.checks import require_float
+from autolrs_ray.core.checks import require_float, require_int
 from autolrs_ray.training.averages import require_parts
-
-Batch = tuple[Tensor, Tensor]
-Data = tuple[Tensor, Tensor] | Dataset[Any]
-"""(inputs, targets) tensors with the same first dimension, or a map-style dataset of (input, target) pairs."""
+from autolrs_ray.training.data import Data, checked_data, length
+from autolrs_ray.training.optimizers import needs_closure
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -27,45 +26,110 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 class TrainingTask:
     """What is trained: built once per process by the user's function.
 
-    loss: (model output, target) -> scalar mean over the batch. metrics: further (output, target) -> scalar mean,
-    reported on the validation data as "val_NAME". augment: (inputs, generator) -> inputs, on the device.
-    autocast: run forward passes in bfloat16. compile: True, or a mode of torch.compile ("reduce-overhead": CUDA graphs).
+    model: called with the inputs of a batch. loss: (model output, targets) -> scalar mean over the batch; where it is an
+    nn.Module its weights are saved, and trained if an optimizer has them. optimizer: one, or several, which step one after
+    another; all groups keep the ratio of their LR to the first. Modes (schedulefree) and closures (LBFGS) are seen to.
+    modules: by name, further modules whose state is to be saved, restored and reset with the model's.
+    metrics: further (output, targets) -> scalar mean, reported on the validation data as "val_NAME".
+
+    train_data, val_data: (inputs, targets) tensors, moved to the device, or map-style datasets, of which num_workers
+    processes load rows ahead, collate_fn makes batches (torch's default_collate) and sampler draws the rows of an epoch:
+    generator -> rows, with a generator of (seed, epoch); default: a permutation. Batches are pairs (inputs, targets), either a
+    tensor or a dict, list or tuple of them. augment: (inputs, generator) -> inputs, on the device, of the whole batch.
     val_data must not be the test set: learning rates are chosen on it. val_fraction: the part of its rows, in (0, 1], that
     reports are taken on: the same ones, drawn by the run's seed, in every trial.
+
     average_over: where weights are averaged, one average for each part of the run so far, in (0, 1]: 0.25 spans about its
     last quarter, 1.0 all of it. The one that is best on the validation data counts. Each costs the memory of the weights,
-    and a validation pass a report.
+    and a validation pass a report. Optimizers with modes average by themselves, and have no other averages.
+    reestimate: batches on which the batch-norm statistics of averaged weights are estimated anew before they are evaluated; 0
+    averages the statistics too.
+    autocast: run forward passes in bfloat16, or in the dtype given; float16 wants a scaler (torch.amp.GradScaler).
+    compile: True, or a mode of torch.compile ("reduce-overhead": CUDA graphs). sync_batch_norm: several processes that train
+    one trial take batch-norm statistics over the whole batch.
+
+    Raises TypeError or ValueError for what cannot be trained, restored or averaged as it stands.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
-    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: Optimizer | Sequence[Optimizer]
+    loss: Callable[[Any, Any], Tensor]
     train_data: Data
     val_data: Data
     batch_size: int
     eval_batch_size: int = 1024
     val_fraction: float = 1.0
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+    augment: Callable[[Any, torch.Generator], Any] | None = None
     clip_norm: float | None = None
     average_over: tuple[float, ...] = (0.25, 0.5, 1.0)
-    autocast: bool = False
+    autocast: bool | torch.dtype = False
     channels_last: bool = False
     compile: bool | str = False
     device: torch.device | str | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    num_workers: int = 0
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    sampler: Callable[[torch.Generator], Any] | None = None
+    scaler: torch.amp.GradScaler | None = None
+    sync_batch_norm: bool = False
+    reestimate: int = 0
 
     def __post_init__(self) -> None:
+        self.train_data = checked_data("train_data", self.train_data)
+        self.val_data = checked_data("val_data", self.val_data)
         if not 1 <= self.batch_size <= length(self.train_data):
             raise ValueError(f"batch_size must be in [1, {length(self.train_data)}], got {self.batch_size}")
         if length(self.val_data) < 1:
             raise ValueError("val_data is empty: learning rates are chosen on it; hold out a part of the training data")
+        require_int("eval_batch_size", self.eval_batch_size, 1)
         require_float("val_fraction", self.val_fraction, 0.0, 1.0, low_open=True)
+        require_int("num_workers", self.num_workers, 0)
+        require_int("reestimate", self.reestimate, 0)
         self.average_over = require_parts("average_over", self.average_over)
+        self._check_data_options()
+        self._check_optimizers()
 
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All optimizers, in the order in which they step."""
+        return (self.optimizer,) if isinstance(self.optimizer, Optimizer) else tuple(self.optimizer)
 
-def length(data: Data) -> int:
-    return len(data[0]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
+    def saved_modules(self) -> dict[str, nn.Module]:
+        """What has a state besides the model: a loss that is a module, and `modules`, with "also_" before their names."""
+        loss = {"loss": self.loss} if isinstance(self.loss, nn.Module) else {}
+        return {**loss, **{f"also_{name}": module for name, module in self.modules.items()}}
 
+    def _check_data_options(self) -> None:
+        given = [name for name in ("num_workers", "collate_fn") if getattr(self, name)]
+        if given and all(isinstance(data, tuple) for data in (self.train_data, self.val_data)):
+            raise ValueError(
+                f"{' and '.join(given)}: of datasets, but the data are tensors, which are moved to the device"
+            )
 
-def chosen(data: Data, rows: Tensor) -> Data:
-    return (data[0][rows], data[1][rows]) if isinstance(data, tuple) else Subset(data, rows.tolist())
+    def _check_optimizers(self) -> None:
+        optimizers = self.optimizers
+        if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+            raise TypeError(f"optimizer must be a torch optimizer, or several of them, got {self.optimizer!r}")
+        closures = [type(optimizer).__name__ for optimizer in optimizers if needs_closure(optimizer)]
+        if closures and (len(optimizers) > 1 or self.scaler is not None):
+            raise ValueError(
+                f"{closures[0]} computes the loss several times a step: use it alone, and without a scaler"
+            )
+        if self.autocast is torch.float16 and self.scaler is None:
+            raise ValueError(
+                "autocast=torch.float16 wants scaler=torch.amp.GradScaler(...): small gradients would become 0"
+            )
+        modules = {"model": self.model, **self.saved_modules()}
+        saved = {id(p): f"{name}.{path}" for name, module in modules.items() for path, p in module.named_parameters()}
+        lazy = [saved[id(p)] for module in modules.values() for p in module.parameters() if is_lazy(p)]
+        if lazy:
+            raise ValueError(f"{lazy[0]} has no shape yet: give the model a batch before the optimizer is built")
+        for group, parameters in enumerate(group["params"] for o in optimizers for group in o.param_groups):
+            for parameter in parameters:
+                if id(parameter) not in saved:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(parameter.shape)} in group {group} of the optimizer belongs neither to "
+                        "the model nor to a loss that is an nn.Module, so no checkpoint would hold it: pass the module it is "
+                        'of as modules={"name": module}, and build the optimizer after the modules'
+                    )

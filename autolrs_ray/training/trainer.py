@@ -6,291 +6,398 @@ from one checkpoint differ by their learning rate only, and a probe at the chose
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import default_collate
+from torch.optim.swa_utils import update_bn
 
-from autolrs_ray.record.checkpoints import FORMAT, read_checkpoint, require_format, snapshot, write_checkpoint
-from autolrs_ray.training.averages import lowest
-from autolrs_ray.training.task import Batch, Data, TrainingTask, chosen, length
+from autolrs_ray.record.checkpoints import FORMAT, read_checkpoint, require_format, write_checkpoint
+from autolrs_ray.training.averages import WeightAverages, buffers_put_back, lowest
+from autolrs_ray.training.data import (
+    Batch,
+    Data,
+    Key,
+    Loader,
+    Rows,
+    checked_data,
+    drawn,
+    held_out,
+    length,
+    on_tensors,
+    validation_keys,
+)
+from autolrs_ray.training.optimizers import (
+    evaluation_mode,
+    has_modes,
+    lr_ratios,
+    needs_closure,
+    note_built_lrs,
+    parameters_of,
+    set_lr,
+    train_mode,
+)
+from autolrs_ray.training.randomness import AUGMENT, STEP, generator_of, random_numbers_put_back, seed_all, seed_of
+from autolrs_ray.training.state import TaskState
+from autolrs_ray.training.task import TrainingTask
 
-_EPOCH, _STEP, _AUGMENT, _VALIDATION = 0, 1, 2, 3  # streams of the counter-based random numbers
-
-
-def _generator(seed: int, stream: int, index: int) -> torch.Generator:
-    """A CPU generator for (seed, stream, index); nearby keys give unrelated numbers."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def _state_tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and buffers of `model`: those that can be averaged, and the counters."""
-    tensors = [*(parameter.detach() for parameter in model.parameters()), *model.buffers()]
-    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
-
-
-def _addresses(state: Mapping[str, Any]) -> set[int]:
-    """Where the tensors of `state` lie in memory."""
-    return {value.data_ptr() for value in state.values() if isinstance(value, Tensor) and value.numel()}
-
-
-def _copied(new: Any, old: Any) -> Any:
-    """A copy of `new`, the state of an optimizer, in the tensors of `old` where these are alike."""
-    if isinstance(new, dict):
-        old = old if isinstance(old, dict) else {}
-        return {key: _copied(value, old.get(key)) for key, value in new.items()}
-    if isinstance(new, (list, tuple)):
-        return type(new)(_copied(value, None) for value in new)
-    if not isinstance(new, Tensor):
-        return new
-    alike = isinstance(old, Tensor) and (old.shape, old.stride()) == (new.shape, new.stride())
-    return old.copy_(new) if alike and (old.dtype, old.device) == (new.dtype, new.device) else new.clone()
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Trainer:
     """Trains one :class:`TrainingTask` from any step to any later one.
 
-    build: () -> TrainingTask; called once, with torch's generator seeded by `seed`, so every process starts from the
-    same weights. averaging: keep averages of weights and buffers (torch's AveragedModel), one for each part of the steps so
-    far that the task names in `average_over`.
+    build: () -> TrainingTask; called once, with the generators of Python, NumPy and torch seeded by `seed`, so that every
+    process starts from the same weights and holds out the same rows. averaging: keep the averages of weights that the task
+    names in `average_over`; the attribute is False where its optimizer averages by itself.
+
+    Raises what TrainingTask raises, TypeError if `build` returns something else, and ValueError for an optimizer built with an
+    LR of 0.
     """
 
     rank, world = 0, 1  # of DistributedTrainer's processes
 
     def __init__(self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False) -> None:
-        torch.manual_seed(seed)
+        seed_all(seed)
         task = build()
         if not isinstance(task, TrainingTask):
             raise TypeError(f"the build function must return a TrainingTask, got {type(task).__name__}")
-        self.task, self.seed, self.averaging, self.step = task, seed, averaging, 0
+        self.task, self.seed, self.step = task, seed, 0
         self.device = torch.device(task.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = task.model.to(self.device)
-        self._memory_format = torch.channels_last if task.channels_last else torch.contiguous_format
+        self.held_out = held_out(drawn(task.val_data, task.val_fraction, seed), seed)
+        self._optimizers = task.optimizers
+        self._modal = any(has_modes(optimizer) for optimizer in self._optimizers)
+        self._with_closure = needs_closure(self._optimizers[0])
+        self._share = 1.0  # of the mean over the batch: what the loss of this process counts
+        self._prepare_modules()
+        self._prepare_data()
+        self.averaging = averaging and not self._modal
+        self.averages = WeightAverages(self._whole, task.average_over) if self.averaging else None
+
+    def _prepare_modules(self) -> None:
+        task = self.task
+        self.model = task.model = self._prepared(task.model.to(self.device))
+        for module in (*task.saved_modules().values(), *(m for m in task.metrics.values() if isinstance(m, nn.Module))):
+            module.to(self.device)
         if task.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for optimizer in self._optimizers:
+            if self.device.type != "cpu" and optimizer.state:  # of one that has state before its first step
+                optimizer.load_state_dict(optimizer.state_dict())
         mode = task.compile if isinstance(task.compile, str) else None
         self._forward = torch.compile(self.model, mode=mode) if task.compile else self.model
         self._train_forward: Any = self._forward
-        self.train_data, self.val_data = self._place(task.train_data), self._place(self._drawn(task.val_data))
-        base = task.optimizer.param_groups[0]["lr"]
-        if not base > 0:
-            raise ValueError(f"build the optimizer with lr > 0 in its first group, got {base}: ratios are kept to it")
-        self._ratios = [group["lr"] / base for group in task.optimizer.param_groups]
-        self._initial = copy.deepcopy((self.model.state_dict(), task.optimizer.state_dict()))
-        self.averages = self._new_averages() if averaging else []
-        self._best_average, self._judged_at = 0, -1
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        lr_ratios(note_built_lrs(self._groups()))
+        train_mode(self._optimizers)
+        self._state = TaskState(task, self.device)
+        self._whole = nn.Module()
+        for name, module in self._state.modules.items():
+            self._whole.add_module(name, module)
 
-    def _new_averages(self) -> list[AveragedModel]:
-        averages = [AveragedModel(self.model, use_buffers=True) for _ in self.task.average_over]
-        self._tensors = _state_tensors(self.model), [_state_tensors(average.module) for average in averages]
-        return averages
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        return model
 
-    @torch.no_grad()
-    def _update_averages(self) -> None:
-        """AveragedModel.update_parameters copies its count to the device at every step, and so waits for the device."""
-        (new_values, new_counters), tensors = self._tensors
-        for part, average, (values, counters) in zip(self.task.average_over, self.averages, tensors, strict=True):
-            first = int(average.n_averaged) == 0
-            torch._foreach_lerp_(values, new_values, 1.0 if first else min(1.0, 1.0 / (part * self.step)))
-            if counters:
-                torch._foreach_copy_(counters, new_counters)
-            average.n_averaged += 1
-
-    def _drawn(self, data: Data) -> Data:
-        """`task.val_fraction` of the rows, in their order; all of them as they are."""
-        count = math.ceil(self.task.val_fraction * length(data))
-        if count == length(data):
-            return data
-        order = torch.randperm(length(data), generator=_generator(self.seed, _VALIDATION, 0))
-        return chosen(data, order[:count].sort().values)
+    def _prepare_data(self) -> None:
+        task = self.task
+        self.train_data = self._place(task.train_data)
+        self.val_data = self._place(drawn(task.val_data, task.val_fraction, self.seed))
+        self._rows = Rows(
+            length(self.train_data), task.batch_size, self.seed, task.sampler, self._row_device(self.train_data)
+        )
+        self._loader = Loader(self._keys, self.train_data, self.device, task.num_workers, task.collate_fn)
 
     def _place(self, data: Data) -> Data:
         if isinstance(data, tuple):
             return data[0].to(self.device), data[1].to(self.device)
         return data
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    def _row_device(self, data: Data) -> torch.device:
+        return self.device if isinstance(data, tuple) else torch.device("cpu")
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    # -- batches -------------------------------------------------------------------------------------------------------
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per pass over the training data."""
-        return length(self.train_data) // self.task.batch_size
+        return self._rows.steps_per_epoch
 
-    def _indices(self, step: int) -> Tensor:
-        """Rows of the batch at `step`: epochs are permutations, the last short batch of each is left out."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            order = torch.randperm(length(self.train_data), generator=_generator(self.seed, _EPOCH, epoch))
-            self._order = (epoch, order.to(self.device) if isinstance(self.train_data, tuple) else order)
-        start = position * self.task.batch_size
-        return self._order[1][start : start + self.task.batch_size]
+    def _own(self) -> slice:
+        """This process's rows of a batch."""
+        return slice(self.rank, None, self.world)
+
+    def _loaded(self) -> slice:
+        """The rows of a batch that this process loads: all where they are augmented, so that the random numbers of a row do
+        not depend on how many processes there are."""
+        return slice(None) if self.task.augment is not None else self._own()
+
+    def _keys(self, step: int) -> list[Key]:
+        return self._rows.keys(step, self._loaded())
 
     def batch(self, step: int) -> Batch:
-        """The training batch at `step`, augmented, on the device."""
-        inputs, targets = self._take(self.train_data, self._indices(step))
+        """This process's rows of the training batch at `step`, augmented, on the device. The generators that everybody uses are
+        left as the forward pass of the step finds them."""
+        if isinstance(self.train_data, tuple):
+            batch = self._take(self.train_data, self._rows.at(step)[self._loaded()])
+        else:
+            batch = self._loader.at(step)
+        return self._augmented(batch, step)
+
+    def _augmented(self, batch: Batch, step: int) -> Batch:
+        inputs, targets = batch
+        self._seed_step(step)
         if self.task.augment is not None:
-            inputs = self.task.augment(inputs, _generator(self.seed, _AUGMENT, step * self.world + self.rank))
+            inputs = self.task.augment(inputs, generator_of(self.seed, AUGMENT, step))
+            if self.world > 1:
+                inputs, targets = (on_tensors(lambda t: t[self._own()], part) for part in (inputs, targets))
+        if self.task.channels_last:
+            inputs = on_tensors(_channels_last, inputs)
         return inputs, targets
 
-    def _take(self, data: Data, rows: Tensor) -> Batch:
-        if isinstance(data, tuple):
-            inputs, targets = data[0][rows], data[1][rows]
-        else:
-            inputs, targets = default_collate([data[int(i)] for i in rows])
-            inputs, targets = inputs.to(self.device), targets.to(self.device)
-        if inputs.dim() == 4 and self.task.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs, targets
+    def _take(self, data: tuple[Tensor, Tensor], rows: Tensor) -> Batch:
+        return data[0][rows], data[1][rows]
+
+    def _seed_step(self, step: int) -> None:
+        """Seed the generators that dropout and the like draw from."""
+        key = (step,) if self.rank == 0 else (step, self.rank)
+        seed_all(seed_of(self.seed, STEP, *key), self.device)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.task.autocast else nullcontext()
+        dtype = self.task.autocast
+        if dtype is False:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if dtype is True else dtype)
 
     def train(self, until: int, lr_at: Callable[[int], float]) -> float:
         """Train up to step `until`; `lr_at(t)` is the LR of the update from t to t + 1. Returns the mean training loss.
 
         The LR is written into the optimizer at every step, after any restore, each group keeping its ratio to the first.
+        Raises ValueError where the loss is no scalar.
         """
-        optimizer, parameters = self.task.optimizer, list(self.model.parameters())
-        self.model.train()
+        groups, self._clipped = self._groups(), parameters_of(self._optimizers)
+        ratios = lr_ratios(note_built_lrs(groups))
+        self._whole.train()
+        train_mode(self._optimizers)
         total, count = torch.zeros((), device=self.device), max(1, until - self.step)
         while self.step < until:
             lr = lr_at(self.step)
-            for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
-                group["lr"] = lr * ratio
-            self._seed_step(_generator(self.seed, _STEP, self.step * self.world + self.rank).initial_seed())
-            inputs, targets = self.batch(self.step)
-            with self._autocast():
-                loss = self.task.loss(self._train_forward(inputs), targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if self.task.clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, self.task.clip_norm)
-            optimizer.step()
-            total += loss.detach()
+            for group, ratio in zip(groups, ratios, strict=True):
+                set_lr(group, lr * ratio)
+            total += self._update(self.batch(self.step))
             self.step += 1
-            if self.averages:
-                self._update_averages()
+            if self.averages is not None:
+                self.averages.update(self.step)
         return float(total) / count
 
-    def _seed_step(self, seed: int) -> None:
-        """Seed the generators that dropout and the like draw from; torch.manual_seed formats stack traces at every call."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type != "cpu":
-            torch.manual_seed(seed)
+    def _update(self, batch: Batch) -> Tensor:
+        """One step of all optimizers; the loss before it, times what this process counts."""
+        if self._with_closure:
+            step, first = self.step, self._backward(batch)
+
+            def again() -> Tensor:
+                self._seed_step(step)  # the same dropout each time: one function is minimised
+                return self._backward(batch)
+
+            calls = iter([lambda: first])
+            self._optimizers[0].step(lambda: next(calls, again)())  # type: ignore[arg-type,return-value]
+            return first
+        loss, scaler = self._backward(batch), self.task.scaler
+        for optimizer in self._optimizers:
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        return loss
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of the loss, clipped where that is asked for; the loss, times what this process counts."""
+        inputs, targets = batch
+        scaler = self.task.scaler
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = self.task.loss(self._train_forward(inputs), targets)
+        if loss.dim():
+            raise ValueError(
+                f"the loss must be a scalar, the mean over the batch, got a tensor of shape {tuple(loss.shape)}"
+            )
+        if self._share != 1.0:
+            loss = loss * self._share
+        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        self._share_gradients()
+        if self.task.clip_norm is not None:
+            for optimizer in self._optimizers if scaler is not None else ():
+                scaler.unscale_(optimizer)  # type: ignore[union-attr]
+            nn.utils.clip_grad_norm_(self._clipped, self.task.clip_norm)
+        return loss.detach()
+
+    def _share_gradients(self) -> None:
+        """For DistributedTrainer: take the mean of those gradients that nobody else takes the mean of."""
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
-
-    def _batches(self, data: Data) -> Iterator[Batch]:
-        size = self.task.eval_batch_size
-        for start in range(0, length(data), size):
-            yield self._take(data, torch.arange(start, min(start + size, length(data)), device=self._row_device(data)))
-
-    def _row_device(self, data: Data) -> torch.device:
-        return self.device if isinstance(data, tuple) else torch.device("cpu")
 
     def evaluate(self, data: Data | None = None, averaged: bool = False) -> dict[str, float]:
         """Mean "loss" and metrics on `data`, of the raw weights or of `best_average`.
 
-        Default: on the rows of the validation data that reports are taken on.
+        Default: on the rows of the validation data that reports are taken on. Nothing that trains is changed.
         """
-        if not averaged:
-            return self._metrics(self._forward, data)
-        if data is not None:
-            return self._metrics(self._averages()[self.best_average], data)
-        found = self.evaluate_averages()
-        self._best_average, self._judged_at = lowest([metrics["loss"] for metrics in found]), self.step
-        return found[self._best_average]
+        if averaged and data is None:
+            found = self.evaluate_averages()
+            losses = [metrics["loss"] for metrics in found]
+            self._averages().judged(lowest(losses))
+            self._averages().find_trouble(losses)
+            return found[lowest(losses)]
+        with self.evaluated(self.best_average if averaged else None):
+            return self._metrics(data)
 
     def evaluate_averages(self, data: Data | None = None) -> list[dict[str, float]]:
         """As `evaluate`, of every average, in the order of the task's `average_over`."""
-        return [self._metrics(average, data) for average in self._averages()]
+        found = []
+        for index in range(len(self._averages().over)):
+            with self.evaluated(index):
+                found.append(self._metrics(data))
+        return found
 
-    def _averages(self) -> list[AveragedModel]:
-        if not self.averages:
-            raise ValueError("this trainer keeps no averaged weights; build it with averaging=True")
+    def _averages(self) -> WeightAverages:
+        if self.averages is None:
+            why = "its optimizer averages by itself" if self._modal else "build it with averaging=True"
+            raise ValueError(f"this trainer keeps no averaged weights; {why}")
         return self.averages
 
     @property
     def best_average(self) -> int:
         """Index, in the task's `average_over`, of the average with the lowest loss on the validation data."""
-        if self._judged_at != self.step:
+        if self._averages().best is None:
             self.evaluate(averaged=True)
-        return self._best_average
+        best = self._averages().best
+        assert best is not None
+        return best
+
+    @contextmanager
+    def evaluated(self, average: int | None = None) -> Iterator[nn.Module]:
+        """The model with the weights that are to be evaluated: average number `average`, or (None) the raw ones, in the
+        evaluation mode of an optimizer that has one. Afterwards everything is as it was."""
+        with ExitStack() as stack:
+            if self.task.reestimate or not isinstance(self.val_data, tuple):
+                stack.enter_context(random_numbers_put_back())
+            if average is None:
+                stack.enter_context(buffers_put_back(self._whole))
+                stack.enter_context(evaluation_mode(self._optimizers))
+            else:
+                stack.enter_context(self._averages().applied(average))
+            if self.task.reestimate and (average is not None or self._modal):
+                self._reestimate(average)
+            yield self.model
+
+    def _reestimate(self, average: int | None) -> None:
+        """Estimate batch-norm statistics anew on the last batches, whole ones in every process."""
+        first = max(0, self.step - self.task.reestimate)
+        with self._autocast():
+            update_bn([[self._whole_inputs(first + i)] for i in range(self.task.reestimate)], self.model)
+        if average is not None:
+            self._averages().keep_statistics(average)
+
+    def _whole_inputs(self, step: int) -> Any:
+        if isinstance(self.train_data, tuple):
+            batch = self._take(self.train_data, self._rows.at(step))
+        else:
+            batch = self._loader.out_of_order(self._rows.keys(step, slice(None)))
+        if self.task.augment is not None:
+            return self.task.augment(batch[0], generator_of(self.seed, AUGMENT, step))
+        return batch[0]
 
     @torch.no_grad()
-    def _metrics(self, network: nn.Module | Any, data: Data | None) -> dict[str, float]:
-        data = self.val_data if data is None else self._place(data)
-        network.eval()
+    def _metrics(self, data: Data | None) -> dict[str, float]:
+        data = self.val_data if data is None else self._place(checked_data("data", data))
+        self._whole.eval()
         functions = {"loss": self.task.loss, **self.task.metrics}
-        sums = {name: torch.zeros((), device=self.device) for name in functions}
-        for inputs, targets in self._batches(data):
+        sums: dict[str, Any] = {name: torch.zeros((), device=self.device) for name in functions}
+        for (inputs, targets), count in self._batches(data):
             with self._autocast():
-                output = network(inputs)
+                output = self._forward(inputs)
+            if self.task.autocast is not False:
+                output = on_tensors(lambda t: t.float() if t.dtype in HALF else t, output)
             for name, function in functions.items():
-                sums[name] += function(output.float(), targets) * len(targets)
-        network.train()
+                value = function(output, targets)
+                if isinstance(value, Tensor):  # sums of float64 are float64
+                    value = value.detach().float() if value.dtype in HALF else value.detach()
+                sums[name] = sums[name] + value * count
+        self._whole.train()
         return {name: float(value) / length(data) for name, value in sums.items()}
+
+    def _batches(self, data: Data) -> Iterator[tuple[Batch, int]]:
+        """Batches of this process's rows of `data`, and the number of rows in each."""
+        rows = torch.arange(self.rank, length(data), self.world, device=self._row_device(data))
+        parts = [part for part in torch.split(rows, self.task.eval_batch_size) if len(part)]
+        batches = (
+            (self._take(data, part) for part in parts)
+            if isinstance(data, tuple)
+            else self._loader.once(data, [validation_keys(self.seed, part.tolist()) for part in parts])
+        )
+        for (inputs, targets), part in zip(batches, parts, strict=True):
+            yield (on_tensors(_channels_last, inputs) if self.task.channels_last else inputs, targets), len(part)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Back to step 0 and the initial weights."""
-        model, optimizer = self._initial
-        self._load(copy.deepcopy(model), copy.deepcopy(optimizer), 0)
-
-    def _load(self, model: Any, optimizer: Any, step: int) -> None:
-        self.model.load_state_dict(model)
-        self.task.optimizer.load_state_dict(optimizer)
-        self.step, self._judged_at = step, -1
-        if self.averaging:
-            self.averages = self._new_averages()
+        self._state.reset()
+        self.step = 0
+        if self.averages is not None:
+            self.averages.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, and `best_average` where the state has been evaluated; tensors and plain
-        values only."""
-        state = dict(format=FORMAT, step=self.step, seed=self.seed, model=self.model.state_dict())
-        state["optimizer"] = self.task.optimizer.state_dict()
-        state["averages"] = [average.state_dict() for average in self.averages]
-        state["best_average"] = self._best_average if self._judged_at == self.step else None
+        """Everything the next step depends on, with the averages, and which of them is best where they have been evaluated;
+        "evaluated": the model's weights in the evaluation mode of an optimizer that has one. Tensors and plain values only.
+
+        Raises TypeError that names a value which a checkpoint cannot hold.
+        """
+        state = dict(format=FORMAT, step=self.step, seed=self.seed, held_out=self.held_out, **self._state.state_dict())
+        state["averages"] = self.averages.state_dict() if self.averages is not None else None
+        if self._modal:
+            with self.evaluated() as model:
+                state["evaluated"] = {
+                    k: v.clone() if isinstance(v, Tensor) else v for k, v in model.state_dict().items()
+                }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        require_format(state)
-        self._load(state["model"], state["optimizer"], state["step"])
-        averages = state["averages"] if self.averaging else []
-        if averages and len(averages) != len(self.averages):
-            raise ValueError(
-                f"the state holds {len(averages)} averages, the task's average_over={self.task.average_over} asks for "
-                f"{len(self.averages)}: keep average_over as it was when the run began"
-            )
-        for average, values in zip(self.averages, averages, strict=False):
-            average.load_state_dict(values)
-        if averages and state["best_average"] is not None:
-            self._best_average, self._judged_at = state["best_average"], self.step
+        """Raises ValueError where `state` has another format, other averages or another validation set."""
+        self._require_fit(state)
+        self._state.load_state_dict(state)
+        self._load_rest(state)
 
     def copy_state_dict(self, state: dict[str, Any]) -> None:
-        """As load_state_dict, from tensors that are neither kept nor written to: all are copied, those of the optimizer into
-        the memory in use where they fit (fresh memory costs several times the copy)."""
-        optimizer = self.task.optimizer
-        before = dict(optimizer.state)
-        plain = type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
-        if not plain or any(name.endswith("_extra_state") for name in state["model"]):
-            state = snapshot(state)
-        self.load_state_dict(state)
-        for parameter, values in optimizer.state.items():
-            optimizer.state[parameter] = _copied(values, before.get(parameter))
-        if _addresses(state["model"]) & _addresses(self.model.state_dict()):  # a model that keeps what it is given
-            self.load_state_dict(snapshot(state))
+        """As load_state_dict, from tensors that are neither kept nor written to: all are copied, into the memory in use."""
+        self._require_fit(state)
+        self._state.copy_state_dict(state)
+        self._load_rest(state)
+
+    def _require_fit(self, state: dict[str, Any]) -> None:
+        require_format(state)
+        if state["held_out"] != self.held_out:
+            raise ValueError(
+                f"the state was judged on another validation set ({state['held_out']}) than this task's ({self.held_out}), so "
+                "that losses cannot be compared: build must hold out the same rows in every process and at every resume. Give "
+                "generators of your own fixed seeds; those of random, NumPy and torch are seeded before build is called"
+            )
+
+    def _load_rest(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        if self.averages is not None:
+            if state["averages"] is None:
+                self.averages.reset()
+            else:
+                self.averages.load_state_dict(state["averages"])
 
     def save(self, folder: str | os.PathLike[str], flush: bool = True) -> None:
         """Write the state into `folder`, flushed to disk (unless it is copied from there), with a manifest of its size and
@@ -300,3 +407,16 @@ class Trainer:
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from `folder`. Raises CheckpointError if it is missing, cut short or altered."""
         self.load_state_dict(read_checkpoint(folder, self.device))
+
+    @property
+    def trouble(self) -> str | None:
+        """Why an average cannot be used, once one has been found out."""
+        return self.averages.trouble if self.averages is not None else None
+
+    def close(self) -> None:
+        """End the processes that load data."""
+        self._loader.close()
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

@@ -2,7 +2,7 @@
 
 The trial's actor holds no model. It starts one worker per bundle of the trial's own placement group, so that Tune counts and
 places the whole trial, and tells all of them the same learning rates and the same checkpoint. Each step's batch is the one
-that a single process would train on, cut into equal shares.
+that a single process would train on, shared row by row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -18,13 +18,16 @@ import torch
 import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from autolrs_ray.record.checkpoints import read_checkpoint, snapshot, write_checkpoint
-from autolrs_ray.training.task import Batch, Data, TrainingTask
+from autolrs_ray.training.data import Data
+from autolrs_ray.training.optimizers import parameters_of
+from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
+from autolrs_ray.trial.batch_norm import synchronised
 
 LOOPBACK = "127.0.0.1"
 
@@ -32,35 +35,41 @@ LOOPBACK = "127.0.0.1"
 class DistributedTrainer(Trainer):
     """A Trainer that is one of `world` processes of an initialised process group; all must make the same calls.
 
-    Raises ValueError if the batch cannot be shared evenly.
+    Every process takes each world-th row of a batch, and counts as much as it has rows. Rows are augmented as in one process.
+
+    Raises ValueError where there are fewer rows in a batch than processes, or for an optimizer that cannot be shared.
     """
 
     def __init__(self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False) -> None:
-        super().__init__(build, seed, averaging)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if self.task.batch_size % self.world:
-            raise ValueError(
-                f"batch_size={self.task.batch_size} is shared by {self.world} workers: choose a multiple of {self.world}"
-            )
+        super().__init__(build, seed, averaging)
+        size = self.task.batch_size
+        if size < self.world:
+            raise ValueError(f"batch_size={size} is shared by {self.world} workers: every one needs a row")
+        self._share = len(range(size)[self._own()]) * self.world / size
         self._train_forward = DistributedDataParallel(self._forward)
+        inside = {id(parameter) for parameter in self.model.parameters()}
+        self._outside = [p for p in parameters_of(self._optimizers) if id(p) not in inside]
 
-    def _indices(self, step: int) -> Tensor:
-        return super()._indices(step)[self.rank :: self.world]
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        return synchronised(model, self.device) if self.task.sync_batch_norm else model
 
-    def _batches(self, data: Data) -> Iterator[Batch]:
-        length, share = len(data[0]) if isinstance(data, tuple) else len(data), self.task.eval_batch_size  # type: ignore[arg-type]
-        rows = torch.arange(self.rank, length, self.world, device=self._row_device(data))
-        return (self._take(data, part) for part in torch.split(rows, share) if len(part))
+    def _share_gradients(self) -> None:
+        for parameter in self._outside:  # of a loss, or of further modules
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.world
 
     def train(self, until: int, lr_at: Callable[[int], float]) -> float:
         loss = super().train(until, lr_at)
-        for model in (self.model, *(average.module for average in self.averages)):
-            for buffer in model.buffers():  # batch-norm statistics are of each rank's own share
-                dist.broadcast(buffer, 0)
+        statistics = self.averages.statistics() if self.averages is not None else []
+        for buffer in (*self._whole.buffers(), *statistics):  # batch-norm statistics are of each rank's own share
+            dist.broadcast(buffer, 0)
         return self._summed({"loss": loss / self.world})["loss"]
 
-    def _metrics(self, network: Any, data: Data | None) -> dict[str, float]:
-        return self._summed(super()._metrics(network, data))
+    def _metrics(self, data: Data | None) -> dict[str, float]:
+        return self._summed(super()._metrics(data))
 
     def _summed(self, values: dict[str, float]) -> dict[str, float]:
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
@@ -69,10 +78,13 @@ class DistributedTrainer(Trainer):
 
     def fingerprint(self) -> str:
         """SHA-256 of all parameters and buffers of this rank, averaged ones too."""
+        averages = self.averages.state_dict()["weights"] if self.averages is not None else []
         digest = hashlib.sha256()
-        for module in (self.model, *self.averages):
-            for tensor in module.state_dict().values():
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for state in (self._whole.state_dict(), *averages):
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    flat = tensor.detach().cpu().contiguous().reshape(-1)
+                    digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -110,16 +122,16 @@ class _Worker:
         backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world)
 
-    def build(self, build: Callable[[], TrainingTask], seed: int, averaging: bool) -> int:
+    def build(self, build: Callable[[], TrainingTask], seed: int, averaging: bool) -> tuple[int, bool, str]:
         self.trainer = DistributedTrainer(build, seed, averaging)
-        return self.trainer.steps_per_epoch
+        return self.trainer.steps_per_epoch, self.trainer.averaging, self.trainer.held_out
 
     def train(self, until: int, lrs: list[float]) -> float:
         first = self.trainer.step
         return self.trainer.train(until, lambda step: lrs[step - first])
 
-    def evaluate(self, averaged: bool) -> dict[str, float]:
-        return self.trainer.evaluate(averaged=averaged)
+    def evaluate(self, averaged: bool) -> tuple[dict[str, float], str | None]:
+        return self.trainer.evaluate(averaged=averaged), self.trainer.trouble
 
     def state_dict(self) -> dict[str, Any]:
         return dict(snapshot(self.trainer.state_dict()))
@@ -146,7 +158,8 @@ class WorkerGroup:
     def __init__(
         self, build: Callable[[], TrainingTask], seed: int, averaging: bool, workers: int, backend: str | None = None
     ) -> None:
-        self.seed, self.averaging, self.step = seed, averaging, 0
+        self.seed, self.step = seed, 0
+        self.trouble: str | None = None
         group = get_current_placement_group()
         bundles = group.bundle_specs if group is not None else []
         if group is None or len(bundles) < workers:
@@ -162,7 +175,13 @@ class WorkerGroup:
         near = len(set(self._all("node"))) == 1
         address = ray.get(self._workers[0].serve.remote(near))
         self._all("join", address, backend)
-        self.steps_per_epoch: int = self._all("build", build, seed, averaging)[0]
+        built = self._all("build", build, seed, averaging)
+        self.steps_per_epoch, self.averaging, self.held_out = built[0]
+        if len({held_out for _, _, held_out in built}) > 1:
+            raise RuntimeError(
+                f"build holds out other rows in every one of the {workers} workers: seed generators of your own with a fixed "
+                "number; those of random, NumPy and torch are seeded before build is called"
+            )
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Call `method` on every rank at once; their answers, in order of rank."""
@@ -177,7 +196,8 @@ class WorkerGroup:
 
     def evaluate(self, averaged: bool = False) -> dict[str, float]:
         """As Trainer.evaluate on the validation data, each rank on its share of it."""
-        values: dict[str, float] = self._all("evaluate", averaged)[0]
+        values: dict[str, float]
+        values, self.trouble = self._all("evaluate", averaged)[0]
         return values
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ray.tune import Checkpoint
 from torch import Tensor
 
 from autolrs_ray.private import sent_by_ray
+from autolrs_ray.record.checkpoints import mapped
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +54,14 @@ class PackedTensor:
 
 def pack(state: Any) -> Any:
     """Nested dicts, lists and tuples with every tensor packed. CPU tensors are not copied."""
-    return _map(state, Tensor, PackedTensor.of)
+    return mapped(state, lambda value: PackedTensor.of(value) if isinstance(value, Tensor) else value)
 
 
 def unpack(state: Any) -> Any:
     """What `pack` was given, bit for bit, in the memory of the packed one, which may be read-only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*buffer is not writable")
-        return _map(state, PackedTensor, PackedTensor.tensor)
-
-
-def _map(state: Any, kind: type, function: Any) -> Any:
-    if isinstance(state, kind):
-        return function(state)
-    if isinstance(state, dict):
-        return {key: _map(value, kind, function) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_map(value, kind, function) for value in state)
-    return state
+        return mapped(state, lambda value: value.tensor() if isinstance(value, PackedTensor) else value)
 
 
 def state_bytes(state: Any) -> int:

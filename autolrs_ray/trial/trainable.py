@@ -79,6 +79,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         self._writer = BackgroundWriter()
         self._to_reset = False
         self._taken: dict[str, Any] | None = None
+        self._asked_for_averages = self._averaging(config)
         self.trainer = self._new_trainer(config.get("seed", 0), self._averaging(config), config)
         self._begin(config)
 
@@ -100,7 +101,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         self._lr, self._report_every = float(config["lr"]), int(config.get("report_every", 100))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        if new_config.get("seed", 0) != self.trainer.seed or self._averaging(new_config) != self.trainer.averaging:
+        if new_config.get("seed", 0) != self.trainer.seed or self._averaging(new_config) != self._asked_for_averages:
             return False
         self._writer.forget()
         self._begin(new_config)
@@ -172,8 +173,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._writer.wait()
-        if not isinstance(self.trainer, Trainer):
-            self.trainer.close()
+        self.trainer.close()
 
     def _next_report(self) -> int:
         """Step of the next report: `reports` of them, evenly spaced, up to every boundary of the segment."""
@@ -188,7 +188,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         train_loss = trainer.train(self._next_report(), segment.lr_at if segment else lambda step: self._lr)
         lr = segment.lr_at(max(0, trainer.step - 1)) if segment else self._lr
         result: dict[str, Any] = {"step": trainer.step, "lr": lr, "train_loss": train_loss}
-        result["epoch"] = trainer.step / trainer.steps_per_epoch
+        result.update(epoch=trainer.step / trainer.steps_per_epoch, held_out=trainer.held_out)
         if segment:
             result.update(stage=segment.stage, role=segment.role)
         result.update({f"val_{name}": value for name, value in trainer.evaluate().items()})
@@ -199,6 +199,8 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
             result["checkpoint_error"] = self._writer.failure
         if trainer.averaging:
             result.update({f"averaged_{name}": value for name, value in trainer.evaluate(averaged=True).items()})
+            if trainer.trouble is not None:
+                result["warning"] = trainer.trouble
         return result
 
 

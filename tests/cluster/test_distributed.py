@@ -61,9 +61,9 @@ def drifting_task() -> TrainingTask:
     return task
 
 
-def odd_task() -> TrainingTask:
+def one_row_task() -> TrainingTask:
     task = plain_task()
-    task.batch_size = 15
+    task.batch_size = 1
     return task
 
 
@@ -108,8 +108,8 @@ def test_two_workers_take_the_steps_of_one(in_a_trial: Callable[[Callable[[], An
     for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(state["model"][name], value)
     alone.train(12, lr_at)
-    assert state["best_average"] == alone_best
-    for ours, theirs in zip(later["averages"], alone.state_dict()["averages"], strict=True):
+    assert state["averages"]["best"] == alone_best
+    for ours, theirs in zip(later["averages"]["weights"], alone.state_dict()["averages"]["weights"], strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -126,8 +126,8 @@ def test_ranks_that_drift_apart_are_noticed(in_a_trial: Callable[[Callable[[], A
 
 @pytest.mark.slow
 def test_batches_and_bundles_that_do_not_fit_are_told(in_a_trial: Callable[[Callable[[], Any]], Any]) -> None:
-    with pytest.raises(ValueError, match="batch_size=15 is shared by 2 workers"):
-        in_a_trial(lambda: WorkerGroup(odd_task, seed=0, averaging=False, workers=2) and None)
+    with pytest.raises(ValueError, match="batch_size=1 is shared by 2 workers: every one needs a row"):
+        in_a_trial(lambda: WorkerGroup(one_row_task, seed=0, averaging=False, workers=2) and None)
     with pytest.raises(RuntimeError, match="3 workers per trial need a bundle each, but the trial's resources have 2"):
         in_a_trial(lambda: WorkerGroup(plain_task, seed=0, averaging=False, workers=3) and None)
 

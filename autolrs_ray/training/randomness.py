@@ -1,0 +1,49 @@
+"""Random numbers that are functions of keys: of Python, NumPy and torch, for steps, epochs and rows."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+EPOCH, STEP, AUGMENT, VALIDATION, ROW, VALIDATION_ROW = range(6)  # streams that have nothing in common
+
+
+def seed_of(*key: int) -> int:
+    """63 bits for (seed, stream, index, ...); nearby keys give unrelated numbers."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_of(*key: int) -> torch.Generator:
+    """A CPU generator for the key."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_all(seed: int, device: torch.device | None = None) -> None:
+    """Seed the generators that everybody uses: Python's, NumPy's, torch's, and those of an accelerator.
+
+    device: "cpu" leaves accelerators alone; torch.manual_seed formats stack traces at every call.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    if device is not None and device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+@contextmanager
+def random_numbers_put_back() -> Iterator[None]:
+    """The generators that everybody uses on the CPU as they were, afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
