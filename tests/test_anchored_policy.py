@@ -12,7 +12,7 @@ from autolrs_ray.core.envelopes import ENVELOPES, envelope_factor, lr_factor
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import Point, Verdict
 from autolrs_ray.core.race.plan import RUNGS, RacePlan
-from autolrs_ray.core.race.policy import untrained_by
+from autolrs_ray.core.race.readings import untrained_by
 from autolrs_ray.core.race.rule import Reading
 from autolrs_ray.core.segments import next_report
 from tests.races import anchored, drive, start

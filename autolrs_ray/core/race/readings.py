@@ -1,0 +1,59 @@
+"""What reports say at a rung, and what an untrained model's say: scores, and how far they scatter."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, stdev
+
+from autolrs_ray.core.policy import Point, finite_or_inf
+from autolrs_ray.core.race.plan import FIRST_READINGS
+from autolrs_ray.core.race.rule import Untrained
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18}
+"""Student's t by the number of readings: 95 % lie within so many standard deviations of their mean."""
+
+
+def final_of(point: Point) -> float:
+    """Of the raw or the averaged weights, whichever are better: one of them is the final model."""
+    return _better(point.loss, point.averaged_loss)
+
+
+def score_of(point: Point) -> float:
+    """What rungs are judged by: the same, of the validation loss where the metric is another."""
+    return final_of(point) if point.guide is None else _better(point.guide, point.averaged_guide)
+
+
+def guide_of(point: Point) -> float:
+    """The same of the raw weights."""
+    return point.loss if point.guide is None else point.guide
+
+
+def _better(raw: float, averaged: float | None) -> float:
+    return raw if averaged is None else min(raw, averaged, key=finite_or_inf)
+
+
+def untrained_by(points: list[Point]) -> Untrained:
+    """What an untrained model reads, by the first reports of the smallest LR: the largest score, the mean of training losses.
+
+    Noise is how far off the next would be in 95 of 100 cases (Student's t): of training losses by means over FIRST_READINGS
+    parts, since they are means themselves, of scores as they are. Readings are rough without training losses or averages.
+    """
+    scores = [score_of(point) for point in points if math.isfinite(score_of(point))]
+    raw = max(
+        (guide for point in points if math.isfinite(guide := guide_of(point))), default=max(scores, default=math.inf)
+    )
+    rough = any(point.train_loss is None or point.averaged_loss is None for point in points)
+    parts: dict[int, list[tuple[int, float]]] = {}
+    for before, point in zip([0, *(point.step for point in points)], points, strict=False):
+        if point.train_loss is not None and math.isfinite(point.train_loss):
+            part = (point.step * FIRST_READINGS - 1) // points[-1].step
+            parts.setdefault(part, []).append((point.step - before, point.train_loss))
+    means = [sum(steps * loss for steps, loss in part) / sum(steps for steps, _ in part) for part in parts.values()]
+    return Untrained(raw, fmean(means) if means else None, _scatter(means), _scatter(scores), rough)
+
+
+def _scatter(values: list[float]) -> float:
+    """Half the width of the interval in which the next of such `values` lies in 95 of 100 cases."""
+    count = len(values)
+    t = STUDENT.get(count, STUDENT[max(STUDENT)])
+    return t * stdev(values) * math.sqrt(1 + 1 / count) if count > 1 else 0.0
