@@ -26,8 +26,8 @@ def fit(x, y):
     return best[1:]
 
 
-def lower_confidence_bound(x, losses, kappa):
-    """argmin of mu - kappa * sigma over 1,001 points of log LR."""
+def lower_confidence_bound(x, losses, kappa, apart=0.0):
+    """argmin of mu - kappa * sigma over the points, of 1,001 of log LR, that lie `apart` from all x."""
     x, y, grid = np.array(x), np.array(losses), np.linspace(0.0, 1.0, 1001)
     if len(y) >= 3 and np.median(y) > y.min():
         y = np.minimum(y, np.median(y) + 2 * (np.median(y) - y.min()))
@@ -36,25 +36,35 @@ def lower_confidence_bound(x, losses, kappa):
     factor = cho_factor(scale * matern52(x, x, lengthscale) + noise * np.eye(len(x)))
     cross = scale * matern52(grid, x, lengthscale)
     variance = scale - np.einsum("ij,ji->i", cross, cho_solve(factor, cross.T))
-    return grid[np.argmin(cross @ cho_solve(factor, y) - kappa * np.sqrt(np.maximum(variance, 1e-12)))]
+    bound = cross @ cho_solve(factor, y) - kappa * np.sqrt(np.maximum(variance, 1e-12))
+    return grid[np.argmin(np.where(np.abs(grid[:, None] - x).min(1) < apart, np.inf, bound))]
 
 
-def algorithm1(state, probe, train, forecast, first_x, total, tau, tau_max, probe_tau, k, kappa, low, high):
-    """probe(state, lr, steps) -> series; forecast(series, tau) -> loss; train(state, lr, steps) -> state."""
-    start, history = 0, []
+def forecasts(tried, forecast, tau, began):
+    of_stage = [series for series, *_ in tried]
+    return [forecast(series, of_stage, tau, began) for series in of_stage]
+
+
+def algorithm1(state, probe, train, forecast, first_x, total, tau, tau_max, probe_tau, k, kappa, low, high, apart):
+    """probe(state, lr, steps) -> (training series, validation series); forecast(series, all series of the stage so far, tau,
+    loss where the stage began or None) -> loss; train(state, lr, steps) -> (state, (training loss, validation loss)).
+
+    The training loss ranks up to the first stage of tau_max steps, the validation loss after it.
+    """
+    start, history, began, validate = 0, [], (None, None), False
     while start < total:
         steps, tried = min(tau, total - start), []
+
         for i in range(k):
-            x = (
-                lower_confidence_bound([t[1] for t in tried], [t[0] for t in tried], kappa)
-                if i
-                else first_x(len(history))
-            )
+            values = forecasts(tried, forecast, steps, began[validate])
+            x = lower_confidence_bound([t[1] for t in tried], values, kappa, apart) if i else first_x(len(history))
             lr = np.exp(np.log(low) + x * (np.log(high) - np.log(low)))
-            tried.append((forecast(probe(state, lr, min(steps, probe_tau)), steps), x, lr))
-        best = min(range(k), key=lambda i: tried[i][0])
-        state = train(state, tried[best][2], steps)
-        history.append(dict(start=start, steps=steps, probe_steps=min(steps, probe_tau), tried=tried, best=best))
-        start += steps
+            tried.append((probe(state, lr, min(steps, probe_tau))[validate], x, lr))
+        best = int(np.argmin(forecasts(tried, forecast, steps, began[validate])))
+        state, began = train(state, tried[best][2], steps)
+        history.append(
+            dict(start=start, steps=steps, probe_steps=min(steps, probe_tau), tried=tried, best=best, validate=validate)
+        )
+        start, validate = start + steps, tau >= tau_max
         tau, probe_tau = min(2 * tau, tau_max), min(2 * probe_tau, round(tau_max * probe_tau / tau))
     return state, history

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from autolrs_ray.core.paper.forecast import forecast
+from autolrs_ray.core.paper.proposals import APART
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.segments import next_report
@@ -15,27 +16,32 @@ CELL = 1.0 / 1000  # of the proposal grid
 
 
 class Landscape:
-    """Random losses: a decay towards an LR-dependent plateau, new for every stage; the state is the step and the level."""
+    """Random losses: a decay towards an LR-dependent plateau, new for every stage, lowest at one LR for the training loss and
+    at another for the validation loss; the state is the step and both levels."""
 
     def __init__(self, seed):
         self.seed = seed
 
-    def series(self, state, lr, steps):
-        """(n,) losses after `steps` (n,) steps from `state` = (step, level)."""
-        start, level = state
-        rng = np.random.default_rng([self.seed, start])
-        best, width, drop = rng.uniform(np.log(1e-3), np.log(1e-1)), rng.uniform(0.5, 3.0), rng.uniform(0.05, 0.5)
-        plateau = level * (1.0 - drop * np.exp(-(((np.log(lr) - best) / width) ** 2)))
-        noise = 0.01 * np.sin(np.arange(1, len(steps) + 1) * (1.0 + abs(np.log(lr))))
-        return plateau + (level - plateau) * np.exp(-np.asarray(steps) / 7.0) + level * noise
+    def series(self, state, lr, steps, noise=0.01):
+        """(n,) training losses and (n,) validation losses after `steps` (n,) steps from `state`."""
+        rng = np.random.default_rng([self.seed, state[0]])
+        found = []
+        for level in state[1:]:
+            best, width, drop = rng.uniform(np.log(1e-3), np.log(1e-1)), rng.uniform(0.5, 3.0), rng.uniform(0.05, 0.5)
+            plateau = level * (1.0 - drop * np.exp(-(((np.log(lr) - best) / width) ** 2)))
+            wave = noise * level * np.sin(np.arange(1, len(steps) + 1) * (1.0 + abs(np.log(lr))))
+            found.append(plateau + (level - plateau) * np.exp(-np.asarray(steps) / 7.0) + wave)
+        return tuple(found)
 
     def after(self, state, lr, steps):
-        return (state[0] + steps, float(self.series(state, lr, [steps])[-1]))
+        """The state `steps` on, which lies below the start, and its two losses."""
+        losses = tuple(float(series[-1]) for series in self.series(state, lr, [steps], noise=0.0))
+        return (state[0] + steps, *losses), losses
 
 
 def run_policy(policy, landscape):
     """Drive `policy` probe by probe; return per stage its values, the (forecast, x, lr) tried, and the winner's index."""
-    state, history = (0, 3.0), []
+    state, history = (0, 2.7, 3.0), []
     while not policy.done:
         stage, tried = policy.stage, []
         while policy.phase == "search":
@@ -45,18 +51,19 @@ def run_policy(policy, landscape):
             while step < segment.end:
                 step = next_report(segment, step)
                 steps.append(step - segment.start)
-            for done, loss in zip(steps, landscape.series(state, segment.lr, steps), strict=True):
-                policy.report(segment.arm, Point(segment.start + done, float(loss), None))
+            for done, train, loss in zip(steps, *landscape.series(state, segment.lr, steps), strict=True):
+                policy.report(segment.arm, Point(segment.start + done, float(loss), float(train)))
         tried = [(probe.forecast, probe.x, probe.lr) for probe in policy.probes]
-        chosen = policy.chosen
+        chosen, validate = policy.chosen, policy.probes[0].series == "validation"
         (segment,) = policy.wanted()
         assert (segment.start, segment.end) == (stage.start, stage.end)
-        state = landscape.after(state, segment.lr, stage.steps)
-        policy.report("main", Point(segment.end, state[1]))
+        state, (train, loss) = landscape.after(state, segment.lr, stage.steps)
+        policy.report("main", Point(segment.end, loss, train))
         policy.saved("main", segment.end, f"main@{segment.end}")
         history.append(
-            dict(start=stage.start, steps=stage.steps, probe_steps=stage.probe_steps, tried=tried, best=chosen)
-        )
+            dict(start=stage.start, steps=stage.steps, probe_steps=stage.probe_steps, tried=tried, best=chosen,
+                 validate=validate)
+        )  # fmt: skip
     return state, history
 
 
@@ -69,33 +76,49 @@ def test_the_paper_policy_follows_algorithm_1_over_20_random_stages(seed):
     kappa, landscape = float(rng.choice([1.0, 2.0, 10.0, 1000.0])), Landscape(seed)
     policy = make_policy(
         "paper", total, (1e-4, 1.0), seed=seed, stage_steps=tau, max_stage_steps=tau_max, probe_steps=probe_tau, num_lrs=k,
-        kappa=kappa, promote=False, series="validation",
+        kappa=kappa, initial="random", promote=False,
     )  # fmt: skip
     state, ours = run_policy(policy, landscape)
 
     def probe(state, lr, steps):
         count = min(16, steps)
         at = [steps * i // count for i in range(1, count + 1)]
-        return at, landscape.series(state, lr, at)
+        return tuple((at, series) for series in landscape.series(state, lr, at))
+
+    def predict(series, of_stage, tau, began):
+        firsts = sorted(losses[0] for _, losses in of_stage)
+        return forecast(*series, tau, 0.0, firsts[len(firsts) // 4] if began is None else began).value
 
     def first_x(index):
         return ours[index]["tried"][0][1]
 
     expected_state, theirs = reference.algorithm1(
-        (0, 3.0), probe, landscape.after, lambda series, tau: forecast(*series, tau).value, first_x,
-        total, tau, tau_max, probe_tau, k, kappa, 1e-4, 1.0,
-    )  # fmt: skip
+        (0, 2.7, 3.0),
+        probe,
+        landscape.after,
+        predict,
+        first_x,
+        total,
+        tau,
+        tau_max,
+        probe_tau,
+        k,
+        kappa,
+        1e-4,
+        1.0,
+        APART,
+    )
 
     assert len(ours) == len(theirs) == 20
+    keys = ("start", "steps", "probe_steps", "best", "validate")
     for mine, paper in zip(ours, theirs, strict=True):
-        assert [mine[key] for key in ("start", "steps", "probe_steps", "best")] == [
-            paper[key] for key in ("start", "steps", "probe_steps", "best")
-        ]
+        assert [mine[key] for key in keys] == [paper[key] for key in keys]
         assert len(mine["tried"]) == k
         for (_, x, lr), (_, expected_x, expected_lr) in zip(mine["tried"], paper["tried"], strict=True):
             assert x == pytest.approx(expected_x, abs=CELL)
             assert lr == pytest.approx(expected_lr, rel=0.02)
         assert mine["best"] == int(np.argmin([value for value, *_ in mine["tried"]]))
+    assert [stage["validate"] for stage in ours] == [i > doublings for i in range(20)]
     assert state == pytest.approx(expected_state, rel=1e-6)
 
 
@@ -113,10 +136,10 @@ def test_proposals_given_the_same_observations_lie_within_a_grid_cell_of_the_pla
 
 def test_every_stage_starts_its_main_segment_where_the_winner_ended_if_it_is_promoted():
     policy = make_policy("paper", 80, seed=1, stage_steps=40, max_stage_steps=40, probe_steps=8, num_lrs=3)
-    landscape, state = Landscape(0), (0, 3.0)
+    landscape, state = Landscape(0), (0, 2.7, 3.0)
     while policy.phase == "search":
         (segment,) = policy.wanted()
-        losses = landscape.series(state, segment.lr, range(1, 9))
+        _, losses = landscape.series(state, segment.lr, range(1, 9))
         for done, loss in enumerate(losses, start=1):
             verdict = policy.report(segment.arm, Point(done, float(loss)))
         if verdict.name == "FINISH_AND_SAVE":

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autolrs_ray.core.paper.forecast import forecast, tail_mean
+from autolrs_ray.core.paper.probes import Start, judge
+from autolrs_ray.core.paper.proposals import Probe
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
 from experiments.digits_task import split
@@ -56,6 +58,129 @@ def test_units_do_not_matter_over_600_decades(exponent):
 def test_a_series_that_is_not_finite_is_infinitely_bad(losses):
     result = forecast(range(len(losses)), losses, 100)
     assert (result.value, result.stderr, result.method) == (math.inf, math.inf, "diverged")
+
+
+# -- nothing fools it --------------------------------------------------------------------------------------------------
+
+NOISE = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).uniform(-1.0, 1.0, 16))
+LEVEL = st.sampled_from([-1e6, -3.0, 0.0, 2.3, 1e4])  # a loss may lie anywhere: below 0, or far from it
+PROBE_STEPS = np.arange(1, 17)
+
+
+@st.composite
+def good_series(draw):
+    """A loss that falls from 1 above `LEVEL`, with noise of at most 5 % of the fall; (start, series)."""
+    level, rate, noise = draw(LEVEL), draw(st.floats(0.05, 0.5)), draw(NOISE)
+    fall = 1.0 - np.exp(-rate * PROBE_STEPS)
+    return level + 1.0, level + 1.0 - 0.8 * fall + 0.04 * fall[-1] * noise
+
+
+@st.composite
+def explosion(draw, start):
+    """A loss that leaps to up to 1e6 times the fall of a good one, and comes down again as fast as it likes, to no lower than
+    half way to where a good one goes. It may leap before the first report."""
+    peak, at, end = 10.0 ** draw(st.floats(0.5, 6.0)), draw(st.integers(-3, 14)), draw(st.floats(-0.4, 30.0))
+    since = np.maximum(PROBE_STEPS - 1 - at, 0)
+    down = end + (peak - end) * np.exp(-draw(st.floats(0.05, 3.0)) * since)
+    return start + np.where(at > PROBE_STEPS - 1, -0.02 * PROBE_STEPS, down)
+
+
+def forecast_of(start, losses, horizon=160):
+    return forecast(PROBE_STEPS, losses, horizon, 0.0, start)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_an_explosion_earns_no_credit_and_never_beats_what_it_has_shown(data):
+    start, _ = data.draw(good_series())
+    losses = data.draw(explosion(start))
+    found = forecast_of(start, losses)
+    assert found.value == pytest.approx(tail_mean(losses), rel=1e-9, abs=1e-9) or np.max(
+        losses
+    ) - start < start - tail_mean(losses)
+    assert found.value >= start - 2.0 * max(0.0, start - tail_mean(losses)) - 1e-6 * abs(start)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_of_a_good_probe_and_one_that_exploded_the_good_one_is_chosen(data):
+    """Unless the one that exploded has come to lie below it: then it has shown what it can."""
+    start, good = data.draw(good_series())
+    bad = data.draw(explosion(start))
+    if tail_mean(bad) > tail_mean(good):
+        assert forecast_of(start, good).value < forecast_of(start, bad).value
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_where_nobody_knows_the_start_the_probes_of_the_stage_tell_it(data):
+    """The first stage of a run: two of four probes explode, some before their first report."""
+    start, good = data.draw(good_series())
+    series = [good, good + 1e-3, data.draw(explosion(start)), data.draw(explosion(start))]
+    probes = [
+        Probe(
+            lr=1.0,
+            x=i / 4,
+            status="done",
+            first_loss=float(y[0]),
+            loss=float(y[-1]),
+            losses=y.tolist(),
+            steps=[*PROBE_STEPS],
+        )
+        for i, y in enumerate(series)
+    ]
+    nowhere = Start(None, None, None)
+    values = [judge(probe, probes, nowhere, 160, None).value for probe in probes]
+    for i in (2, 3):
+        if tail_mean(series[i]) > tail_mean(good) + 1e-3:
+            assert values[i] > values[0]
+
+
+SHAPES = {
+    "rising": lambda noise: 0.1 * PROBE_STEPS + 0.2 * noise,
+    "flat": lambda noise: 0.0 * noise,
+    "noise about the start": lambda noise: noise,
+    "oscillating": lambda noise: (-1.0) ** PROBE_STEPS * (1.0 + 0.5 * noise),
+    "oscillating and growing": lambda noise: (-1.3) ** PROBE_STEPS * (1.0 + 0.2 * noise),
+}
+
+
+@settings(deadline=None, max_examples=50)
+@given(NOISE, LEVEL, st.floats(-6.0, 6.0))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_series_that_gain_nothing_are_credited_with_nothing(shape, noise, level, decades):
+    scale = 10.0**decades
+    losses = level + scale * SHAPES[shape](noise)
+    found = forecast_of(level, losses)
+    naive = tail_mean(losses)
+    gained, lost = level - naive, np.max(losses) - level
+    precision = 1e-9 * (abs(level) + scale)
+    assert found.value == pytest.approx(naive, rel=1e-9, abs=precision) or gained >= lost - precision
+    assert naive - max(0.0, gained) - precision <= found.value <= naive + precision
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 16), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_a_series_with_losses_that_are_not_finite_has_diverged_however_good_the_others_look(data, count, value):
+    start, losses = data.draw(good_series())
+    losses[data.draw(st.permutations(range(16)))[:count]] = value
+    assert forecast_of(start, losses).method == "diverged"
+
+
+@settings(deadline=None, max_examples=100)
+@given(good_series(), st.sampled_from([-1e5, -1.0, 1.0, 1e5]))
+def test_without_a_floor_the_zero_of_the_loss_does_not_matter(series, shift):
+    start, losses = series
+    one = forecast(PROBE_STEPS, losses, 160, None, start)
+    other = forecast(PROBE_STEPS, losses + shift, 160, None, start + shift)
+    assert other.method == one.method
+    assert other.value - shift == pytest.approx(one.value, abs=1e-8 * (abs(start) + abs(shift)) + 1e-6)
+
+
+def test_a_negative_loss_is_no_worse_forecast_for_the_floor_of_others():
+    for level in (0.0, -0.5, -5.0, -1e4):
+        losses = level + 3.0 * np.exp(-PROBE_STEPS / 8)
+        assert forecast_of(level + 3.0, losses).value == pytest.approx(level, abs=0.15)
 
 
 # -- guards ------------------------------------------------------------------------------------------------------------

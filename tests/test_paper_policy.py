@@ -56,8 +56,8 @@ def test_the_same_results_give_the_same_proposals_in_whatever_order_they_arrive(
         assert q == 1 or finished != [event["arm"] for event in in_order.of("probe")]  # it was another order
 
 
-def test_probes_that_run_together_are_told_of_nothing_they_do_not_wait_for():
-    """q = 2: the third proposal waits for the first probe and not for the second."""
+def test_probes_come_in_rounds_of_as_many_as_run_at_once():
+    """q = 2: the third proposal waits for both probes of the first round, and knows of both."""
     policy = paper(concurrency=2)
     first, second = policy.wanted()
     policy.issue(first.arm), policy.issue(second.arm)
@@ -469,10 +469,15 @@ def test_a_lost_probe_checkpoint_is_trained_again_by_the_main_trial():
 # -- series, warm-up, options ------------------------------------------------------------------------------------------
 
 
-def test_probes_are_ranked_by_training_loss_until_tau_is_tau_max_and_by_validation_loss_after():
-    """The authors' rule: tau 20 < tau_max 40 in stage 0, equal from stage 1 on."""
-    simulation = Simulation(paper(total_steps=140)).run()
-    assert [event["series"] for event in simulation.of("probe")] == 4 * ["training"] + 12 * ["validation"]
+@pytest.mark.parametrize(("max_stage_steps", "by_training"), [(40, 2), (20, 1), (80, 3)])
+def test_probes_are_ranked_by_training_loss_up_to_the_first_stage_of_tau_max_and_by_validation_loss_after(
+    max_stage_steps, by_training
+):
+    """The authors' rule; tau is 20, 40, 80, ... up to tau_max."""
+    simulation = Simulation(paper(total_steps=300, max_stage_steps=max_stage_steps)).run()
+    series = {event["stage"]: event["series"] for event in simulation.of("probe")}
+    assert len(series) > by_training
+    assert all(found == ("training" if stage < by_training else "validation") for stage, found in series.items())
 
 
 @pytest.mark.parametrize("series", ["authors", "validation"])
@@ -503,10 +508,15 @@ def test_the_warm_up_rises_linearly_and_is_not_searched():
 
 
 def test_the_first_learning_rate_depends_on_seed_and_stage_only():
-    first = {seed: [e["lr"] for e in Simulation(paper(seed=seed)).run().of("proposal")][::4] for seed in (1, 1, 2)}
+    first = {
+        seed: [e["lr"] for e in Simulation(paper(seed=seed, initial="random")).run().of("proposal")][::4]
+        for seed in (1, 1, 2)
+    }
     assert first[1][0] != first[1][1]
     assert first[1][0] != first[2][0]
-    assert [e["lr"] for e in Simulation(paper(seed=1, kappa=2.0)).run().of("proposal")][::4] == first[1]
+    assert [e["lr"] for e in Simulation(paper(seed=1, initial="random", kappa=9.0)).run().of("proposal")][::4] == first[
+        1
+    ]
 
 
 def test_the_grid_start_tries_four_bin_centres_first():
@@ -597,7 +607,7 @@ def test_a_surrogate_that_fails_every_second_time_costs_warnings_and_not_the_run
         return propose(*args, **kwargs)
 
     monkeypatch.setattr(surrogate, "propose", unreliable)
-    simulation = Simulation(paper()).run()
+    simulation = Simulation(paper(num_lrs=8)).run()
     warnings = simulation.of("warning")
     assert len(warnings) == (len(calls) + 1) // 2 > 0
     assert all("surrogate failed (RuntimeError: cholesky" in event["message"] for event in warnings)

@@ -51,10 +51,10 @@ def decisions(folder: Path) -> list[dict[str, Any]]:
 def next_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other defaults, and other rungs."""
     later: dict[str, dict[str, Any]] = {"anchored": dict(warmup=0.05, commits=3, num_lrs=7),
-                                        "paper": dict(kappa=2.0, initial="grid", probe_steps=9, promote=False)}  # fmt: skip
+                                        "paper": dict(kappa=9.0, initial="random", probe_steps=9, promote=False)}  # fmt: skip
 
-    def made(name: str, total: int, interval: Any, seed: int, slots: int, floor: Any, **options: Any) -> Any:
-        return make_policy(name, total, interval or (0.5, 0.7), seed, slots, floor, **{**later[name], **options})
+    def made(name: str, total: int, interval: Any, seed: int, slots: int, **options: Any) -> Any:
+        return make_policy(name, total, interval or (0.5, 0.7), seed, slots, **{**later[name], **options})
 
     of = RacePlan.of
     monkeypatch.setattr(settings, "make_policy", made)

@@ -15,11 +15,11 @@ DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
-                  "envelope")  # fmt: skip
+                  "envelope", "floor")  # fmt: skip
 _RACE_OPTIONS = ("num_lrs", "envelope", "warmup", "commits", "run_ahead")
 
 
-def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
+def _paper(total_steps: int, options: dict[str, Any], **common: Any) -> Policy:
     stage_steps = options.pop("stage_steps", None)
     if stage_steps is None:
         raise ValueError('policy="paper" needs stage_steps (tau, the optimizer steps of the first stage)')
@@ -33,10 +33,10 @@ def _paper(total_steps: int, floor: float | None, options: dict[str, Any], **com
         warmup_steps=options.pop("warmup_steps", 0),
         warmup_lr=options.pop("warmup_lr", 0.0),
     )
-    return PaperPolicy(total_steps, plan=plan, floor=floor, **common, **options)
+    return PaperPolicy(total_steps, plan=plan, **common, **options)
 
 
-def _anchored(total_steps: int, floor: float | None, options: dict[str, Any], **common: Any) -> Policy:
+def _anchored(total_steps: int, options: dict[str, Any], **common: Any) -> Policy:
     return AnchoredPolicy(total_steps, **common, **options)
 
 
@@ -52,7 +52,6 @@ def make_policy(
     lr_interval: tuple[float, float] | None = None,
     seed: int = 0,
     concurrency: int = 1,
-    floor: float | None = 0.0,
     **options: Any,
 ) -> Policy:
     """The policy `name` ("paper" or "anchored") for `total_steps` optimizer steps.
@@ -67,7 +66,7 @@ def make_policy(
     if unknown:
         raise TypeError(f'policy="{name}" has no option {", ".join(unknown)}; it has {", ".join(sorted(allowed))}')
     interval = validate_interval(DEFAULT_INTERVALS[name] if lr_interval is None else lr_interval)
-    return build(total_steps, floor, dict(options), lr_interval=interval, seed=seed, concurrency=concurrency)
+    return build(total_steps, dict(options), lr_interval=interval, seed=seed, concurrency=concurrency)
 
 
 def options_of(policy: Policy) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class AutoLRSSearch(Searcher):
     resource_timeout_s: how long trials may wait for resources no node has. While an autoscaler starts nodes, it does not count.
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
-    num_lrs (k), kappa, initial, fit, series, probe_reports, main_reports, promote, envelope.
+    num_lrs (k), kappa, initial, fit, series, floor, probe_reports, main_reports, promote, envelope.
     Options of policy="anchored": num_lrs, envelope, warmup, commits, run_ahead.
     See :class:`~autolrs_ray.core.paper.policy.PaperPolicy`, :class:`~autolrs_ray.core.race.policy.AnchoredPolicy`.
 

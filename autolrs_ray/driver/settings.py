@@ -66,9 +66,12 @@ class RunSettings:
 
     def build(self, slots: int, total_steps: int | None = None) -> Policy:
         """The policy of this run, planned for `slots`; total_steps: instead of the run's own."""
-        floor = None if self.mode == "max" else 0.0
-        return make_policy(self.policy_name, total_steps or self.total_steps, self.lr_interval, self.seed, slots, floor,
-                           **self.options)  # fmt: skip
+        options = dict(self.options)
+        if self.policy_name == "paper" and self.mode == "max":
+            options.setdefault("floor", None)  # nobody knows how high a metric can get
+        return make_policy(
+            self.policy_name, total_steps or self.total_steps, self.lr_interval, self.seed, slots, **options
+        )
 
     @property
     def loss_key(self) -> str:
@@ -90,6 +93,7 @@ class RunSettings:
             if ours is not None and theirs is not None and ours != theirs:
                 raise ValueError(f"two values for {name}: {ours!r} in AutoLRSSearch and {theirs!r} in TuneConfig")
         self.metric, self.mode = self.metric or metric, self.mode or mode
+        self._resolved = options_of(self.build(1))  # a default may depend on the mode
 
     def take_interval(self, domain: Any) -> None:
         """Take the interval from `param_space["lr"]`; ValueError for what is none, or another than the constructor's."""

@@ -6,6 +6,7 @@ so b alone is searched (variable projection); guards keep the result within what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,32 +34,46 @@ def tail_mean(losses: Sequence[float] | np.ndarray) -> float:
     return float(values[-max(min(3, len(values)), len(values) // 5) :].mean())
 
 
-def forecast(steps: Sequence[int], losses: Sequence[float], horizon: int, floor: float | None = 0.0) -> Forecast:
+def forecast(
+    steps: Sequence[int],
+    losses: Sequence[float],
+    horizon: int,
+    floor: float | None = 0.0,
+    start: float | None = None,
+) -> Forecast:
     """Forecast the loss at step `horizon`.
 
     steps: (n,) optimizer steps since the start of the stage, increasing. losses: (n,) losses there.
-    floor: lower bound of the asymptote c (0 for a loss; None where the metric has no bound).
+    floor: lower bound of the asymptote c; None where the metric has none, and no bound once a loss lies below it.
+    start: the loss at step 0, from which training began; None takes the first of the series.
 
-    A series with a value that is not finite gives value inf ("diverged"). Fewer than 4 points, constant, flat or rising
-    series give the mean of their last points: nothing is credited for extrapolating them.
+    A series with a value that is not finite gives value inf ("diverged"). Fewer than 4 points, and a series that has not
+    gained on its start, or lost more on its way than it has gained in the end, give the mean of their last points. What is
+    credited for the steps to come is never more than what was gained since the start.
     """
     t = np.asarray(steps, dtype=float)
     y = np.asarray(losses, dtype=float)
     if len(y) == 0 or not np.all(np.isfinite(y)):
         return Forecast(float("inf"), float("inf"), "diverged")
-    size = float(np.abs(y).max()) or 1.0  # in units of it, squares stay within the range of floats
+    began = start if start is not None and math.isfinite(start) else float(y[0])
+    size = max(float(np.abs(y).max()), abs(began)) or 1.0  # in units of it, squares stay within the range of floats
+    if floor is not None and min(float(y.min()), began) < floor:
+        floor = None
     try:
-        scaled = _forecast(t, y / size, horizon, None if floor is None else floor / size)
+        scaled = _forecast(t, y / size, horizon, None if floor is None else floor / size, began / size)
     except Exception as error:  # no probe is worth the run
-        return Forecast(tail_mean(y), float(y.std()), "mean", f"{type(error).__name__}: {error}")
+        return Forecast(
+            tail_mean(y / size) * size, float((y / size).std()) * size, "mean", f"{type(error).__name__}: {error}"
+        )
     return Forecast(scaled.value * size, scaled.stderr * size, scaled.method)
 
 
-def _forecast(t: np.ndarray, y: np.ndarray, horizon: int, floor: float | None) -> Forecast:
+def _forecast(t: np.ndarray, y: np.ndarray, horizon: int, floor: float | None, start: float) -> Forecast:
     """The same for (n,) finite losses of magnitude 1 at most."""
     naive = tail_mean(y)
     spread = float(y.std()) if len(y) > 1 else abs(naive)
-    if len(y) < 4 or t[-1] <= t[0] or spread <= 1e-12:
+    gained, lost = start - naive, float(y.max()) - start
+    if len(y) < 4 or t[-1] <= t[0] or spread <= 1e-12 or gained <= max(0.0, lost):
         return Forecast(naive, spread, "mean")
     span = t[-1] - t[0]
     u = (t - t[0]) / span
@@ -79,8 +94,4 @@ def _forecast(t: np.ndarray, y: np.ndarray, horizon: int, floor: float | None) -
         return Forecast(naive, spread, "mean")
     stderr = float(np.sqrt(residual[best] / max(1, len(y) - 3)))
     value = float(a[best] * np.exp(-_DECAYS[best] * (horizon - t[0]) / span) + c[best])
-    # noise alone must not be extrapolated: the fall since mid-series bounds what is still credited
-    half = len(y) // 2
-    recent_fall = max(0.0, float(y[:half].mean()) - naive)
-    value = min(max(value, naive - 2.0 * recent_fall), naive)
-    return Forecast(value, stderr, "exponential")
+    return Forecast(min(max(value, naive - gained), naive), stderr, "exponential")

@@ -62,9 +62,10 @@ class StagePlan:
         steps = min(tau, self.total_steps - start)
         return Stage(index, start, steps, max(1, min(steps, round(tau * ratio))))
 
-    def is_full_length(self, index: int) -> bool:
-        """True where tau has reached tau_max: from there on the authors' code ranks by validation loss."""
-        return self.stage_steps << min(index, 62) >= self.max_stage_steps
+    def ranks_by_training(self, index: int) -> bool:
+        """True up to the first stage of tau_max steps: so far the authors' code ranks by training loss, after it by validation
+        loss."""
+        return index == 0 or self.stage_steps << min(index - 1, 62) < self.max_stage_steps
 
     def stages(self) -> list[Stage]:
         """All stages of the run, in order."""

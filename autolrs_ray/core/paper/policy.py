@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from autolrs_ray.core.checks import require_bool, require_int
-from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, envelope_factor
-from autolrs_ray.core.paper.plan import StagePlan
-from autolrs_ray.core.paper.probes import best_of, divergence_wall, opening_loss, outcome_of
+from autolrs_ray.core.checks import require_bool, require_float, require_int
+from autolrs_ray.core.envelopes import LogInterval, envelope_factor
+from autolrs_ray.core.paper.probes import Start, best_of, has_blown_up, judge, next_smaller, opening_loss, series_of
 from autolrs_ray.core.paper.proposals import Probe, ProposalRule
 from autolrs_ray.core.paper.state import PaperState
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
@@ -24,35 +23,23 @@ MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the ru
 class PaperPolicy(PaperState):
     """Stage-wise search. Symbols of the paper: tau = stage_steps, tau' = probe_steps, k = num_lrs.
 
-    series: "authors" ranks probes by training loss while tau < tau_max and by validation loss after, "validation" by
-    validation loss always. initial: "random" (one random LR, as the authors do) or "grid" (4 bin-centred LRs).
+    series: "authors" ranks probes by training loss up to the first stage of tau_max steps and by validation loss after it,
+    "validation" by validation loss always. initial: "grid" (4 bin-centred LRs, or as many as run at once) or "random" (one
+    random LR). kappa: weight of the uncertainty; the authors' settings are kappa=1000, initial="random".
     A probe that ends above 4 times the larger of the stage's start loss and the run's first (validation losses) has diverged;
     a main trial that does goes back to the stage's start with the best of the smaller LRs.
     promote: hand the winning probe's state to the main trial instead of training its steps again.
-    floor: lower bound of the metric for the forecast (0 for a loss, None where it has none).
+    floor: lower bound of the loss that is minimised (0, until a loss lies below it; None where it has none, as a density's or
+    a metric to be maximised, whose sign is changed).
     envelope: the paper has none; with one, LR(t) = stage LR * envelope(t).
     """
-
-    lr_interval: tuple[float, float] = (1e-3, 1e-1)
-    plan: StagePlan = field(default_factory=lambda: StagePlan(8000, 1000, 8000, 100))
-    num_lrs: int = 10
-    kappa: float = 1000.0
-    initial: str = "random"
-    fit: str = "map"
-    series: str = "authors"
-    probe_reports: int = 16
-    main_reports: int = 8
-    promote: bool = True
-    floor: float | None = 0.0
-    envelope: EnvelopeSpec = None
-
-    _rule: ProposalRule = field(init=False, repr=False)
-    _stages: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("probe_reports", "main_reports", "concurrency"):
             require_int(name, getattr(self, name), 1)
         require_bool("promote", self.promote)
+        if self.floor is not None:
+            self.floor = require_float("floor", self.floor, -math.inf, math.inf)
         if self.series not in ("authors", "validation"):
             raise ValueError(f'series must be "authors" or "validation", got {self.series!r}')
         self._rule = ProposalRule(self.num_lrs, self.kappa, self.initial, self.fit, self.seed)
@@ -63,7 +50,7 @@ class PaperPolicy(PaperState):
 
     def _begin(self) -> None:
         self.step, self.checkpoint, self.probes, self.chosen = 0, None, [], None
-        self.loss = self.first_loss = None
+        self.loss = self.train_loss = self.first_loss = None
         self.stage, self.phase = self.plan.stage(0, self.plan.warmup_steps), "warmup"
         if not self.plan.warmup_steps:
             self._open_stage()
@@ -151,48 +138,74 @@ class PaperPolicy(PaperState):
         index = next((i for i, probe in enumerate(self.probes) if self._arm(i) == arm), None)
         if self.phase != "search" or index is None or self.probes[index].status != "open":
             return Verdict.FINISH
-        points = self._record(arm, point)
+        self._record(arm, point)
         if not math.isfinite(point.loss):
             self._resolve(index, "diverged")
             return Verdict.FINISH
         if point.step < self.stage.start + self.stage.probe_steps:
             return Verdict.CONTINUE
         self.probes[index].step = point.step
-        wall = divergence_wall(self.loss, self.first_loss, self.floor)
-        self._resolve(index, "diverged" if points[-1].loss > wall else "done")
+        self._resolve(index, "done")
         leads = best_of(self.probes) == index
         return Verdict.FINISH_AND_SAVE if leads and self.promote and can_save else Verdict.FINISH
 
-    def _record(self, arm: str, point: Point) -> list[Point]:
+    def _record(self, arm: str, point: Point) -> None:
         points = self._points.setdefault(arm, [])
         while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
             points.pop()
         points.append(point)
-        return points
 
     def _resolve(self, index: int, status: str) -> None:
-        probe, points = self.probes[index], self._points.get(self._arm(index), [])
-        by_training = self.series == "authors" and not self.plan.is_full_length(self.stage.index)
-        found = outcome_of(points, self.stage.start, self.stage.steps, by_training, self.floor)
-        predicted = found.predicted
-        if predicted.failure:
-            message = f"forecaster failed ({predicted.failure}); the mean of the last losses instead"
-            self.emit("warning", stage=self.stage.index, message=message)
-        probe.status = "diverged" if status == "done" and not math.isfinite(predicted.value) else status
+        """A probe has ended: "done", "diverged" or "failed"."""
+        probe, points = self.probes[index], self._points.pop(self._arm(index), [])
+        by_training = self.series == "authors" and self.plan.ranks_by_training(self.stage.index)
+        probe.series, steps, losses = series_of(points, self.stage.start, by_training)
         probe.first_loss = points[0].loss if points and math.isfinite(points[0].loss) else None
-        if probe.status == "done":
-            probe.forecast, probe.stderr = predicted.value, predicted.stderr
+        probe.status, method = status, "diverged"
+        if status == "done" and all(math.isfinite(loss) for loss in losses):
+            probe.steps, probe.losses = steps, losses
             probe.loss, probe.train_loss = points[-1].loss, points[-1].train_loss
             probe.moved = len({self.loss, *(point.loss for point in points)} - {None}) > 1
-            self._keep_leading()
+            method = self._judge(probe)
+        elif status == "done":
+            probe.status = "diverged"
+        self._emit_probe(index, method, steps, losses)
+        if not any(other.status == "open" for other in self.probes):
+            self._judge_again()
+        self._keep_leading()
+        self._choose_if_complete()
+
+    def _judge(self, probe: Probe) -> str:
+        """Forecast a probe with finite losses from where the stage began, or call it diverged; returns how it was had."""
+        start = Start(self.loss, self.train_loss, self.first_loss)
+        found = judge(probe, self.probes, start, self.stage.steps, self.floor)
+        if found.failure:
+            message = f"forecaster failed ({found.failure}); the mean of the last losses instead"
+            self.emit("warning", stage=self.stage.index, message=message)
+        fine = math.isfinite(found.value)
+        probe.status = "done" if fine else "diverged"
+        probe.forecast, probe.stderr = (found.value, found.stderr) if fine else (None, None)
+        return found.method
+
+    def _judge_again(self) -> None:
+        """In a stage whose start nobody has measured, every probe tells more of it: a round is judged by what all of it, and
+        those before it, tell."""
+        for i, probe in enumerate(self.probes):
+            start = self.train_loss if probe.series == "training" else self.loss
+            if start is None and probe.losses:
+                before = probe.status, probe.forecast
+                method = self._judge(probe)
+                if (probe.status, probe.forecast) != before:
+                    self._emit_probe(i, method, probe.steps, probe.losses)
+
+    def _emit_probe(self, index: int, method: str, steps: list[int], losses: list[float]) -> None:
+        probe = self.probes[index]
         self.emit(
             "probe",
             stage=self.stage.index, probe=index, arm=self._arm(index), lr=probe.lr, status=probe.status,
-            forecast=probe.forecast, stderr=probe.stderr, method=predicted.method, series=found.series,
-            steps=found.steps, losses=[loss if math.isfinite(loss) else None for loss in found.losses],
+            forecast=probe.forecast, stderr=probe.stderr, method=method, series=probe.series, steps=steps,
+            losses=[loss if math.isfinite(loss) else None for loss in losses],
         )  # fmt: skip
-        self._points.pop(self._arm(index), None)
-        self._choose_if_complete()
 
     def _choose_if_complete(self) -> None:
         if self.phase != "search" or len(self.probes) < (self.rounds + 1) * self.num_lrs:
@@ -235,7 +248,7 @@ class PaperPolicy(PaperState):
         end = self.plan.warmup_steps if self.phase == "warmup" else self.stage.end
         if point.step < end:
             return Verdict.CONTINUE
-        if self._has_blown_up(point):  # as for probes, at the end only: at a high LR a loss may rise at first
+        if self._went_wrong(point):  # at the end only: at a high LR a loss may rise at first
             return self._roll_back(point)
         if not can_save:
             patience = max(self.stage.steps, end - self.step)
@@ -245,34 +258,34 @@ class PaperPolicy(PaperState):
                     "Pass checkpoint= to tune.report at least once every stage_steps steps."
                 )
             return Verdict.CONTINUE
-        self._end_loss = point.loss  # `loss` stays the stage's start until the end is durable
+        self._end = point  # `loss` stays the stage's start until the end is durable
         return Verdict.FINISH_AND_SAVE if point.step >= self.total_steps else Verdict.PAUSE
 
-    def _has_blown_up(self, point: Point) -> bool:
-        """Whether a stage ends above the wall, by the training loss too, where there is one: batch norm's running statistics
-        can make a validation loss huge after a few steps at a high LR, and the model is well.
+    def _went_wrong(self, point: Point) -> bool:
+        """Whether a stage that ends so is to be trained again at a smaller LR: its probe, a tenth as long, saw nothing of it.
 
-        Never in the warm-up, which has no smaller LR to go back to, or with a state from before first losses were kept.
+        Where it diverged, and once where it only ends above its start, if a smaller LR was tried. Never in the warm-up, which
+        has no other LR, or with a state from before first losses were kept.
         """
-        if self.phase == "warmup" or self.first_loss is None:
+        if self.phase == "warmup" or self.chosen is None or self.first_loss is None:
             return False
-        loss = point.loss if point.train_loss is None else min(point.loss, point.train_loss)
-        return loss > divergence_wall(self.loss, self.first_loss, self.floor)
+        risen = point.loss > (self.first_loss if self.loss is None else self.loss)
+        again = not self.rollbacks and next_smaller(self.probes, self.chosen) is not None
+        return has_blown_up(point, (self.loss, self.first_loss), self.floor) or (risen and again)
 
     def _roll_back(self, point: Point) -> Verdict:
-        """The chosen LR diverged after its probe ended: forbid it and take the best of the smaller ones."""
+        """The chosen LR diverged, or rose, after its probe ended: forbid it and take the best of the smaller ones."""
         self.rollbacks += 1
         lr = self.plan.warmup_lr if self.chosen is None else self.probes[self.chosen].lr
-        if self.chosen is not None:
-            for probe in self.probes:
-                if probe.lr >= lr:
-                    probe.status = "diverged"
-        best = best_of(self.probes)
-        if best is None or self.chosen is None or self.rollbacks > MAX_ROLLBACKS:
+        best = None if self.chosen is None else next_smaller(self.probes, self.chosen)
+        if best is None or self.rollbacks > MAX_ROLLBACKS:
             raise AutoLRSError(
                 f"the main trial diverged at step {point.step} with {lr=:.3g} and no smaller learning rate is left; "
                 f"the last good checkpoint is {self.checkpoint} (step {self.step}). Start anew with a lower lr_interval."
             )
+        for probe in self.probes:
+            if probe.lr > self.probes[best].lr:
+                probe.status = "diverged"
         self.chosen = best
         self.emit("rollback", stage=self.stage.index, step=point.step, lr=lr, new_lr=self.probes[best].lr)
         return Verdict.ROLLBACK
@@ -294,14 +307,15 @@ class PaperPolicy(PaperState):
             self._commit(step, path, probe.lr, probe.forecast)
 
     def _commit(self, step: int, path: str, lr: float, forecast_value: float | None) -> None:
-        warmup = self.phase == "warmup"
+        warmup, end = self.phase == "warmup", self._end
         row = dict(
-            stage=-1 if warmup else self.stage.index, start=self.step, end=step, lr=lr, loss=self._end_loss,
-            forecast=forecast_value, warmup=warmup,
+            stage=-1 if warmup else self.stage.index, start=self.step, end=step, lr=lr, forecast=forecast_value,
+            loss=None if end is None else end.loss, warmup=warmup,
         )  # fmt: skip
         if not warmup:
             self._remember_stage(lr, forecast_value)
-        self.step, self.checkpoint, self.loss = step, path, self._end_loss
+        self.step, self.checkpoint, self.loss = step, path, row["loss"]
+        self.train_loss = None if end is None else end.train_loss
         self.withdraw(MAIN)
         self.emit("commit", **row, checkpoint=path)
         if step >= self.total_steps:

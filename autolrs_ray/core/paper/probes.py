@@ -1,9 +1,9 @@
-"""What the reports of a stage's probes come to: a forecast for each, the best of them, and when training has diverged."""
+"""What the reports of a stage's probes come to: their series, the best of them, and when training has diverged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median_high
 
@@ -14,32 +14,65 @@ from autolrs_ray.core.policy import Point
 WALL = 4.0  # times the loss that training began from: above it, it has diverged
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A probe's forecast, and the losses it was made from: `series` ("training" or "validation") at `steps` of the stage."""
-
-    predicted: Forecast
-    series: str
-    steps: list[int]
-    losses: list[float]
-
-
-def outcome_of(points: list[Point], start: int, horizon: int, by_training: bool, floor: float | None) -> Outcome:
-    """The loss that `points`, reported since step `start`, forecast for `horizon` steps after it.
-
-    by_training: by the training loss, where every report has one. floor: lower bound of the loss, None where it has none.
+def series_of(points: list[Point], start: int, by_training: bool) -> tuple[str, list[int], list[float]]:
+    """What a probe that reported `points` since step `start` is ranked by: "training" or "validation", and the series of that
+    loss, at steps of the stage. by_training: by the training loss, where every report has one.
     """
-    training = [point.train_loss for point in points if point.train_loss is not None]
-    usable = by_training and len(training) == len(points)
     steps = [point.step - start for point in points]
-    losses = training if usable else [point.loss for point in points]
-    return Outcome(forecast(steps, losses, horizon, floor), "training" if usable else "validation", steps, losses)
+    training = [point.train_loss for point in points if point.train_loss is not None]
+    if by_training and len(training) == len(points):
+        return "training", steps, training
+    return "validation", steps, [point.loss for point in points]
+
+
+def first_report(probes: Sequence[Probe], series: str) -> float | None:
+    """Where a stage began, as far as its own probes tell: the lower quartile of their first losses of `series`.
+
+    A probe that explodes before its first report must not pass for one that began high and has come a long way; up to three
+    quarters of them may. To take it a little too low costs credit for the steps to come, no more.
+    """
+    first = [p.losses[0] for p in probes if p.losses and p.series == series]
+    if series == "validation":
+        first = [p.first_loss for p in probes if p.losses and p.first_loss is not None]
+    return sorted(first)[len(first) // 4] if first else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a stage began: validation loss and mean training loss there, and the first validation loss of the run. None where
+    nobody has measured it."""
+
+    loss: float | None
+    train_loss: float | None
+    first_loss: float | None
+
+
+def judge(probe: Probe, probes: Sequence[Probe], start: Start, horizon: int, floor: float | None) -> Forecast:
+    """The forecast of a probe that has come to its end with finite losses: "diverged" if that lies above the wall.
+
+    probes: all of the stage that have ended; they tell where it began if `start` does not.
+    """
+    loss = first_report(probes, "validation") if start.loss is None else start.loss
+    train_loss = first_report(probes, "training") if start.train_loss is None else start.train_loss
+    own = probe.first_loss if start.loss is None else None  # others' first reports may lie far below the start already
+    if probe.loss is not None and probe.loss > divergence_wall((loss, own, start.first_loss), floor):
+        return Forecast(math.inf, math.inf, "diverged")
+    began = train_loss if probe.series == "training" else loss
+    return forecast(probe.steps, probe.losses, horizon, floor, began)
 
 
 def best_of(probes: Sequence[Probe]) -> int | None:
     """Index of the probe with the lowest forecast; None if none has one."""
     done = [(p.forecast, i) for i, p in enumerate(probes) if p.status == "done" and p.forecast is not None]
     return min(done)[1] if done else None
+
+
+def next_smaller(probes: Sequence[Probe], chosen: int) -> int | None:
+    """Index of the lowest forecast among LRs of half the chosen one's at most, or among all below it if there are none."""
+    lr, done = probes[chosen].lr, [probe for probe in probes if probe.status == "done"]
+    below = [probe for probe in done if probe.lr <= lr / 2.0] or [probe for probe in done if probe.lr < lr]
+    best = best_of(below)
+    return None if best is None else next(i for i, probe in enumerate(probes) if probe is below[best])
 
 
 def opening_loss(probes: Sequence[Probe], best: int) -> float | None:
@@ -53,11 +86,18 @@ def opening_loss(probes: Sequence[Probe], best: int) -> float | None:
     return max(median_high(first), own) if own is not None else None
 
 
-def divergence_wall(loss: float | None, first_loss: float | None, floor: float | None) -> float:
-    """The loss above which training has diverged: WALL times the larger of `loss`, that it started from, and `first_loss`,
-    the first that the run has measured. A start near 0 is no yardstick: every harmless rise is many times as much.
+def divergence_wall(starts: Iterable[float | None], floor: float | None) -> float:
+    """The loss above which training has diverged: WALL times the largest of `starts`, losses that it began from as far as they
+    are known. One start near 0 is no yardstick: every harmless rise is many times as much.
 
     Infinite where there is no positive loss to measure by, or no `floor`: a metric without one has no scale.
     """
-    yardstick = max((value for value in (loss, first_loss) if value is not None), default=0.0)
+    yardstick = max((value for value in starts if value is not None), default=0.0)
     return WALL * yardstick if yardstick > 0 and floor is not None else math.inf
+
+
+def has_blown_up(point: Point, starts: Iterable[float | None], floor: float | None) -> bool:
+    """Whether training that ends so is above the wall, by the training loss too, where there is one: batch norm's running
+    statistics can make a validation loss huge after a few steps at a high LR, and the model is well."""
+    loss = point.loss if point.train_loss is None else min(point.loss, point.train_loss)
+    return loss > divergence_wall(starts, floor)

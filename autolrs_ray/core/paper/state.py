@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autolrs_ray.core.paper.plan import Stage
+from autolrs_ray.core.envelopes import EnvelopeSpec
+from autolrs_ray.core.paper.plan import Stage, StagePlan
 from autolrs_ray.core.paper.probes import best_of
-from autolrs_ray.core.paper.proposals import Probe
+from autolrs_ray.core.paper.proposals import Probe, ProposalRule
 from autolrs_ray.core.policy import Point, Policy, way_on
 
 
@@ -15,14 +16,29 @@ from autolrs_ray.core.policy import Point, Policy, way_on
 class PaperState(Policy):
     """The state of :class:`~autolrs_ray.core.paper.policy.PaperPolicy`, which decides what becomes of it."""
 
+    # options
+    lr_interval: tuple[float, float] = (1e-3, 1e-1)
+    plan: StagePlan = field(default_factory=lambda: StagePlan(8000, 1000, 8000, 100))
+    num_lrs: int = 10
+    kappa: float = 2.0
+    initial: str = "grid"
+    fit: str = "map"
+    series: str = "authors"
+    probe_reports: int = 16
+    main_reports: int = 8
+    promote: bool = True
+    floor: float | None = 0.0
+    envelope: EnvelopeSpec = None
+
     # durable state
     phase: str = "search"
     stage: Stage = field(init=False)
     step: int = 0
     checkpoint: str | None = None
     previous: dict[str, Any] | None = None
-    loss: float | None = None
-    first_loss: float | None = None  # of the run, as far as it was measured; `loss` is where the stage started
+    loss: float | None = None  # where the stage started; `train_loss` likewise, where it is reported
+    train_loss: float | None = None
+    first_loss: float | None = None  # of the run, as far as it was measured
     q: int = 0
     interval: tuple[float, float] = field(init=False)
     rounds: int = 0
@@ -30,8 +46,12 @@ class PaperState(Policy):
     probes: list[Probe] = field(default_factory=list)
     chosen: int | None = None
 
+    # derived
+    _rule: ProposalRule = field(init=False, repr=False)
+    _stages: int = field(default=0, init=False, repr=False)
+
     # volatile
-    _end_loss: float | None = field(default=None, init=False, repr=False)  # of a stage, until its end is durable
+    _end: Point | None = field(default=None, init=False, repr=False)  # of a stage, until that is durable
     _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
 
     def _arm(self, index: int) -> str:
@@ -60,12 +80,12 @@ class PaperState(Policy):
     def _remember_stage(self, lr: float, forecast: float | None) -> None:
         """The stage that is being committed is the one to go back to, should the checkpoint at its end be lost."""
         self.previous = dict(stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint, lr=lr,
-                             forecast=forecast, loss=self.loss)  # fmt: skip
+                             forecast=forecast, loss=self.loss, train_loss=self.train_loss)  # fmt: skip
 
     def _return_to_stage(self, back: dict[str, Any]) -> None:
         """Train the stage of `back`, which `_remember_stage` left, again at the LR it was trained at."""
         self.stage, self.step, self.checkpoint = Stage(**back["stage"]), back["step"], back["checkpoint"]
-        self.loss = back.get("loss")
+        self.loss, self.train_loss = back.get("loss"), back.get("train_loss")
         self.probes = [Probe(back["lr"], 0.0, "done", back["forecast"])]
         self.phase, self.chosen = "train", 0
         self.rounds = self.rollbacks = 0
@@ -73,7 +93,8 @@ class PaperState(Policy):
     def state_dict(self) -> dict[str, Any]:
         return dict(
             policy="paper", phase=self.phase, stage=asdict(self.stage), step=self.step, checkpoint=self.checkpoint,
-            previous=self.previous, loss=self.loss, first_loss=self.first_loss, q=self.q, interval=list(self.interval),
+            previous=self.previous, loss=self.loss, train_loss=self.train_loss, first_loss=self.first_loss, q=self.q,
+            interval=list(self.interval),
             rounds=self.rounds, rollbacks=self.rollbacks, concurrency=self.concurrency,
             probes=[asdict(probe) for probe in self.probes], chosen=self.chosen,
         )  # fmt: skip
@@ -83,9 +104,12 @@ class PaperState(Policy):
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'paper'")
         self.phase, self.stage = state["phase"], Stage(**state["stage"])
         self.step, self.checkpoint, self.loss, self.q = state["step"], state["checkpoint"], state["loss"], state["q"]
-        self.first_loss = state.get("first_loss")  # states written before it was kept have none
+        self.train_loss, self.first_loss = (
+            state.get("train_loss"),
+            state.get("first_loss"),
+        )  # states of the past have none
         self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
         self.probes = [Probe(**probe) for probe in state["probes"]]
         self.chosen, self.previous = state["chosen"], state["previous"]
         self.concurrency = state["concurrency"]  # it shapes the proposals: a run goes on with what it began with
-        self._issued, self._points, self._events, self._end_loss = set(), {}, [], None
+        self._issued, self._points, self._events, self._end = set(), {}, [], None

@@ -55,7 +55,8 @@ def propose(
 
     observed: (x, loss) pairs with finite losses. pending: x of probes that still run; they enter with the posterior's
     own mean as their value (GP-BUCB, Desautels et al. 2014): the mean stays and sigma shrinks around them.
-    upper: x above this are forbidden (a probe there diverged). apart: so far from every other x, if there is room.
+    upper: x above this are forbidden (a probe diverged there). apart: so far from every other x; where there is no such
+    room, the x farthest from all others.
     """
     if not observed:  # the prior mean is flat, so only sigma counts
         return space_filling(pending, upper)
@@ -70,6 +71,7 @@ def propose(
         x, y = torch.cat([x, z]), torch.cat([y, fantasies])
     value = gp.lower_confidence_bound(gp.ClosedFormGP(x, y, hyper), kappa, grid)
     near = (grid[:, None] - x).abs().min(1).values < apart
-    if not near.all():
-        value[near] = -math.inf
+    if near.all():
+        return space_filling(x.tolist(), upper)
+    value[near] = -math.inf
     return float(grid[int(value.argmax())])
