@@ -197,6 +197,8 @@ def _show_totals(found: Row) -> None:
         lines.append(f"wall-clock: {totals['wall_s']:.1f} s = {totals['training_s']:.1f} s training "
                      f"+ {totals['probing_s']:.1f} s probing + {totals['overhead_s']:.1f} s overhead; "
                      f"at most {totals['max_concurrent']} trials at a time")  # fmt: skip
+    if found["choice"]:
+        lines.append(found["choice"]["text"])
     for message in found["warnings"]:
         lines.append(f"warning: {message}")
     typer.echo("\n".join(lines))

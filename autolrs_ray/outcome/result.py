@@ -32,7 +32,8 @@ class RunResult:
     """Outcome of a run.
 
     schedule: the learning rate at every step. checkpoint: folder of the final state, or its URI, where the run's is one.
-    loss: final validation metric, as a loss (negated for mode "max"). main_steps, search_steps: optimizer steps committed,
+    metric: the final validation metric as it was reported, of the weights named by `weights`. loss: the same as a loss, negated
+    for mode "max". main_steps, search_steps: optimizer steps committed,
     and trained beside them.
     rows: one dict per committed stage (paper) or checkpoint of the winner (anchored). events: the whole journal.
     """
@@ -40,6 +41,7 @@ class RunResult:
     folder: Path | str
     done: bool
     policy: str
+    metric: float | None
     loss: float | None
     checkpoint: str | None
     schedule: LearnedSchedule
@@ -91,8 +93,10 @@ class RunResult:
         last = history.done or (rows[-1] if rows else {})
         trained = sum(event["end"] - event["start"] for event in segments)
         main_steps = max((row["end"] for row in rows), default=0)
+        loss = last.get("loss")
+        metric = -loss if loss is not None and history.config["mode"] == "max" else loss
         return cls(
-            folder=history.folder, done=history.done is not None, policy=history.policy, loss=last.get("loss"),
+            folder=history.folder, done=history.done is not None, policy=history.policy, metric=metric, loss=loss,
             checkpoint=last.get("checkpoint"), schedule=LearnedSchedule.of(history), rows=rows, main_steps=main_steps,
             search_steps=max(0, trained - main_steps), timing=_timing(history, segments), events=history.events,
         )  # fmt: skip

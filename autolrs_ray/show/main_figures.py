@@ -19,16 +19,25 @@ NAMES = {"train_loss": "training loss", "val_loss": "validation loss", AVERAGED:
 _LOOKS = {"train_loss": ("C5", 1.2), "val_loss": ("C1", 1.6), AVERAGED: ("C0", 2.4)}
 
 
+def name_of(key: str) -> str:
+    """What a reported value is called."""
+    if key in NAMES or not _is_accuracy(key):
+        return NAMES.get(key, key)
+    if key.startswith("averaged"):
+        return "validation accuracy, averaged weights"
+    return key.replace("_", " ").replace("val ", "validation ").replace("train ", "training ")
+
+
 def boundary_label(data: RunData) -> str:
     return "rungs of the race" if data.anchored else "ends of stages"
 
 
 def loss_figure(data: RunData) -> Any | None:
-    """Training and validation loss of the main run against optimizer steps; None if nothing was reported."""
+    """Training and validation loss of the main run, raw and averaged, against optimizer steps; None if none was reported."""
     rows = data.main_rows()
     keys = ["train_loss", data.metric, data.averaged]
-    if data.sign < 0:  # a metric to be maximised is no loss: draw the validation loss instead, if there is one
-        keys = ["train_loss", "val_loss"] if any("val_loss" in row for row in rows) else [data.metric]
+    if data.sign < 0:  # a metric to be maximised is no loss, and has a figure of its own
+        keys = ["train_loss", "val_loss", AVERAGED]
     curves = [(key, *series(rows, data.clock, key)) for key in dict.fromkeys(keys)]
     curves = [_averaged(data, *curve) if curve[0] == "train_loss" else curve for curve in curves if curve[1]]
     if not curves:
@@ -36,12 +45,11 @@ def loss_figure(data: RunData) -> Any | None:
     figure = new_figure()
     axes = figure.subplots()
     for key, steps, values in curves:
-        _draw_curve(axes, steps, values, _LOOKS.get(key, ("C1", 1.6)), NAMES.get(key, key))
-    name = data.metric if keys == [data.metric] else "loss"
-    name += scale_loss(axes, [value for curve in curves for value in curve[2]])
+        look = _LOOKS[AVERAGED] if key == data.averaged else _LOOKS.get(key, ("C1", 1.6))
+        _draw_curve(axes, steps, values, look, name_of(key))
+    name = "loss" + scale_loss(axes, [value for curve in curves for value in curve[2]])
     mark_steps(axes, data.history.boundaries, boundary_label(data))
-    axes.set(xlabel=STEPS, ylabel=name, title=f"{name.partition(' (')[0].capitalize()} of the main run",
-             xlim=(0, _last(data)))  # fmt: skip
+    axes.set(xlabel=STEPS, ylabel=name, title="Loss of the main run", xlim=(0, _last(data)))
     count_steps(axes.xaxis)
     legend_below(figure)
     return figure
@@ -147,13 +155,18 @@ def _lost_trunks(data: RunData) -> list[Curve]:
 
 
 def accuracy_figure(data: RunData, steps_per_epoch: float | None = None) -> Any | None:
-    """Accuracy of the main run against epochs, or against steps where their number per epoch is unknown.
+    """Accuracy of the main run, or the metric that the run maximised, against epochs, or against steps where their number per
+    epoch is unknown; always on a linear axis.
 
-    The epoch of a row is its step / `steps_per_epoch`, or else its own "epoch". None if no accuracy was reported.
+    The epoch of a row is its step / `steps_per_epoch`, or else its own "epoch". None if neither was reported.
     """
-    rows = [row for row in data.main_rows() if any(map(_is_accuracy, row))]
-    names = sorted({key for row in rows for key in row if _is_accuracy(key)}, key=lambda key: ("val" not in key, key))
-    if not names:
+    maximised = {data.metric, data.averaged} if data.sign < 0 else set()
+    rows = [row for row in data.main_rows() if any(_is_accuracy(key) or key in maximised for key in row)]
+    names = {key for row in rows for key in row if _is_accuracy(key) or key in maximised}
+    if maximised and not any(map(_is_accuracy, maximised)):
+        names &= maximised  # one axis, one unit
+    order = sorted(names, key=lambda key: ("val" not in key, key))
+    if not order:
         return None
     if steps_per_epoch is not None:
         rows = [{**row, "epoch": row[data.clock] / steps_per_epoch} for row in rows]
@@ -161,15 +174,16 @@ def accuracy_figure(data: RunData, steps_per_epoch: float | None = None) -> Any 
     figure = new_figure()
     axes = figure.subplots()
     highest = 0.0
-    for name in names:
-        colour, width = ("C0", 2.4) if name.startswith("averaged") else ("C1", 1.6)
+    for name in order:
+        colour, width = ("C0", 2.4) if name == data.averaged or name.startswith("averaged") else ("C1", 1.6)
         if name.startswith("train"):
             colour, width = "C5", 1.2
         steps, values = series(rows, x, name)
         highest = max([highest, *values])
-        _draw_curve(axes, steps, values, (colour, width), _accuracy_name(name))
-    unit = "per cent" if highest > 1.5 else "fraction correct"
-    axes.set(xlabel=label, ylabel=f"accuracy ({unit})", title="Accuracy of the main run")
+        _draw_curve(axes, steps, values, (colour, width), name_of(name))
+    what = "accuracy" if all(map(_is_accuracy, order)) else data.metric
+    unit = "" if what != "accuracy" else " (per cent)" if highest > 1.5 else " (fraction correct)"
+    axes.set(xlabel=label, ylabel=what + unit, title=f"{what[:1].upper()}{what[1:]} of the main run")
     axes.set_xlim(0, None if x == "epoch" else _last(data))
     if x != "epoch":
         count_steps(axes.xaxis)
@@ -179,9 +193,3 @@ def accuracy_figure(data: RunData, steps_per_epoch: float | None = None) -> Any 
 
 def _is_accuracy(key: str) -> bool:
     return key.lower().endswith(("accuracy", "acc"))
-
-
-def _accuracy_name(key: str) -> str:
-    if key.startswith("averaged"):
-        return "validation accuracy, averaged weights"
-    return key.replace("_", " ").replace("val ", "validation ").replace("train ", "training ")

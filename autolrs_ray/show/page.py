@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -18,6 +19,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autolrs_ray.core.events import Event
 from autolrs_ray.record.stores import join, normal, write_bytes
+from autolrs_ray.show import captions
+from autolrs_ray.show.cost_figures import slots_figure
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.race_figure import race_figure
 from autolrs_ray.show.run_data import RunData
@@ -29,8 +32,25 @@ REPORT_FILE = "report.html"
 NARROW_IN = 4.2  # inches: at the width of a phone the letters are then as large as the text around them
 LETTERS = 30  # that fit into a title of that width
 
+SCRIPT = """
+for (const button of document.querySelectorAll("button[data-copies]")) {
+  button.hidden = false;
+  button.onclick = async () => {
+    const source = document.getElementById(button.dataset.copies);
+    let done = true;
+    try { await navigator.clipboard.writeText(source.textContent); } catch {
+      getSelection().selectAllChildren(source);
+      done = document.execCommand("copy");
+    }
+    button.textContent = done ? "Copied" : "Not copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  };
+}
+"""  # all that runs: its hash stands in the page's policy
+
 Row = dict[str, Any]
 Draw = Callable[[RunData], Any | None]
+Caption = Callable[[RunData], str]
 
 
 def save_report(
@@ -60,11 +80,14 @@ def render(data: RunData, steps_per_epoch: float | None = None) -> str:
     )  # fmt: skip
     environment.filters.update(number=number, lr=lambda value: number(value, 3), seconds=seconds)
     found = summary(data)
-    main, search = _figures(data, steps_per_epoch)
+    main, search, cost = _figures(data, steps_per_epoch)
+    schedule = _schedule(data)
     name = os.path.basename(normal(data.history.folder))
     return environment.get_template("report.html.j2").render(
-        found=found, name=name, main=main, search=search, headline=_headline(data, found), averaged=_averaged(data),
-        settings=_settings(data), environment=_environment(data), schedule=_schedule(data), folder=_quoted(data),
+        found=found, name=name, main=main, search=search, cost=cost, headline=_headline(data, found), averaged=_averaged(data),
+        settings=_settings(data), environment=_environment(data), schedule=schedule, folder=_quoted(data),
+        download=None if schedule is None else _data_uri("application/json", schedule.encode()), script=SCRIPT,
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
     )  # fmt: skip
 
 
@@ -171,45 +194,44 @@ def _quoted(data: RunData) -> dict[str, str]:
 # -- figures -------------------------------------------------------------------------------------------------------------
 
 
-def _figures(data: RunData, steps_per_epoch: float | None) -> tuple[list[Row], list[Row]]:
-    """What there is of the main run and of the search."""
+def _figures(data: RunData, steps_per_epoch: float | None) -> tuple[list[Row], list[Row], list[Row]]:
+    """What there is of the main run, of the search and of what it cost."""
     accuracy = partial(accuracy_figure, steps_per_epoch=steps_per_epoch)
+    drawn: tuple[tuple[tuple[Draw, Caption], ...], ...] = (
+        ((learning_rate_figure, captions.of_schedule), (loss_figure, captions.of_loss), (accuracy, captions.of_accuracy)),
+        (
+            (race_figure, captions.of_race), (surrogate_figure, captions.of_surrogate),
+            (forecast_figure, captions.of_forecasts),
+        ),
+        ((slots_figure, captions.of_slots),),
+    )  # fmt: skip
     with style():
-        main = [
-            _picture(data, learning_rate_figure, "The learned schedule over the search interval."),
-            _picture(data, loss_figure, "Training and validation loss of the main run."),
-            _picture(data, accuracy, "Accuracy of the main run."),
-        ]
-        search = [
-            _picture(
-                data,
-                race_figure,
-                "The race: every LR's score, who was in play, who waited and who joined when.",
-            ),
-            _picture(
-                data, surrogate_figure, "The Gaussian process of each stage, the learning rates tried, the one chosen."
-            ),
-            _picture(data, forecast_figure, "Forecast of each stage's chosen learning rate against what came true."),
-        ]
-    return [picture for picture in main if picture], [picture for picture in search if picture]
+        main, search, cost = (
+            [picture for draw, caption in part if (picture := _picture(data, draw, caption))] for part in drawn
+        )
+    return main, search, cost
 
 
-def _picture(data: RunData, draw: Draw, caption: str) -> Row | None:
+def _picture(data: RunData, draw: Draw, caption: Caption) -> Row | None:
     """A figure as two images, for wide and for narrow screens; None where there is nothing to draw."""
     figure = draw(data)
     if figure is None:
         return None
     show_names_as_they_are(figure)
-    wide = _data_uri(figure)
+    wide = _image(figure)
     _narrow(figure)
-    return dict(caption=caption, wide=wide, narrow=_data_uri(figure))
+    return dict(caption=caption(data), wide=wide, narrow=_image(figure))
 
 
-def _data_uri(figure: Any) -> str:
+def _image(figure: Any) -> str:
     """An SVG image; as an image it cannot run scripts, and its ids do not clash with another's."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri("image/svg+xml", buffer.getvalue())
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _narrow(figure: Any) -> None:

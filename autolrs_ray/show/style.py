@@ -62,13 +62,23 @@ def plain_log(axis: Any, grouped: bool = False) -> None:
 
 
 def scale_loss(axes: Any, values: Iterable[float]) -> str:
-    """Make y logarithmic where `values` are positive and span more than a factor of 10; returns what its label adds."""
-    values = list(values)
-    if not values or min(values) <= 0.0 or max(values) <= 10.0 * min(values):
+    """Make y logarithmic where the losses `values` span more than a factor of 10; returns what its label adds.
+
+    Losses of 0 are drawn below the smallest that is not, on a scale that is linear there. Negative ones stay on a linear axis.
+    """
+    values = sorted(values)
+    above = [value for value in values if value > 0.0]
+    if not above or values[0] < 0.0 or above[-1] <= 10.0 * values[0]:
         return ""
-    axes.set_yscale("log")
-    plain_log(axes.yaxis)
-    return " (log scale)"
+    if values[0] > 0.0:
+        axes.set_yscale("log")
+        plain_log(axes.yaxis)
+        return " (log scale)"
+    if above[-1] <= 10.0 * above[0]:
+        return ""
+    axes.set_yscale("symlog", linthresh=max(above[0], 1e-6 * above[-1]), linscale=0.3)
+    axes.set_ylim(bottom=0.0)
+    return " (log scale above 0)"
 
 
 def mark_steps(axes: Any, steps: Sequence[float], label: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from autolrs_ray.core.events import Event
+from autolrs_ray.show.choice import choice, edge
 from autolrs_ray.show.run_data import RunData
 
 Row = dict[str, Any]
@@ -59,7 +61,7 @@ def _totals(data: RunData) -> Row:
 
 
 def _warnings(data: RunData) -> list[str]:
-    """What went wrong and was mended, in order."""
+    """What went wrong and was mended, in order; and a choice at the edge of what was tried."""
     told = []
     for event in data.history.named(Event.WARNING, Event.ROLLBACK, Event.RESUME):
         if event["event"] == Event.WARNING:
@@ -69,14 +71,17 @@ def _warnings(data: RunData) -> list[str]:
                         f"{event['lr']:.3g}; done again with {event['new_lr']:.3g}")  # fmt: skip
         else:
             told.append(f"the run was interrupted, and resumed from step {event['step']}")
-    return told
+    at_edge = edge(data)
+    return [*told, at_edge] if at_edge else told
 
 
 def summary(data: RunData) -> Row:
     """What `show` shows, as JSON values. Scores and losses are the metric as it was reported."""
     rows = dict(trunks=_trunks(data)) if data.anchored else dict(stages=_stages(data))
+    chosen = choice(data)
     return dict(
         folder=str(data.history.folder), policy=data.config["policy"], done=data.result.done, metric=data.metric,
-        mode=data.config["mode"], value=data.reported(data.result.loss), checkpoint=data.result.checkpoint, **rows,
+        mode=data.config["mode"], value=data.result.metric, checkpoint=data.result.checkpoint, **rows,
+        choice=None if chosen is None else {**asdict(chosen), "clear": chosen.clear, "text": chosen.sentence(data.metric)},
         totals=_totals(data), warnings=_warnings(data),
     )  # fmt: skip
