@@ -284,6 +284,43 @@ def tensorboard(
 
 
 @app.command()
+def compare(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Folders of runs, or their URIs.")],
+    output: Annotated[
+        str, typer.Option(help="Figure to write: its ending, .png or .svg, says as what.")
+    ] = "compare.png",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, and draw nothing.")] = False,
+) -> None:
+    """Compare runs of one metric, of other settings or seeds: one table, the best first, and one figure; print its name.
+
+    A run a setting, each under a name of its own: `autolrs_ray.run(..., config={"wd": 0.01}, name="wd-0.01")`.
+    """
+    from autolrs_ray.show.comparison import comparison, comparison_figure
+    from autolrs_ray.show.style import style
+
+    runs = [_load(folder) for folder in run_dirs]
+    with _telling():
+        rows = comparison(runs)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, allow_nan=False))
+        return
+    header = [("run", False), ("policy", False), ("LR", True), (rows[0]["metric"], True), ("weights", False), ("steps", True),
+              ("compute", True), ("time", True)]  # fmt: skip
+    _print_table(header, (
+        [row["run"], row["policy"] + ("" if row["done"] else ", not finished"), _number(row["peak_lr"], 3), _number(row["value"]),
+         row["weights"], _number(row["steps"]), "-" if row["compute"] is None else f"{row['compute']:.2f} T",
+         f"{row['wall_s']:.1f} s"]
+        for row in rows
+    ))  # fmt: skip
+    with _telling(), style():
+        figure = comparison_figure(runs)
+        if figure is None:
+            _fail("nothing to draw yet: none of these runs has reported its metric")
+        figure.savefig(output)
+    typer.echo(output)
+
+
+@app.command()
 def export(
     run_dir: RunDir,
     form: Annotated[

@@ -254,3 +254,39 @@ def test_help_needs_neither_ray_nor_torch_nor_matplotlib() -> None:
 def test_help_names_every_command() -> None:
     text = invoke("--help")
     assert all(f" {name} " in text for name in ("run", "show", "plot", "export"))
+
+
+# -- compare -------------------------------------------------------------------------------------------------------------
+
+
+def run_that_ended_at(folder: Path, loss: float, **config: Any) -> Path:
+    commits = [commit(0, 0, 30, 0.25, 2 * loss, 1.25), commit(1, 30, 60, 0.125, loss, 0.75)]
+    return write(folder, "paper", [*commits, dict(event="done", step=60, loss=loss, checkpoint="/c/60")], **config)
+
+
+def test_compare_prints_the_best_first_and_draws_one_figure(tmp_path: Path) -> None:
+    folders = [run_that_ended_at(tmp_path / name, loss) for name, loss in (("wd-0", 0.75), ("wd-1e-2", 0.5))]
+    text = invoke("compare", *folders, "--output", tmp_path / "both.svg")
+    rows = [line for line in table(text) if line and line[0].startswith("wd-")]
+    assert [(row[0], row[3]) for row in rows] == [("wd-1e-2", "0.5"), ("wd-0", "0.75")]
+    assert text.splitlines()[-1] == str(tmp_path / "both.svg")
+    assert (tmp_path / "both.svg").read_text().count("<svg") == 1
+    found = json.loads(invoke("compare", *folders, "--json"))
+    assert [row["run"] for row in found] == ["wd-1e-2", "wd-0"]
+
+
+def test_accuracies_are_compared_as_they_were_reported_the_highest_first(tmp_path: Path) -> None:
+    options: Event = {"metric": "val_accuracy", "mode": "max"}
+    folders = [
+        run_that_ended_at(tmp_path / part / "run", loss, **options) for part, loss in (("a", -0.75), ("b", -0.875))
+    ]
+    found = json.loads(invoke("compare", *folders, "--json"))
+    assert [row["value"] for row in found] == [0.875, 0.75]
+    assert [row["run"] for row in found] == [str(folders[1]), str(folders[0])]  # both are called "run"
+
+
+def test_runs_of_different_metrics_are_not_compared(tmp_path: Path) -> None:
+    one = run_that_ended_at(tmp_path / "one", 0.5)
+    other = run_that_ended_at(tmp_path / "other", -0.5, metric="val_accuracy", mode="max")
+    line = refused("compare", one, other)
+    assert "different metrics: one has val_loss (min), other has val_accuracy (max)" in line

@@ -16,11 +16,13 @@ from autolrs_ray.core.events import Event
 from autolrs_ray.core.paper import kernel
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.record.record import Record
+from autolrs_ray.show.cost_figures import slots_figure
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.plots import save_plots
 from autolrs_ray.show.race_figure import in_play, race_figure
 from autolrs_ray.show.run_data import RunData, read_reports
 from autolrs_ray.show.search_figures import posterior, spread, surrogate_figure
+from autolrs_ray.show.style import new_figure, scale_loss
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
@@ -345,14 +347,59 @@ def test_the_race_shows_every_trunk_the_winner_thickest_and_marks_the_lost(ancho
     thick = [line for line in figure.axes[1].lines if line.get_linewidth() == 4.0 and len(line.get_xdata())]
     assert len(thick) == sum(map(len, spans.values()))
     assert {"in play", "joined the race here, from step 0"} < labels(figure)
+    named = [text.get_text() for text in figure.axes[0].texts if text.get_gid() == "lr"]
+    assert f"{data.history.lrs[data.arm]:.3g}" in named
+    assert len(named) <= len(curves)
 
 
 def test_a_metric_to_be_maximised_is_drawn_as_it_was_reported(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", "paper", 40, (1e-3, 1.0), **PAPER)
     data = RunData.load(folder)
     flipped = RunData(replace(data.history, config={**data.config, "mode": "max", "metric": "score"}), {})
-    figure = loss_figure(flipped)
+    assert loss_figure(flipped) is None
+    figure = accuracy_figure(flipped)
     assert figure is not None
     line = next(line for line in figure.axes[0].lines if line.get_label() == "score")
     assert list(line.get_ydata()) == [-event["loss"] for event in data.history.named(Event.COMMIT)]
+    assert figure.axes[0].get_yscale() == "linear"
     assert figure.axes[0].get_ylabel() == "score"
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([2.0, 0.1], "log"), ([2.0, 0.5], "linear"), ([2.0, 0.01, 0.0], "symlog"), ([2.0, 0.0], "linear"),
+        ([2.0, -30.0], "linear"), ([], "linear"),
+    ],
+)  # fmt: skip
+def test_losses_near_and_below_zero_have_an_axis_that_shows_them(values: list[float], scale: str) -> None:
+    axes = new_figure().subplots()
+    added = scale_loss(axes, values)
+    assert axes.get_yscale() == scale
+    assert bool(added) == (scale != "linear")
+
+
+def test_a_race_for_an_accuracy_has_a_linear_axis(tmp_path: Path) -> None:
+    data = RunData.load(write_run(tmp_path / "run", "anchored", 60, (1e-3, 10.0), num_lrs=4))
+    flipped = RunData(replace(data.history, config={**data.config, "mode": "max", "metric": "val_accuracy"}), {})
+    figure = race_figure(flipped)
+    assert figure is not None
+    assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_the_slots_in_use_add_up_to_what_the_trials_worked(tmp_path: Path) -> None:
+    spans = [("main", 100.0, 3.0), ("s000p00", 101.0, 4.0), ("s000p01", 104.0, 0.5)]
+    segments = [dict(event="segment", arm=arm, role="x", stage=0, lr=0.1, start=0, end=1, began=began, busy_s=busy)
+                for arm, began, busy in spans]  # fmt: skip
+    write_events(tmp_path, segments)
+    figure = slots_figure(RunData.load(tmp_path))
+    assert figure is not None
+    area = [0.0, 0.0]
+    for i, part in enumerate(figure.axes[0].collections):
+        corners = part.get_paths()[0].vertices
+        x, y = corners[:, 0], corners[:, 1]
+        area[i] = abs(float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum())) / 2
+    assert area == pytest.approx([3.0, 4.5])
+    assert figure.axes[0].get_xlabel().startswith("seconds")
+    write_events(tmp_path / "none", [])
+    assert slots_figure(RunData.load(tmp_path / "none")) is None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -17,6 +20,7 @@ from typer.testing import CliRunner
 from autolrs_ray.cli import app
 from autolrs_ray.outcome.schedule import LearnedSchedule
 from autolrs_ray.record.record import Record
+from autolrs_ray.show.choice import choice
 from autolrs_ray.show.page import number, render, save_report, seconds
 from autolrs_ray.show.run_data import RunData
 from tests.test_plots import PAPER, write_reports, write_run
@@ -73,11 +77,11 @@ def test_a_paper_run_shows_stages_surrogate_and_forecasts(paper: Path) -> None:
     for row in commits:
         cells = [str(row["stage"]), f"{row['start']}–{row['end']}", number(row["lr"], 3), number(row["forecast"])]
         assert " ".join([*cells, number(row["loss"])]) in page.text
-    assert [image["alt"] for image in page.all("img")] == [
-        "The learned schedule over the search interval.", "Training and validation loss of the main run.",
-        "The Gaussian process of each stage, the learning rates tried, the one chosen.",
-        "Forecast of each stage's chosen learning rate against what came true.",
-    ]  # fmt: skip
+    schedule, loss, surrogate, forecast = (str(image["alt"]) for image in page.all("img"))
+    assert f"The learning rate of every step, {len(commits)} stages, over the interval from 0.001 to 1 " in schedule
+    assert f"to {number(commits[-1]['loss'])}." in loss
+    assert surrogate.startswith(f"{4 * len(commits)} probes")
+    assert f" of {len(commits)} promised more than came true" in forecast
     assert "policy paper, finished" in page.text
     assert "began" in page.text
     assert "num_lrs 4" in page.text
@@ -88,9 +92,14 @@ def test_an_anchored_run_shows_the_race_and_who_won(anchored: Path) -> None:
     data = RunData.load(anchored)
     html = render(data)
     page = Page(html)
-    assert [image["alt"] for image in page.all("img")][2:] == [
-        "Accuracy of the main run.", "The race: every LR's score, who was in play, who waited and who joined when."
-    ]  # fmt: skip
+    schedule, loss, accuracy, race = (str(image["alt"]) for image in page.all("img"))
+    assert f"{data.result.schedule.peak_lr:.3g} at its peak" in schedule
+    assert "averaged weights from" in loss
+    assert accuracy.startswith("Validation accuracy from ")
+    assert race.endswith(f"{data.result.schedule.peak_lr:.3g} won. Dotted: where they were compared.")
+    chosen = choice(data)
+    assert chosen is not None
+    assert f"How sure the choice is. {chosen.sentence('val_loss')}" in page.text
     assert html.count('<tr class="won">') == 1
     (piece,) = data.result.schedule.pieces
     words = f"times the envelope quadratic, after {piece.warmup_steps} steps of warm-up"
@@ -142,14 +151,27 @@ def test_the_code_that_it_gives_for_a_replay_runs(paper: Path, monkeypatch: pyte
     assert options["scheduler"].debug_string() == f"AutoLRS replay: {len(schedule.pieces)} pieces, 60 steps"
 
 
-def test_it_fetches_nothing_and_runs_nothing(paper: Path) -> None:
-    page = Page(render(RunData.load(paper)))
-    assert {name for name, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed"})
+def test_it_fetches_nothing_and_runs_the_one_script_that_copies(paper: Path) -> None:
+    html = render(RunData.load(paper))
+    page = Page(html)
+    assert {name for name, _ in page.tags}.isdisjoint({"link", "iframe", "object", "embed"})
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     sources = [attributes[key] for _, attributes in page.tags for key in ("src", "srcset", "href") if key in attributes]
-    assert len(sources) == 8
-    assert all(str(source).startswith("data:image/svg+xml;base64,") for source in sources)
+    images, (download,) = (
+        [str(s) for s in sources if "image/" in str(s)],
+        [str(s) for s in sources if "image/" not in str(s)],
+    )
+    assert len(images) == 8
+    assert all(image.startswith("data:image/svg+xml;base64,") for image in images)
+    content = base64.b64decode(download.removeprefix("data:application/json;base64,")).decode()
+    assert LearnedSchedule.from_json(content) == LearnedSchedule.load(paper)
     policy = next(tag for tag in page.all("meta") if tag.get("http-equiv") == "Content-Security-Policy")
-    assert str(policy["content"]).startswith("default-src 'none'")
+    assert policy["content"] == (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    )
+    for button in page.all("button"):
+        assert f'id="{button["data-copies"]}"' in html
 
 
 def test_whatever_the_user_names_is_escaped(tmp_path: Path) -> None:
@@ -163,7 +185,7 @@ def test_whatever_the_user_names_is_escaped(tmp_path: Path) -> None:
     record.close()
     html = render(RunData.load(folder))
     page = Page(html)
-    assert "<script" not in html
+    assert html.count("<script") == 1
     assert (
         page.text.count(HOSTILE) >= 4
     )  # the metric's name at its value, in the table and in the settings; the warning
@@ -267,6 +289,19 @@ def test_on_a_phone_all_fits_and_can_be_read_in_the_light_and_in_the_dark(
     light, dark = ({"dark": False, "page": "rgb(255, 255, 255)"}, {"dark": True, "page": "rgb(20, 23, 26)"})
     common = {"width": 390, "tables": True, "images": [True] * 4, "narrow": True, "legible": True, "large": True}
     assert told == [{**common, **light}, {**common, **dark}]
+
+
+def test_the_buttons_copy_in_a_browser(anchored: Path, tmp_path: Path) -> None:
+    save_report(anchored, tmp_path / "report.html")
+    (tmp_path / "press.html").write_text("""<iframe id="page" src="report.html"></iframe><pre id="told"></pre><script>
+      onload = () => {
+        const page = document.getElementById("page").contentDocument, buttons = [...page.querySelectorAll("button")];
+        const shown = buttons.map(button => !button.hidden);
+        document.getElementById("told").textContent = JSON.stringify([shown, typeof buttons[0].onclick]); };
+    </script>""")
+    flags = ("--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom")
+    told = browse(tmp_path / "press.html", *flags).split('<pre id="told">')[1].split("</pre>")[0]
+    assert json.loads(told) == [[True, True], "function"]  # the page's policy lets the script run
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])

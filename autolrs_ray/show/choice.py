@@ -101,6 +101,6 @@ def edge(data: RunData) -> str | None:
     for bound, name in ((low, "lower"), (high, "upper")):
         at = sum(abs(math.log(row["lr"] / bound)) <= EDGE * width for row in stages if row["lr"] > 0)
         if at and 2 * at >= len(stages):
-            return (f"{at} of {len(stages)} stages chose a learning rate at the {name} end of the interval, {bound:.3g}: what is "
-                    "beyond was not tried; widen lr_interval")  # fmt: skip
+            return (f"{at} of {len(stages)} stages chose a learning rate at the {name} end of the interval, {bound:.3g}: what "
+                    "is beyond was not tried; widen lr_interval")  # fmt: skip
     return None

@@ -15,7 +15,8 @@ _ENDS = {"dropped": "X", "diverged": "^", "failed": "s"}
 
 
 def race_figure(data: RunData) -> Any | None:
-    """Score of every trunk against steps, coloured by LR; those that ended early with a mark, the winner thick.
+    """Score of every trunk against steps, coloured by LR and named at its end; those that ended early with a mark, the winner
+    thick.
 
     Below, a row for each LR: thick while it was in play, thin as far as it was trained, with a mark where it joined.
     """
@@ -29,12 +30,14 @@ def race_figure(data: RunData) -> Any | None:
     figure = new_figure(8.0, 6.6)
     axes, rows = figure.subplots(2, 1, sharex=True, height_ratios=(3.0, 1.7))
     shades = colours_of_lr(*data.interval)
+    ends = []
     for arm, points in scores.items():
         steps = list(points)
         values = [min(value, edge) if data.sign > 0 else value for value in points.values()]
         won, colour = fates[arm] == "won", shades.to_rgba(lrs[arm])
         axes.plot(steps, values, color=colour, linewidth=3.2 if won else 1.4, zorder=1 if won else 2,
                   label=f"winner (LR {lrs[arm]:.3g})" if won else None)  # fmt: skip
+        ends.append((float(steps[-1]), values[-1], lrs[arm]))
         if fates[arm] in _ENDS:
             axes.plot(steps[-1], values[-1], _ENDS[fates[arm]], color=colour, markersize=9, markeredgecolor="0.1",
                       markeredgewidth=0.8, zorder=5, clip_on=False)  # fmt: skip
@@ -43,21 +46,45 @@ def race_figure(data: RunData) -> Any | None:
             [], [], _ENDS[fate], color="0.7", markersize=9, markeredgecolor="0.1", markeredgewidth=0.8, label=fate
         )
     drawn = [value for points in scores.values() for value in points.values()]
-    added = scale_loss(axes, [min(value, edge) for value in drawn] if data.sign > 0 else drawn)
+    added = scale_loss(axes, [min(value, edge) for value in drawn]) if data.sign > 0 else ""
     if data.sign > 0 and max(drawn) > edge:
         axes.set_ylim(top=edge + 0.1 * abs(edge))
     mark_steps(axes, data.history.boundaries, "")
     averaged = any(event.get("averaged_loss") is not None for event in data.history.named(Event.RUNG))
     score = NAMES.get(data.metric, data.metric) + (", raw or averaged weights" if averaged else "")
     axes.set_xscale("log")
+    axes.set_xlim(right=2.0 * max(step for step, _, _ in ends))  # room for the names
     axes.set_ylabel(score + added, fontsize="small")
     axes.set_title("The race of learning rates: the leader and the next below it go on")
     _draw_rows(rows, data, scores, shades)
     rows.set(xlabel=f"{STEPS}, log scale", ylabel=LR)
     plain_log(rows.xaxis, grouped=True)
-    figure.colorbar(shades, ax=[axes, rows], label="peak learning rate (log scale)")
+    name_ends(axes, ends)
     legend_below(figure)
     return figure
+
+
+def name_ends(axes: Any, ends: list[tuple[float, float, float]]) -> None:
+    """The learning rate of every line beside its end; those that lie on one another share a name. ends: (step, value, LR)."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = [(*to_axes.transform((step, value)), lr) for step, value, lr in ends]
+    groups: list[list[tuple[float, float, float]]] = []
+    for place in sorted(places, key=lambda place: (round(place[0], 2), place[1])):
+        near = groups and abs(groups[-1][-1][0] - place[0]) < 0.08 and abs(groups[-1][-1][1] - place[1]) < 0.05
+        if near:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    named: list[tuple[float, float]] = []
+    for group in reversed(groups):
+        lrs = sorted(lr for _, _, lr in group)
+        name = f"{lrs[0]:.3g}" if len(lrs) == 1 else f"{lrs[0]:.3g} to {lrs[-1]:.3g}"
+        x, y = max(x for x, _, _ in group), sum(y for _, y, _ in group) / len(group)
+        crowded = any(abs(x - other) < 0.3 and abs(y - height) < 0.05 for other, height in named)
+        named.append((x, y))
+        axes.annotate(name, (x, y), xycoords="axes fraction", xytext=(7, -11 if crowded else 0), va="center",
+                      textcoords="offset points", fontsize=9, color="0.2", gid="lr", zorder=6,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})  # fmt: skip
 
 
 def _draw_rows(rows: Any, data: RunData, scores: dict[str, dict[int, float]], shades: Any) -> None:

@@ -169,7 +169,7 @@ def forecast_figure(data: RunData) -> Any | None:
                 zorder=3,
             )  # fmt: skip
     values = [data.sign * row[key] for row in rows for key in ("forecast", "loss")]
-    added = _square(axes, values)
+    added = _square(axes, values, data.sign > 0 and min(values) > 0.0)
     axes.set(xlabel=f"forecast at the start of the stage{added}", title="Forecast and outcome of the chosen learning rates",
              ylabel=f"realised: {NAMES.get(data.metric, data.metric)} at the stage's end{added}")  # fmt: skip
     bar = figure.colorbar(drawn, cax=axes.inset_axes((1.04, 0.0, 0.06, 1.0)), label="stage")  # as high as the square
@@ -179,9 +179,9 @@ def forecast_figure(data: RunData) -> Any | None:
     return figure
 
 
-def _square(axes: Any, values: list[float]) -> str:
+def _square(axes: Any, values: list[float], losses: bool) -> str:
     """The same scale and range on both axes, and the diagonal; returns what the labels add."""
-    added = scale_loss(axes, values)
+    added = scale_loss(axes, values) if losses else ""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     ends = (low / 1.4, high * 1.4) if added else (low - margin, high + margin)
