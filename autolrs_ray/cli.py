@@ -308,8 +308,8 @@ def compare(
               ("compute", True), ("time", True)]  # fmt: skip
     _print_table(header, (
         [row["run"], row["policy"] + ("" if row["done"] else ", not finished"), _number(row["peak_lr"], 3),
-         _number(row["value"]), row["weights"], _number(row["steps"]), "-" if row["compute"] is None else f"{row['compute']:.2f} T",
-         f"{row['wall_s']:.1f} s"]
+         _number(row["value"]), row["weights"], _number(row["steps"]),
+         "-" if row["compute"] is None else f"{row['compute']:.2f} T", f"{row['wall_s']:.1f} s"]
         for row in rows
     ))  # fmt: skip
     with _telling(), style():
