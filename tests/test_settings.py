@@ -26,9 +26,11 @@ def opened(folder: Path, total_steps: int = 400, **options: Any) -> AutoLRSSearc
 
 
 def train(search: AutoLRSSearch, segments: int) -> None:
-    """Train the first `segments` segments that are wanted; the best LR is .1."""
+    """Train the first `segments` segments that are wanted, or all there are; the best LR is .1."""
     policy = search.desk.policy
     for _ in range(segments):
+        if policy.done:
+            break
         (segment, *_) = policy.wanted()
         policy.issue(segment.arm)
         for step in segment.boundaries:

@@ -171,7 +171,7 @@ class Policy(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Nothing counts as issued: every unfinished segment is wanted again."""
 
-    def emit(self, event: Event | str, **fields: Any) -> None:
+    def emit(self, event: Event, **fields: Any) -> None:
         """Have an event written to the journal. Raises ValueError for a name that is none of `Event`'s."""
         self._events.append({"event": Event(event), **fields})
 

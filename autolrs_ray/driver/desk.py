@@ -17,7 +17,7 @@ from autolrs_ray.driver.nodes import require_shared
 from autolrs_ray.driver.reports import point_of
 from autolrs_ray.driver.settings import RunSettings
 from autolrs_ray.record.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
-from autolrs_ray.record.journal import finite
+from autolrs_ray.record.journal import finite, read_journal
 from autolrs_ray.record.mirror import Mirror, RunTakenError
 from autolrs_ray.record.record import Record
 
@@ -38,6 +38,7 @@ class Desk:
         self._mirror: Mirror | None = None  # the run's folder, where that is not a local one
         self._manifests = False  # checkpoints have one, or are damaged
         self._restored = False
+        self._named: set[str] = set()  # folders of trials that the journal names
         self._work: dict[str, Segment] = {}  # trial -> what it trains
         self._slots, self._busy = 1, 0
         self._begun = False
@@ -181,6 +182,19 @@ class Desk:
     def warn(self, message: str) -> None:
         """Add a warning to the journal: something went wrong and was mended."""
         self.note(Event.WARNING, message=message)
+
+    def name_folder(self, trial_id: str, name: str) -> None:
+        """The trial keeps its checkpoints in the folder `name` of the run's; told once, so that they may be deleted."""
+        if name not in self._named:
+            self._named.add(name)
+            self.note(Event.TRIAL, arm=self.arm(trial_id), folder=name)
+
+    def folders(self) -> set[str]:
+        """Names of the folders, in the run's, of all trials that the journal names."""
+        if self._record is None:
+            return set()
+        named = {event.get("folder") for event in read_journal(self._record.journal) if event["event"] == Event.TRIAL}
+        return {name for name in named if isinstance(name, str) and name not in ("", ".", "..") and "/" not in name}
 
     def persist(self) -> None:
         """Write pending events to the journal and replace the state, if anything has happened.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from autolrs_ray.trial.trainable import AutoLRSTrainable
 logger = logging.getLogger(__name__)
 
 SAVE_TIMEOUT_S = 900.0
+_NAME = re.compile(r"checkpoint_(step_)?\d+")  # of what Tune writes, and of what is written in the background
 # whose states other trials start from next: the stage's own, and the leading probe's, which the main trial goes on from
 _STARTED_FROM = {("main", Verdict.PAUSE), ("probe", Verdict.FINISH_AND_SAVE)}
 
@@ -68,9 +70,11 @@ class CheckpointKeeper:
         return len(self._saving)
 
     def adopt(self, folder: str) -> None:
-        """Take over what an earlier life of this run has left in `folder`."""
-        if self._local:
-            self._written = {path.as_posix() for path in Path(folder).glob("*/checkpoint_*")}
+        """Take over what an earlier life of this run has left in `folder`, in the trials that its journal names. What else
+        lies there is not ours, and of a finished run nothing is deleted."""
+        if self._local and not self._desk.policy.done:
+            found = [path for name in self._desk.folders() for path in Path(folder, name).glob("checkpoint_*")]
+            self._written = {path.as_posix() for path in found if _NAME.fullmatch(path.name) and not path.is_symlink()}
             self.delete_unneeded()
 
     def drop(self, trial_id: str) -> None:
