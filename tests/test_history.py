@@ -183,4 +183,4 @@ def test_every_event_that_is_written_is_one_of_the_enum() -> None:
     for events in JOURNALS.values():
         assert {event["event"] for event in events} <= {str(name) for name in Event}
     with pytest.raises(ValueError, match="'comit' is not a valid Event"):
-        make_policy("paper", 100, stage_steps=20).emit("comit")
+        make_policy("paper", 100, stage_steps=20).emit("comit")  # type: ignore[arg-type]

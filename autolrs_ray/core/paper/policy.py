@@ -8,6 +8,7 @@ from typing import Any
 
 from autolrs_ray.core.checks import require_bool, require_float, require_int
 from autolrs_ray.core.envelopes import LogInterval, envelope_factor
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.paper.probes import Start, best_of, has_blown_up, judge, next_smaller, opening_loss, series_of
 from autolrs_ray.core.paper.proposals import Probe, ProposalRule
 from autolrs_ray.core.paper.state import PaperState
@@ -117,7 +118,7 @@ class PaperPolicy(PaperState):
         self.phase, self.q = "search", min(self.concurrency, self.num_lrs)
         self.interval, self.rounds, self.rollbacks, self.probes, self.chosen = self.lr_interval, 0, 0, [], None
         self._points = {}
-        self.emit("stage", stage=self.stage.index, start=self.stage.start, steps=self.stage.steps,
+        self.emit(Event.STAGE, stage=self.stage.index, start=self.stage.start, steps=self.stage.steps,
                   probe_steps=self.stage.probe_steps, concurrency=self.q)  # fmt: skip
 
     def _propose(self) -> None:
@@ -125,10 +126,10 @@ class PaperPolicy(PaperState):
         while proposal := self._rule.next_x(self.stage.index, self.rounds, self.probes[first:], self.q):
             x, failure = proposal
             if failure:
-                self.emit("warning", stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
+                self.emit(Event.WARNING, stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
             lr, i = LogInterval(*self.interval).lr(x), len(self.probes)
             self.probes.append(Probe(lr, x))
-            self.emit("proposal", stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
+            self.emit(Event.PROPOSAL, stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class PaperPolicy(PaperState):
         found = judge(probe, self.probes, start, self.stage.steps, self.floor)
         if found.failure:
             message = f"forecaster failed ({found.failure}); the mean of the last losses instead"
-            self.emit("warning", stage=self.stage.index, message=message)
+            self.emit(Event.WARNING, stage=self.stage.index, message=message)
         fine = math.isfinite(found.value)
         probe.status = "done" if fine else "diverged"
         probe.forecast, probe.stderr = (found.value, found.stderr) if fine else (None, None)
@@ -201,7 +202,7 @@ class PaperPolicy(PaperState):
     def _emit_probe(self, index: int, method: str, steps: list[int], losses: list[float]) -> None:
         probe = self.probes[index]
         self.emit(
-            "probe",
+            Event.PROBE,
             stage=self.stage.index, probe=index, arm=self._arm(index), lr=probe.lr, status=probe.status,
             forecast=probe.forecast, stderr=probe.stderr, method=method, series=probe.series, steps=steps,
             losses=[loss if math.isfinite(loss) else None for loss in losses],
@@ -225,7 +226,7 @@ class PaperPolicy(PaperState):
             self.phase, self.chosen = "train", best
             self.first_loss = opening_loss(self.probes, best) if self.first_loss is None else self.first_loss
             probe = self.probes[best]
-            self.emit("choice", stage=self.stage.index, probe=best, lr=probe.lr, forecast=probe.forecast)
+            self.emit(Event.CHOICE, stage=self.stage.index, probe=best, lr=probe.lr, forecast=probe.forecast)
             return
         statuses = sorted({probe.status for probe in self.probes})
         self.rounds += 1
@@ -236,7 +237,7 @@ class PaperPolicy(PaperState):
                 "lr_interval, or look at the loss and the data of the first steps; the trials' error files say more."
             )
         self.interval = (self.interval[0] / 100.0, self.interval[0])
-        self.emit("warning", stage=self.stage.index, message=f"all probes diverged; trying {self.interval} instead")
+        self.emit(Event.WARNING, stage=self.stage.index, message=f"all probes diverged; trying {self.interval} instead")
 
     def _report_main(self, point: Point, can_save: bool) -> Verdict:
         if self.phase not in ("warmup", "train"):
@@ -287,7 +288,7 @@ class PaperPolicy(PaperState):
             if probe.lr > self.probes[best].lr:
                 probe.status = "diverged"
         self.chosen = best
-        self.emit("rollback", stage=self.stage.index, step=point.step, lr=lr, new_lr=self.probes[best].lr)
+        self.emit(Event.ROLLBACK, stage=self.stage.index, step=point.step, lr=lr, new_lr=self.probes[best].lr)
         return Verdict.ROLLBACK
 
     # -- checkpoints and failures --------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ class PaperPolicy(PaperState):
             leading = self._leading()
             if leading is not None and self._arm(leading) == arm and self.probes[leading].checkpoint != path:
                 self.probes[leading].checkpoint, self.probes[leading].step = path, step
-                self.emit("saved", stage=self.stage.index, arm=arm, step=step, checkpoint=path)
+                self.emit(Event.SAVED, stage=self.stage.index, arm=arm, step=step, checkpoint=path)
             return
         if self.phase == "warmup" and step >= self.plan.warmup_steps:
             self._commit(step, path, self.plan.warmup_lr, None)
@@ -317,10 +318,10 @@ class PaperPolicy(PaperState):
         self.step, self.checkpoint, self.loss = step, path, row["loss"]
         self.train_loss = None if end is None else end.train_loss
         self.withdraw(MAIN)
-        self.emit("commit", **row, checkpoint=path)
+        self.emit(Event.COMMIT, **row, checkpoint=path)
         if step >= self.total_steps:
             self.phase = "done"
-            self.emit("done", step=step, loss=self.loss, checkpoint=path)
+            self.emit(Event.DONE, step=step, loss=self.loss, checkpoint=path)
             return
         self.stage = self.plan.stage(0 if warmup else self.stage.index + 1, step)
         self._open_stage()
@@ -332,7 +333,7 @@ class PaperPolicy(PaperState):
             )
         for i, probe in enumerate(self.probes):
             if self._arm(i) == arm and probe.status == "open":
-                self.emit("warning", stage=self.stage.index, message=f"probe {arm} failed: {reason}")
+                self.emit(Event.WARNING, stage=self.stage.index, message=f"probe {arm} failed: {reason}")
                 self._resolve(i, "failed")
 
     def is_open(self, arm: str) -> bool:
@@ -352,7 +353,7 @@ class PaperPolicy(PaperState):
             return
         back, self.previous = self.previous, None
         way = "starting from scratch" if back is None else "going back a stage"
-        self.emit("warning", stage=self.stage.index, message=f"checkpoint {path} is unreadable; {way}")
+        self.emit(Event.WARNING, stage=self.stage.index, message=f"checkpoint {path} is unreadable; {way}")
         self._issued.discard(MAIN)
         if back is None:
             self._begin()
