@@ -130,6 +130,13 @@ def test_what_is_given_otherwise_or_no_longer_is_refused_by_name(
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_an_option_that_follows_from_the_mode_is_resolved_by_it_whenever_it_is_told(late: bool) -> None:
+    search = AutoLRSSearch(400, **PAPER, **({} if late else {"mode": "max"}))
+    search.desk.take_metric("val_accuracy", "max")
+    assert search.desk.settings.describe()["options"]["floor"] is None
+
+
 def test_an_option_that_this_version_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
     search = AutoLRSSearch(400)
     theirs = search.desk.settings.describe()

@@ -60,9 +60,12 @@ class RunSettings:
         self.seed, self.max_slots, self.resume, self.extend = seed, slots, resume, extend
         self.report_timeout_s = require_float("report_timeout_s", report_timeout_s, 0.0, math.inf, low_open=True)
         self.resource_timeout_s = require_float("resource_timeout_s", resource_timeout_s, 0.0, math.inf)
-        planned = self.build(1)  # bad options are to raise here, not minutes later
-        self._resolved, self._rule = options_of(planned), rule_of(planned)
+        self._resolve()  # bad options are to raise here, not minutes later
         self._kept: set[str] = set()  # options as a run that goes on was begun with, and not as they were given
+
+    def _resolve(self) -> None:
+        planned = self.build(1)
+        self._resolved, self._rule = options_of(planned), rule_of(planned)
 
     def build(self, slots: int, total_steps: int | None = None) -> Policy:
         """The policy of this run, planned for `slots`; total_steps: instead of the run's own."""
@@ -93,6 +96,7 @@ class RunSettings:
             if ours is not None and theirs is not None and ours != theirs:
                 raise ValueError(f"two values for {name}: {ours!r} in AutoLRSSearch and {theirs!r} in TuneConfig")
         self.metric, self.mode = self.metric or metric, self.mode or mode
+        self._resolve()
         self._resolved = options_of(self.build(1))  # a default may depend on the mode
 
     def take_interval(self, domain: Any) -> None:
@@ -145,5 +149,6 @@ class RunSettings:
         if not changed.keys() - {"total_steps"}:
             self.lr_interval = validate_interval(before["lr_interval"])
             self.options = {**{name: before[name] for name in kept - {"lr_interval"}}, **self.options}
-            self._resolved, self._rule, self._kept = options_of(self.build(1)), theirs.get("rule"), kept
+            self._resolve()
+            self._rule, self._kept = theirs.get("rule"), kept
         return changed

@@ -126,7 +126,9 @@ class PaperPolicy(PaperState):
         while proposal := self._rule.next_x(self.stage.index, self.rounds, self.probes[first:], self.q):
             x, failure = proposal
             if failure:
-                self.emit(Event.WARNING, stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR")
+                self.emit(
+                    Event.WARNING, stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR"
+                )
             lr, i = LogInterval(*self.interval).lr(x), len(self.probes)
             self.probes.append(Probe(lr, x))
             self.emit(Event.PROPOSAL, stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
