@@ -15,7 +15,7 @@ class Event(StrEnum):
     RESUME = "resume"  # it goes on in another process: step, environment
     EXTEND = "extend"  # it goes on to more steps: total_steps, step, lr
     PROPOSAL = "proposal"  # a learning rate is to be tried: arm, probe, stage, lr
-    TRIAL = "trial"  # a trial of Tune's begins to train an arm: arm, folder (its name in the run's)
+    TRIAL = "trial"  # one keeps checkpoints of an arm: arm, folder (of the trial, in the run's)
     SEGMENT = "segment"  # a trial has trained from start to end: arm, role, stage, lr, began and busy_s (seconds)
     COMMIT = "commit"  # a checkpoint counts: arm or stage, start, end, lr, loss, checkpoint
     CHOICE = "choice"  # a stage or the race has chosen: stage, lr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
@@ -92,7 +91,6 @@ class Coordinator:
             )
         self._drop_traces(trial.trial_id)
         self._live[trial.trial_id] = trial
-        self._desk.name_folder(trial.trial_id, Path(trial.storage.trial_fs_path).name)
         if CONFIG_KEY not in trial.config or isinstance(trial.config[CONFIG_KEY], str):
             self._configure(trial, self._desk.segment(trial.trial_id))
 

@@ -91,6 +91,7 @@ class CheckpointKeeper:
 
     def expect(self, trial_id: str, step: int, verdict: Verdict) -> None:
         """Tune is about to be asked for a checkpoint of this trial."""
+        self._desk.name_folder(trial_id, self._live[trial_id].storage.trial_dir_name)
         save = self._saving[trial_id] = _Save(step, verdict, time.monotonic())
         role = self._role(trial_id)
         if (role, verdict) in _STARTED_FROM:
@@ -119,6 +120,7 @@ class CheckpointKeeper:
         actor = trial.temporary_state.ray_actor
         if not self._background or actor is None:
             return False
+        self._desk.name_folder(trial.trial_id, trial.storage.trial_dir_name)
         path = f"{trial.storage.trial_fs_path}/checkpoint_step_{step:09d}"
         actor.commit.remote(path)
         self._committing.setdefault(trial.trial_id, []).append((step, path))
