@@ -21,7 +21,7 @@ from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure,
 from autolrs_ray.show.plots import save_plots
 from autolrs_ray.show.race_figure import in_play, race_figure
 from autolrs_ray.show.run_data import RunData, read_reports
-from autolrs_ray.show.search_figures import posterior, spread, surrogate_figure
+from autolrs_ray.show.search_figures import forecast_figure, posterior, spread, surrogate_figure
 from autolrs_ray.show.style import new_figure, scale_loss
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.task import TrainingTask
@@ -121,6 +121,26 @@ def test_plots_are_the_same_bytes_again_and_change_no_setting_of_matplotlib(
         again = save_plots(paper, tmp_path)
         assert dict(matplotlib.rcParams) == before
     assert [file.read_bytes() for file in again] == [file.read_bytes() for file in drawn]
+
+
+@pytest.mark.parametrize("far", [0.0, 1e-9, 500.0])
+def test_a_forecast_that_is_far_off_stands_at_the_edge_with_its_value_and_sets_no_scale(
+    far: float, tmp_path: Path
+) -> None:
+    stages = [(far, 0.5), (0.41, 0.4), (0.3, 0.31)]
+    commits = [dict(stage=i, start=20 * i, end=20 * i + 20, lr=0.1, loss=loss, forecast=forecast, warmup=False, checkpoint="c")
+               for i, (forecast, loss) in enumerate(stages)]  # fmt: skip
+    write_events(tmp_path, [dict(event="commit", **commit) for commit in commits])
+    figure = forecast_figure(RunData.load(tmp_path))
+    assert figure is not None
+    axes = figure.axes[0]
+    low, high = axes.get_xlim()
+    assert 0.1 < low < 0.3
+    assert 0.5 < high < 1.6
+    (points,) = [collection.get_offsets().tolist() for collection in axes.collections]
+    assert points[1:] == [[0.41, 0.4], [0.3, 0.31]]
+    assert points[0] == [high if far > 1.0 else low, 0.5]
+    assert [text.get_text().strip("<> ") for text in axes.texts] == [f"{far:.3g}"]
 
 
 def test_plots_go_to_a_folder_of_the_run(tmp_path: Path) -> None:

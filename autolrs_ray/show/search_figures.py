@@ -158,18 +158,25 @@ def forecast_figure(data: RunData) -> Any | None:
     axes = figure.subplots()
     trained = _by_training_loss(data)
     drawn = None
+    realised = [data.sign * row["loss"] for row in rows]
+    forecasts = [(1.0 if row["stage"] in trained else data.sign) * row["forecast"] for row in rows]
+    low, high = within_reach(realised)
+    shown = [*realised, *(value for value in forecasts if low <= value <= high)]
+    added, ends = _square(axes, shown, data.sign > 0 and min(shown) > 0.0)
     for series, marker in (("training", "s"), ("validation", "o")):
-        of = [row for row in rows if (row["stage"] in trained) == (series == "training")]
-        sign = 1.0 if series == "training" else data.sign
+        of = [i for i, row in enumerate(rows) if (row["stage"] in trained) == (series == "training")]
         if of:
             drawn = axes.scatter(
-                [sign * row["forecast"] for row in of], [data.sign * row["loss"] for row in of], s=60, marker=marker,
-                c=[row["stage"] for row in of], cmap="cividis", vmin=0, vmax=max(1, rows[-1]["stage"]),
+                [min(max(forecasts[i], ends[0]), ends[1]) for i in of], [realised[i] for i in of], s=60, marker=marker,
+                c=[rows[i]["stage"] for i in of], cmap="cividis", vmin=0, vmax=max(1, rows[-1]["stage"]), clip_on=False,
                 edgecolors="0.3", label=f"forecast of the {series} loss" if data.sign > 0 else f"{series}, {data.metric}",
                 zorder=3,
             )  # fmt: skip
-    values = [data.sign * row[key] for row in rows for key in ("forecast", "loss")]
-    added = _square(axes, values, data.sign > 0 and min(values) > 0.0)
+    for value, y in zip(forecasts, realised, strict=True):
+        if not low <= value <= high:  # at the edge, with what it was: one that is far off must not set the scale
+            left = value < low
+            axes.annotate(f"< {value:.3g}" if left else f"{value:.3g} >", (ends[not left], y), textcoords="offset points",
+                          xytext=(8 if left else -8, 0), ha="left" if left else "right", va="center", fontsize=9)  # fmt: skip
     axes.set(xlabel=f"forecast at the start of the stage{added}", title="Forecast and outcome of the chosen learning rates",
              ylabel=f"realised: {NAMES.get(data.metric, data.metric)} at the stage's end{added}")  # fmt: skip
     bar = figure.colorbar(drawn, cax=axes.inset_axes((1.04, 0.0, 0.06, 1.0)), label="stage")  # as high as the square
@@ -179,8 +186,16 @@ def forecast_figure(data: RunData) -> Any | None:
     return figure
 
 
-def _square(axes: Any, values: list[float], losses: bool) -> str:
-    """The same scale and range on both axes, and the diagonal; returns what the labels add."""
+def within_reach(realised: list[float]) -> tuple[float, float]:
+    """Between which values a forecast is shown where it lies: by a factor of 3 beyond what came true, or as far beyond as that
+    spans."""
+    low, high = min(realised), max(realised)
+    span = (high - low) or abs(high) or 1.0
+    return (low / 3.0, high * 3.0) if low > 0.0 else (low - span, high + span)
+
+
+def _square(axes: Any, values: list[float], losses: bool) -> tuple[str, tuple[float, float]]:
+    """The same scale and range on both axes, and the diagonal; returns what the labels add, and the range."""
     added = scale_loss(axes, values) if losses else ""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
@@ -191,4 +206,4 @@ def _square(axes: Any, values: list[float], losses: bool) -> str:
         plain_log(axes.xaxis)
         plain_log(axes.yaxis)
     axes.plot(ends, ends, color="0.4", linewidth=1.0, linestyle="--", label="forecast = realised", zorder=1)
-    return added
+    return added, ends
