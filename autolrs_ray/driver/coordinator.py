@@ -24,6 +24,7 @@ from autolrs_ray.driver.slots import Slots
 from autolrs_ray.driver.watchdog import Watchdog
 from autolrs_ray.private import drop_windows, keep_actors_warm, set_source, starting_actor, use_idle_workers
 from autolrs_ray.record.mirror import Mirror
+from autolrs_ray.trial.check import ReportsOfOneTask, check_first_trial
 from autolrs_ray.trial.trainable import writes_manifests
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Coordinator:
 
     def __init__(self, desk: Desk, controller: TuneController, first: Trial) -> None:
         self._desk, self._controller = desk, controller
+        check_first_trial(first.get_trainable_cls(), first.config, first.placement_group_factory.bundles[-1])
         self._resources, self._max_failures = first.placement_group_factory, first.max_failures
         trainable, storage = first.get_trainable_cls(), first.storage
         self._function_api = issubclass(trainable, FunctionTrainable)
@@ -46,6 +48,7 @@ class Coordinator:
         self._held: dict[str, Trial] = {}  # finished, or to be paused, as soon as their actors are wanted
         self._reported: set[str] = set()  # since they were started or restored
         self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
+        self._task = ReportsOfOneTask()
         self._damage = ""  # of the checkpoint that a trial was to start from
         self._went_back = 0
         self._clocks, self._actors = Clocks(desk), Actors(desk)
@@ -147,6 +150,8 @@ class Coordinator:
             self._watchdog.heard(trial_id, point.step)
             self._reported.add(trial_id)
             self._keeper.heard(trial, result)
+            if warning := self._task.heard(desk.arm(trial_id), result):
+                desk.warn(warning)
             verdict = desk.report(trial_id, point, self._can_save(result))
             self._clocks.heard(trial_id, point.step, verdict, result)
         except (AutoLRSError, ValueError, TypeError) as error:

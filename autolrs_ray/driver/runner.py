@@ -20,7 +20,7 @@ from autolrs_ray.driver.settings import CONFIG_KEY
 from autolrs_ray.outcome.result import RunResult
 from autolrs_ray.record.mirror import Mirror
 from autolrs_ray.record.stores import is_uri, join, normal
-from autolrs_ray.training.task import TrainingTask
+from autolrs_ray.trial.check import builds_task
 from autolrs_ray.trial.trainable import trainable_for
 
 
@@ -58,7 +58,8 @@ def run(
     Raises what AutoLRSSearch raises for bad options, and AutoLRSError if the run cannot go on.
     """
     storage = normal(storage_path)
-    if _builds_task(trainable):
+    if builds_task(trainable):
+        resources = resources if resources is not None else getattr(trainable, "_resources", None)  # of with_resources
         trainable = trainable_for(trainable, workers=workers)
     elif workers != 1:
         raise ValueError(f"workers={workers} needs a function build(config) -> TrainingTask, got {trainable!r}")
@@ -119,14 +120,6 @@ def _length(
             total, told = steps_of_hours(trainable, hours, config, storage, name, clock, search, reuse_actors)
     print(f"AutoLRS: {told}", file=sys.stderr)
     return total
-
-
-def _builds_task(trainable: Any) -> bool:
-    """True for a function annotated to return a TrainingTask."""
-    if isinstance(trainable, type) or not callable(trainable):
-        return False
-    returns = getattr(trainable, "__annotations__", {}).get("return")
-    return returns is TrainingTask or (isinstance(returns, str) and returns.split(".")[-1] == "TrainingTask")
 
 
 def _trial_name(trial: Trial) -> str:

@@ -218,6 +218,12 @@ def lr_at(config: dict[str, Any], step: int) -> float:
     return Segment.from_config(segment).lr_at(step) if isinstance(segment, dict) else float(config["lr"])
 
 
+def _name_of(build: Any) -> str:
+    """What Tune calls the trials: no lambda, and of a partial the function's name."""
+    name = str(getattr(getattr(build, "func", build), "__name__", "task"))
+    return name if name.isidentifier() else "task"
+
+
 def trainable_for(build: Build, name: str | None = None, workers: int = 1) -> type[AutoLRSTrainable]:
     """An AutoLRSTrainable class whose task comes from the function `build(config) -> TrainingTask`.
 
@@ -228,6 +234,4 @@ def trainable_for(build: Build, name: str | None = None, workers: int = 1) -> ty
     def call(self: AutoLRSTrainable, config: dict[str, Any]) -> TrainingTask:
         return build(config)
 
-    return type(
-        name or str(getattr(build, "__name__", "task")), (AutoLRSTrainable,), {"build": call, "workers": workers}
-    )
+    return type(name or _name_of(build), (AutoLRSTrainable,), {"build": call, "workers": workers})

@@ -1,0 +1,186 @@
+"""What can be caught before the first trial starts: what a function is, and whether what it builds can be trained."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Iterator
+from functools import partial
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+from ray.tune.trainable.function_trainable import FunctionTrainable
+
+from autolrs_ray.core.policy import AutoLRSError
+from autolrs_ray.training.data import chosen, length
+from autolrs_ray.training.task import TrainingTask
+from autolrs_ray.training.trainer import Trainer
+from autolrs_ray.trial.trainable import AutoLRSTrainable
+
+logger = logging.getLogger(__name__)
+
+CHECK_S = 60.0  # longest that a run waits for the check: for a free slot, and for a build that takes long
+DEPTH = 4  # functions that call functions: how far they are followed
+
+
+def builds_task(function: Any, depth: int = DEPTH) -> bool:
+    """True for a function that returns a TrainingTask: as its annotation says, or, as it has none, as its code does.
+
+    Looks through functools.partial, tune.with_parameters, lambdas, methods, callable objects and decorators. A function that
+    reports to Tune is none, whatever it builds on the way.
+    """
+    function = inspect.unwrap(function) if callable(function) else function
+    if isinstance(function, partial):
+        return builds_task(function.func, depth)
+    if isinstance(function, MethodType):
+        return builds_task(function.__func__, depth)
+    if isinstance(function, type) or not callable(function):
+        return False
+    if not isinstance(function, FunctionType):
+        call = type(function).__call__
+        return isinstance(call, FunctionType) and builds_task(call, depth)
+    returns = function.__annotations__.get("return")
+    if returns is not None:
+        return returns is TrainingTask or (isinstance(returns, str) and returns.split(".")[-1] == "TrainingTask")
+    names = set(_names(function.__code__))
+    if "report" in names:
+        return False
+    found = [value for name in sorted(names) if (value := _value(function, name)) is not None]
+    if any(value is TrainingTask for value in found) or "TrainingTask" in names:
+        return True
+    return depth > 0 and any(builds_task(value, depth - 1) for value in found if _own(value))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that `code` refers to, with those of the functions inside of it."""
+    yield from (*code.co_names, *code.co_freevars)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _value(function: Any, name: str) -> Any:
+    """What `name` stands for in `function`: a variable around it, or of its module."""
+    if not isinstance(function, FunctionType):
+        return None
+    around = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    try:
+        return around[name].cell_contents if name in around else function.__globals__.get(name)
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _own(value: Any) -> bool:
+    """True for functions of the user's: libraries build no tasks."""
+    module = str(getattr(value, "__module__", ""))
+    return isinstance(value, (FunctionType, MethodType, partial)) and module.split(".")[0] not in (
+        "torch",
+        "ray",
+        "numpy",
+    )
+
+
+def check_task(build: Any, seed: int, workers: int = 1) -> None:
+    """Build the task, train it one step, evaluate it on one batch and read its state out.
+
+    workers: processes that will share a batch; one share is tried. Raises whatever building and training raise, and ValueError
+    for a loss that is not finite.
+    """
+
+    def quickly() -> TrainingTask:
+        task: TrainingTask = build()
+        if isinstance(task, TrainingTask):
+            task.compile, task.num_workers = False, 0
+            task.batch_size = -(-task.batch_size // workers)
+        return task
+
+    trainer = Trainer(quickly, seed)
+    lr = trainer.task.optimizers[0].param_groups[0]["initial_lr"]
+    loss = trainer.train(1, lambda step: lr)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss of the first batch is {loss}, before anything is learned: look at the data and the loss"
+        )
+    rows = min(length(trainer.val_data), trainer.task.eval_batch_size)
+    found = trainer.evaluate(chosen(trainer.val_data, torch.arange(rows)))
+    wrong = [name for name, value in found.items() if math.isnan(value)]
+    if "loss" in wrong:
+        raise ValueError(f"the validation loss of the first batch is {found['loss']} after one step at LR {lr:g}")
+    trainer.state_dict()
+
+
+def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[str, float]) -> None:
+    """Try out what the trials are to train, once, where a trial would run: in a process of its own with `resources`.
+
+    For classes whose task comes from `build` alone. Raises AutoLRSError with what is wrong; nothing is started then. Where the
+    check itself cannot be done in CHECK_S seconds, for want of a free slot say, the run goes on without it.
+    """
+    function = _value(getattr(trainable, "_trainable_func", None), "train_func")
+    if issubclass(trainable, FunctionTrainable) and builds_task(function):
+        name = getattr(trainable, "_name", "build")
+        raise AutoLRSError(
+            f"{name} returns a TrainingTask, and Tune takes it for a function that trains and reports: give Tune "
+            f"trainable_for({name}), or call autolrs_ray.run"
+        )
+    if not issubclass(trainable, AutoLRSTrainable) or trainable.setup is not AutoLRSTrainable.setup:
+        return
+    if not any(
+        all(node["Resources"].get(k, 0.0) >= v for k, v in resources.items()) for node in ray.nodes() if node["Alive"]
+    ):
+        return  # nodes may yet come; if not, the run says so
+    others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU", "memory")}
+    options: dict[str, Any] = {
+        "num_cpus": resources.get("CPU", 0),
+        "num_gpus": resources.get("GPU", 0),
+        "resources": others,
+    }
+    blank = object.__new__(trainable)
+    task = partial(_check, blank, config, trainable.workers)
+    reference = ray.remote(lambda: task()).options(max_retries=0, **options).remote()
+    done, _ = ray.wait([reference], timeout=CHECK_S)
+    if not done:
+        ray.cancel(reference, force=True)
+        logger.warning("the task could not be tried out in %.0f s; trials start all the same", CHECK_S)
+        return
+    try:
+        ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        raise AutoLRSError(
+            f"{trainable.__name__} cannot be trained, and no trial was started. {type(cause).__name__}: {cause}"
+        ) from error
+    except Exception as error:  # the process died: a trial that does so too is told of with more to say
+        logger.warning("the task could not be tried out (%s); trials start all the same", error)
+
+
+def _check(blank: AutoLRSTrainable, config: dict[str, Any], workers: int) -> None:
+    check_task(lambda: blank.build(config), config.get("seed", 0), workers)
+
+
+class ReportsOfOneTask:
+    """Reads from reports what tells that trials do not train the same: held out other rows."""
+
+    def __init__(self) -> None:
+        self._held_out: tuple[str, str] | None = None
+        self._warned: set[str] = set()
+
+    def heard(self, arm: str, result: dict[str, Any]) -> str | None:
+        """A warning that is new, or None. Raises AutoLRSError where another trial has another validation set."""
+        found = result.get("held_out")
+        if found is not None:
+            self._held_out = self._held_out or (str(found), arm)
+            if self._held_out[0] != found:
+                raise AutoLRSError(
+                    f"{arm} and {self._held_out[1]} hold out different validation rows, so that losses cannot be compared: "
+                    "build must split the data in the same way in every process. The generators of random, NumPy and torch are "
+                    "seeded before build is called; give those of your own a fixed seed"
+                )
+        warning = result.get("warning")
+        if warning is None or arm in self._warned:
+            return None
+        self._warned.add(arm)
+        return f"{arm}: {warning}"

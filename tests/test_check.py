@@ -1,0 +1,164 @@
+"""Before the first trial: what a function is, and what is wrong with what it builds."""
+
+from __future__ import annotations
+
+import functools
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import tune
+from torch import nn
+
+import autolrs_ray
+from autolrs_ray import AutoLRSError, AutoLRSScheduler, AutoLRSSearch, TrainingTask, trainable_for
+from autolrs_ray.trial.check import ReportsOfOneTask, builds_task, check_task
+
+X = torch.randn(80, 6, generator=torch.Generator().manual_seed(5))
+Y = (X[:, 0] > 0).long()
+
+
+def task(**changes: Any) -> TrainingTask:
+    model = changes.pop("model", None) or nn.Linear(6, 2)
+    given = dict(
+        loss=nn.functional.cross_entropy, train_data=(X[:64], Y[:64]), val_data=(X[64:], Y[64:]), batch_size=16
+    )
+    return TrainingTask(model, torch.optim.SGD(model.parameters(), lr=0.1), **{**given, **changes})
+
+
+def annotated(config: dict[str, Any]) -> TrainingTask:
+    return task()
+
+
+def bare(config, rows=64, data=None):  # type: ignore[no-untyped-def]
+    x, y = data or (X, Y)
+    model = nn.Linear(6, 2)
+    return TrainingTask(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.functional.cross_entropy,
+                        (x[:rows], y[:rows]), (x[64:], y[64:]), batch_size=16)  # fmt: skip
+
+
+def through_a_module(config):  # type: ignore[no-untyped-def]
+    return autolrs_ray.TrainingTask(nn.Linear(6, 2), config["optimizer"], config["loss"], (X, Y), (X, Y), 8)
+
+
+def logged(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    return call
+
+
+class Builder:
+    def __call__(self, config):  # type: ignore[no-untyped-def]
+        return bare(config)
+
+    def build(self, config):  # type: ignore[no-untyped-def]
+        return bare(config)
+
+
+def reports(config):  # type: ignore[no-untyped-def]
+    built = bare(config)
+    tune.report({"step": 1, "val_loss": float(built.batch_size)})
+
+
+def reports_by_helper(config):  # type: ignore[no-untyped-def]
+    for step in range(3):
+        config["fit"](step)
+
+
+BUILDERS = [annotated, bare, through_a_module, partial(bare, rows=48), partial(partial(bare), rows=48), logged(bare),
+            lambda config: bare(config, 48), lambda config: task(), Builder(), Builder().build]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", BUILDERS, ids=str)
+def test_a_function_that_builds_a_task_is_known_without_its_annotation(function: Any) -> None:
+    assert builds_task(function)
+    assert trainable_for(function).__name__.isidentifier()
+
+
+@pytest.mark.parametrize(
+    "function", [reports, reports_by_helper, trainable_for(annotated), print, 3, partial(reports), len]
+)
+def test_what_reports_by_itself_is_none(function: Any) -> None:
+    assert not builds_task(function)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, ValueError, r"must be a scalar.*shape \(16,\)"),
+        ({"loss": lambda output, target: output.sum() * math.nan}, ValueError, "loss of the first batch is nan"),
+        ({"model": nn.Linear(5, 2)}, RuntimeError, "shapes cannot be multiplied"),
+        ({"train_data": (X[:64], Y[:60])}, ValueError, "train_data has 64 inputs and 60 targets"),
+        ({"val_data": (X[64:, :3], Y[64:])}, RuntimeError, "shapes cannot be multiplied"),
+        ({"metrics": {"broken": lambda output, target: output.nothing}}, AttributeError, "nothing"),
+        ({"modules": {"extra": object()}}, AttributeError, "named_parameters"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_at_once(changes: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_task(lambda: task(**changes), 0)
+
+
+def test_what_can_be_trained_passes_and_a_share_of_the_batch_is_enough() -> None:
+    check_task(lambda: task(compile=True), 0, workers=3)
+
+
+def test_reports_of_other_validation_sets_and_new_warnings_are_told() -> None:
+    seen = ReportsOfOneTask()
+    assert seen.heard("a", {"held_out": "1", "warning": "not finite"}) == "a: not finite"
+    assert seen.heard("a", {"held_out": "1", "warning": "not finite"}) is None
+    assert seen.heard("b", {}) is None
+    with pytest.raises(AutoLRSError, match="b and a hold out different validation rows"):
+        seen.heard("b", {"held_out": "2"})
+
+
+def unseeded(config):  # type: ignore[no-untyped-def]
+    rows = np.random.default_rng().permutation(80)
+    return task(train_data=(X[rows[:64]], Y[rows[:64]]), val_data=(X[rows[64:]], Y[rows[64:]]))
+
+
+def by_numpys_generator(config):  # type: ignore[no-untyped-def]
+    rows = np.random.permutation(80)
+    return task(train_data=(X[rows[:64]], Y[rows[:64]]), val_data=(X[rows[64:]], Y[rows[64:]]))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+class TestOnRay:
+    def run(self, folder: Any, name: str, function: Any) -> Any:
+        return autolrs_ray.run(function, 40, num_lrs=3, slots=2, progress=False, storage_path=folder, name=name)
+
+    def test_data_of_with_parameters_and_splits_by_the_seeded_generators_train(self, tmp_path: Any) -> None:
+        bound = tune.with_parameters(bare, data=(X, Y))
+        assert builds_task(bound)
+        assert self.run(tmp_path, "bound", bound).done
+        assert self.run(tmp_path, "numpy", by_numpys_generator).done
+
+    def test_a_task_that_cannot_be_trained_starts_no_trial(self, tmp_path: Any) -> None:
+        with pytest.raises(
+            AutoLRSError, match=r"bad cannot be trained, and no trial was started. ValueError: the loss"
+        ):
+            self.run(tmp_path, "bad", partial(bad))
+        assert not list(tmp_path.glob("bad/*/result.json"))
+        tuner = tune.Tuner(
+            bare, run_config=tune.RunConfig(storage_path=str(tmp_path), name="tuner", verbose=0),
+            tune_config=tune.TuneConfig(num_samples=-1, metric="val_loss", mode="min", reuse_actors=True,
+                                        search_alg=AutoLRSSearch(40, num_lrs=2), scheduler=AutoLRSScheduler()),
+        )  # fmt: skip
+        with pytest.raises(Exception, match=r"give Tune trainable_for\(bare\)"):
+            tuner.fit()
+
+    def test_another_validation_set_in_every_process_ends_the_run(self, tmp_path: Any) -> None:
+        with pytest.raises(AutoLRSError, match=r"hold out different validation rows|judged on another validation set"):
+            self.run(tmp_path, "unseeded", unseeded)
+        assert ray.is_initialized()
+
+
+def bad(config):  # type: ignore[no-untyped-def]
+    return task(loss=nn.CrossEntropyLoss(reduction="none"))
