@@ -192,7 +192,8 @@ def test_bfloat16_and_channels_last_train_to_nearly_the_same_weights(data_dir: s
     plain, fast = trainer(data_dir), trainer(data_dir, autocast=True, channels_last=True)
     assert fast.model[1][0].weight.is_contiguous(memory_format=torch.channels_last)
     losses = [run.train(4, lambda step: 0.02) for run in (plain, fast)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    roundings = 2 * 14  # each of 14 layers rounds what it passes on, forward and backward, by 2**-8 at most
+    assert losses[1] == pytest.approx(losses[0], rel=roundings * 2**-8)
     assert losses[1] != losses[0]
 
 

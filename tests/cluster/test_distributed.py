@@ -26,6 +26,29 @@ from tests.tasks import build_tiny
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
+class Scaled(nn.Module):
+    """A loss that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output * self.scale, target)
+
+
+def uneven_task() -> TrainingTask:
+    """15 rows for two workers, noise on every row, batch norm over the whole batch, and a loss that learns."""
+    x = torch.randn(130, 6, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > x[:, 1]).long()
+    model, loss = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 2)), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
+    return TrainingTask(
+        model, optimizer, loss, (x[:99], y[:99]), (x[99:], y[99:]), batch_size=15, sync_batch_norm=True,
+        augment=lambda inputs, generator: inputs + torch.randn(inputs.shape, generator=generator),
+    )  # fmt: skip
+
+
 def plain_task() -> TrainingTask:
     """Without batch norm and dropout, whose outcome depends on how a batch is shared."""
     x = torch.randn(130, 6, generator=torch.Generator().manual_seed(0))
@@ -111,6 +134,28 @@ def test_two_workers_take_the_steps_of_one(in_a_trial: Callable[[Callable[[], An
     assert state["averages"]["best"] == alone_best
     for ours, theirs in zip(later["averages"]["weights"], alone.state_dict()["averages"]["weights"], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_batch_that_cannot_be_shared_evenly_counts_row_by_row(
+    in_a_trial: Callable[[Callable[[], Any]], Any],
+) -> None:
+    """As in one process, but for the order of sums: 6 steps, some hundred roundings each."""
+
+    def together() -> Any:
+        group = WorkerGroup(uneven_task, seed=3, averaging=True, workers=2)
+        return group.train(6, lambda step: 0.1), group.evaluate(averaged=True), group.state_dict()
+
+    alone = Trainer(uneven_task, seed=3, averaging=True)
+    loss, averaged, state = in_a_trial(together)
+    close = 6 * 100 * torch.finfo(torch.float32).eps
+    assert loss == pytest.approx(alone.train(6, lambda step: 0.1), rel=close)
+    assert averaged == pytest.approx(alone.evaluate(averaged=True), rel=close)
+    own = alone.state_dict()
+    for ours, theirs in ((state["model"], own["model"]), (state["others"]["loss"], own["others"]["loss"])):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=close, atol=close)
+    for ours, theirs in zip(state["averages"]["weights"], own["averages"]["weights"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
 
 
 @pytest.mark.slow
