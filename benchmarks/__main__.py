@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.section import Section
 
-NAMES = ("imports", "proposals", "checkpoints", "handover", "scale", "whole_run")
+NAMES = ("imports", "proposals", "loading", "checkpoints", "handover", "scale", "whole_run")
 HERE = Path(__file__).parent
 
 
