@@ -1,4 +1,8 @@
-"""The places where the pair reaches past Ray's public interface. Each has a fall-back for when Ray changes."""
+"""The places where the pair reaches past Ray's public interface. Nothing else in the package does.
+
+Each has a fall-back for a Ray that lacks them: a run then goes on in a slower or plainer way. The one thing that a run cannot
+do without, starting a trial from a checkpoint of our choice, is refused by name where no way is left.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,18 +34,68 @@ for _name in ("ray.tune.logger.logger", "ray.tune.analysis.experiment_analysis")
     logging.getLogger(_name).addFilter(_expected)
 
 
-def set_source(trial: Trial, checkpoint: Checkpoint | None, metrics: dict[str, Any]) -> None:
-    """Let `trial` restore from `checkpoint` when it starts next (None: from nothing), as PBT does."""
-    from ray.train._internal.checkpoint_manager import _TrainingResult
-    from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
+def controller_of(given: Any) -> Any:
+    """Tune's controller, out of what a scheduler is given: some versions wrap it."""
+    return getattr(given, "_tune_controller", given)
 
-    manager = trial.run_metadata.checkpoint_manager
-    if checkpoint is None:
-        manager._latest_checkpoint_result = None
-        return
+
+def set_source(trial: Trial, checkpoint: Checkpoint | None, metrics: dict[str, Any]) -> None:
+    """Let `trial` restore from `checkpoint` when it starts next (None: from nothing), as PBT does.
+
+    Where the place that PBT writes to is gone, the checkpoint is registered as one of the trial's own. Raises RuntimeError
+    where the trial would start from anything else.
+    """
     # Tune's counts go on from here; loggers draw against the number of reports, and W&B drops what is not above the last.
-    counts = {key: trial.last_result[key] for key in (TRAINING_ITERATION, TIME_TOTAL_S) if key in trial.last_result}
-    manager._latest_checkpoint_result = _TrainingResult(checkpoint=checkpoint, metrics={**counts, **metrics})
+    counts = {key: trial.last_result[key] for key in _COUNTS if key in (trial.last_result or {})}
+    try:
+        source = None if checkpoint is None else _training_result(checkpoint, {**counts, **metrics})
+        manager = trial.run_metadata.checkpoint_manager
+        if hasattr(manager, "_latest_checkpoint_result"):
+            manager._latest_checkpoint_result = source
+        elif source is not None:
+            trial.on_checkpoint(source)
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.debug("this version of Ray has another place for a trial's checkpoint (%s)", error)
+    found = trial.checkpoint
+    if (found and found.path) != (checkpoint and checkpoint.path):
+        raise RuntimeError(
+            f"Ray {ray.__version__} does not let AutoLRS start a trial from a checkpoint of its choice: {trial} would start "
+            f"from {found} in place of {checkpoint}. Install the version of constraints.txt"
+        )
+
+
+_COUNTS = ("training_iteration", "time_total_s")
+
+
+def _training_result(checkpoint: Checkpoint, metrics: dict[str, Any]) -> Any:
+    from ray.train._internal.checkpoint_manager import _TrainingResult
+
+    return _TrainingResult(checkpoint=checkpoint, metrics=metrics)
+
+
+def actor_of(trial: Trial) -> Any:
+    """The handle of the actor that runs `trial`; None if there is none, or this Ray does not tell."""
+    return getattr(getattr(trial, "temporary_state", None), "ray_actor", None)
+
+
+def saver_of(controller: TuneController) -> Callable[..., Any] | None:
+    """What has Tune write a checkpoint of a running trial, which goes on: called with the trial, and `result`, its last one.
+    None if this Ray does not offer it: then the trial is to be paused, which writes one too."""
+    save: Callable[..., Any] | None = getattr(controller, "_schedule_trial_save", None)
+    if save is None:
+        logger.debug("this version of Ray writes checkpoints of paused trials only")
+    return save
+
+
+def set_status(controller: TuneController, trial: Trial, status: str) -> bool:
+    """Have Tune count `trial`, which has ended, as one of `status`. False if this Ray does not offer it: then `tune.run`
+    names the trials that failed at its end."""
+    change = getattr(controller, "_set_trial_status", None)
+    if change is None:
+        logger.debug("this version of Ray does not let AutoLRS book a failed trial as ended")
+        return False
+    change(trial, status)
+    return True
 
 
 def drop_windows(trial: Trial) -> None:

@@ -62,9 +62,11 @@ def test_a_report_is_booked_on_the_arm_of_its_trial() -> None:
     desk.plan_for(1)
     segment = desk.assign("a")
     assert segment is not None
-    point = desk.point({"step": 10, "val_loss": 0.5, "lr": segment.lr_at(9)}, "a", first=True)
+    point = desk.point({"step": 10, "val_loss": 0.5, "lr": segment.lr_at(9)}, "a", before=None)
     assert point == Point(10, 0.5)
+    assert point is not None
     desk.report("a", point, can_save=True)
     desk.forget("a")
     assert not desk.knows("a")
-    assert segment.arm in {wanted.arm for wanted in desk.policy.wanted()}
+    assert desk.policy.is_open(segment.arm)
+    assert not desk.untouched

@@ -36,20 +36,40 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
     assert lines[2].split()[:4] == ["lr", "1.26", "loss", "-"]
 
 
-def test_the_time_left_is_what_the_steps_since_the_view_began_took(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("policy", "shown"),
+    [
+        # one second a step: a race on one slot takes 1.9 T, of which the run has .8 T before it
+        ("anchored", ["0:10 gone", "2:10 gone, about 23:10 left", "1:02:10 gone, about 10:00 left"]),
+        # stages of 100 steps with two probes of ten: 1.2 T, less the steps that are handed over
+        ("paper", ["0:10 gone", "2:10 gone, about 12:29 left", "1:02:10 gone, about 10:00 left"]),
+    ],
+)
+def test_the_time_left_is_what_steps_have_taken_for_what_runs_take(
+    policy: str, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [1000.0]
     monkeypatch.setattr("autolrs_ray.driver.live.time.monotonic", lambda: clock[0])
-    search = AutoLRSSearch(1000, num_lrs=2, slots=1)
+    options = {"stage_steps": 100, "max_stage_steps": 100} if policy == "paper" else {}
+    search = AutoLRSSearch(1000, policy=policy, num_lrs=2, slots=1, **options)
     search.desk.plan_for(1)
-    policy, screen = search.policy, StringIO()
-    assert isinstance(policy, AnchoredPolicy)
+    found, screen = search.policy, StringIO()
     live = LiveProgress(search)
     monkeypatch.setattr(live, "_console", Console(file=screen))  # no terminal: a line per change
-    for seconds, step in ((10.0, 200), (30.0, 200), (130.0, 300), (3730.0, 400)):  # resumed at step 200
-        clock[0], policy.trunks[1].step = 1000.0 + seconds, step
+    for seconds, step, steps in (
+        (10.0, 200, 0),
+        (30.0, 200, 0),
+        (130.0, 300, 50),
+        (3730.0, 400, 350),
+    ):  # resumed at 200
+        clock[0] = 1000.0 + seconds
+        if isinstance(found, AnchoredPolicy):
+            found.trunks[1].step = step
+        else:
+            monkeypatch.setattr(found, "step", step)
+        search.desk.trained(steps, float(steps))
         live.on_step_end(1, [])
-    shown = [line.rpartition("slots | ")[2] for line in screen.getvalue().splitlines()[1:]]
-    assert shown == ["0:10 gone", "2:10 gone, 15:10 left", "1:02:10 gone, 3:06:30 left"]
+    assert [line.rpartition("slots | ")[2] for line in screen.getvalue().splitlines()[1:]] == shown
 
 
 def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from ray import tune
 import autolrs_ray
 from autolrs_ray import AutoLRSScheduler, AutoLRSSearch, AutoLRSTrainable, RunResult, TrainingTask
 from autolrs_ray.core.policies import make_policy
-from autolrs_ray.private import keep_actors_warm, use_idle_workers
 from autolrs_ray.record.checkpoints import read_checkpoint
 from autolrs_ray.show.run_data import RunData
 from autolrs_ray.training.local import run_local
@@ -80,14 +78,6 @@ def test_actors_begin_in_processes_that_ray_keeps_ready(
     autolrs_ray.run(Environment, 40, num_lrs=2, storage_path=tmp_path, name="run", slots=2, progress=False)
     rows = [json.loads(row) for file in tmp_path.glob("run/*/result.json") for row in file.read_text().splitlines()]
     assert {row["own_process"] for row in rows} == {own_variables}
-
-
-def test_another_ray_without_these_internals_is_not_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    other: Any = SimpleNamespace()
-    assert not keep_actors_warm(other, None, 2, 2)
-    assert not use_idle_workers(other, AutoLRSTrainable)
-    assert not use_idle_workers(other, ClassTrainable)  # does not ask for it: nothing to say
-    assert len(caplog.messages) == 2
 
 
 def test_tune_run_with_class_api_commits_every_stage(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ FLAT = Segment("main", "main", 0, 1.0, 20, (60,), 2, "checkpoint", None, 100)
 
 def test_a_report_is_a_point_and_a_metric_to_maximise_is_negated() -> None:
     result = {"step": np.int64(30), "val_loss": np.float32(0.5), "train_loss": 2, "other": "x"}
-    assert point_of(result, FLAT, KEYS, 1.0, first=True) == Point(30, 0.5, 2.0, None)
+    assert point_of(result, FLAT, KEYS, 1.0, before=None) == Point(30, 0.5, 2.0, None)
     result = {"step": 30.0, "val_loss": 0.5, "averaged_loss": math.inf}
-    assert point_of(result, FLAT, KEYS, -1.0, first=True) == Point(30, -0.5, None, -math.inf)
+    assert point_of(result, FLAT, KEYS, -1.0, before=None) == Point(30, -0.5, None, -math.inf)
 
 
 @pytest.mark.parametrize(
@@ -33,15 +33,38 @@ def test_a_report_is_a_point_and_a_metric_to_maximise_is_negated() -> None:
         ({"step": True, "val_loss": 1.0}, TypeError, '"step" must be a whole number of optimizer steps, got True'),
         ({"step": 30, "val_loss": None}, TypeError, r'"val_loss" must be a float, got None \(NoneType\)'),
         ({"step": 30, "val_loss": 1.0, "train_loss": "1"}, TypeError, '"train_loss" must be a float'),
-        ({"step": 20, "val_loss": 1.0}, ValueError, "restored from a checkpoint at step 20 reports step 20"),
+        ({"step": 10, "val_loss": 1.0}, ValueError, "restored from a checkpoint at step 20 reports step 10"),
+        (
+            {"step": 201, "val_loss": 1.0},
+            ValueError,
+            r'"step" is 201, far past the 100 steps .*, not samples',
+        ),
+        ({"step": 30, "val_loss": 10**400}, TypeError, '"val_loss" must be a float, got an int that no float holds'),
+        (
+            {"step": 30, "val_loss": 1.0, "lr": 0.5},
+            ValueError,
+            "used the learning rate 0.5 in place of 1: leave it to AutoLRS",
+        ),
     ],
 )
 def test_a_report_that_cannot_be_used_is_refused(result: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        point_of(result, FLAT, KEYS, 1.0, first=True)
+        point_of(result, FLAT, KEYS, 1.0, before=None)
 
 
-@pytest.mark.parametrize("step", [math.nan, -1, 1.5, "3"])
+def test_a_report_of_the_state_that_was_restored_says_nothing_new() -> None:
+    result = {"step": 20, "val_loss": 1.0}
+    assert point_of(result, FLAT, KEYS, 1.0, before=None) is None
+    assert point_of(result, FLAT, KEYS, 1.0, before=20) is None
+
+
+@pytest.mark.parametrize(("before", "step"), [(50, 5), (30, 29), (10**6, 1)])
+def test_a_step_that_goes_back_within_a_trial_is_refused(before: int, step: int) -> None:
+    with pytest.raises(ValueError, match=f'"step" went back from {before} to {step} within a trial.* not of an epoch'):
+        point_of({"step": step, "val_loss": 1.0}, FLAT, KEYS, 1.0, before)
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf, -math.inf, 10**400, 2.0**60, np.float64("inf"), -1, 1.5, "3"])
 def test_steps_are_whole_numbers(step: Any) -> None:
     with pytest.raises(TypeError, match='"step" must be a whole number'):
         step_of({"step": step}, "step")
@@ -70,6 +93,8 @@ def test_another_lr_or_none_is_refused(result: dict[str, Any], message: str) -> 
 
 def test_where_there_is_nothing_to_hold_an_lr_against_any_is_taken() -> None:
     check_lr({}, FLAT, since=20, step=40)
+    check_lr({"lr": 1.001}, FLAT, since=20, step=40)
+    check_lr({"lr": None}, FLAT, since=20, step=40)
     check_lr({"lr": 9.0}, DECAY, since=100, step=130)  # a report that comes late
     check_lr({"lr": 9.0}, DECAY, since=60, step=40)  # the trial was restored from an older checkpoint
 

@@ -81,7 +81,7 @@ def test_the_record_holds_every_option_as_it_was_resolved(given: dict[str, Any],
 @pytest.fixture
 def undamaged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints that are names only."""
-    monkeypatch.setattr("autolrs_ray.driver.desk.Desk.damage", lambda self, path: "")
+    monkeypatch.setattr("autolrs_ray.driver.stored.Stored.damage", lambda self, path: "")
 
 
 @pytest.mark.parametrize("given", [{}, PAPER], ids=["anchored", "paper"])

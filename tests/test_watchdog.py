@@ -38,12 +38,12 @@ def dog() -> Watchdog:
 
 
 def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock: SimpleNamespace) -> None:
-    dog.look({}, 0)
+    dog.look({}, {})
     clock.s = 10.0
-    dog.look({}, 0)
+    dog.look({}, {})
     clock.s = 10.5
     with pytest.raises(AutoLRSError, match=r"reported nothing for 10 s \(report_timeout_s=10\)") as raised:
-        dog.look({}, 0)
+        dog.look({}, {})
     assert "last good checkpoint is /run/c (step 100)" in str(raised.value)
     assert 'resume="auto"' in str(raised.value)
 
@@ -52,10 +52,10 @@ def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(dog: Watchdog,
     for clock.s, step in ((0.0, 50), (5.0, 100)):  # a tenth of a second a step, and 900 steps to the next report
         dog.heard("a", step)
     clock.s = 5.0 + 4.0 * 90.0
-    dog.look({}, 0)
+    dog.look({}, {})
     clock.s += 0.5
     with pytest.raises(AutoLRSError, match="reported nothing for 360 s"):
-        dog.look({}, 0)
+        dog.look({}, {})
 
 
 def test_a_trial_that_never_starts_is_given_up_once_it_has_its_resources(
@@ -65,12 +65,12 @@ def test_a_trial_that_never_starts_is_given_up_once_it_has_its_resources(
     trial: Any = dog._live["a"]
     trial.status, trial.actor = Trial.PENDING, None
     for clock.s in (0.0, 1000.0):  # others have the resources
-        dog.look({}, 0)
+        dog.look({}, {})
     for clock.s, trial.actor in ((1001.0, "first"), (1011.0, "first"), (1012.0, "second"), (1022.0, "second")):
-        dog.look({}, 0)
+        dog.look({}, {})
     clock.s = 1022.5
     with pytest.raises(AutoLRSError, match=r"has not started 10 s after it got its resources: see its setup\(\)"):
-        dog.look({}, 0)
+        dog.look({}, {})
 
 
 def test_time_to_start_does_not_count_as_silence(
@@ -85,7 +85,7 @@ def test_time_to_start_does_not_count_as_silence(
         (10.0, Trial.RUNNING),
         (20.0, Trial.RUNNING),
     ):
-        dog.look({}, 0)
+        dog.look({}, {})
 
 
 @pytest.fixture
@@ -103,18 +103,18 @@ def test_a_trial_that_fits_on_no_node_ends_the_run(
     waiting: tuple[Watchdog, SimpleNamespace], clock: SimpleNamespace
 ) -> None:
     dog, cluster = waiting
-    dog.look({}, 0)
+    dog.look({}, {})
     clock.s, cluster.nodes = 50.0, [{"CPU": 2.0}]  # a node that is large enough joins, and is lost
-    dog.look({}, 0)
+    dog.look({}, {})
     clock.s, cluster.nodes = 60.0, [{"CPU": 1.0}, {"CPU": 1.0}]
-    dog.look({}, 0)
+    dog.look({}, {})
     clock.s = 120.0
-    dog.look({}, 0)
+    dog.look({}, {})
     clock.s = 120.5
     with pytest.raises(
         AutoLRSError, match=r"asks for {'CPU': 2.0} on one node, but the cluster has 2 nodes with {'CPU'"
     ):
-        dog.look({}, 0)
+        dog.look({}, {})
 
 
 def test_the_time_in_which_nodes_are_started_does_not_count_up_to_half_an_hour(
@@ -123,20 +123,20 @@ def test_the_time_in_which_nodes_are_started_does_not_count_up_to_half_an_hour(
     dog, cluster = waiting
     cluster.starting = 1
     for clock.s in range(0, 600, 7):
-        dog.look({}, 0)
+        dog.look({}, {})
     cluster.starting = 0  # the node has failed to start
     clock.s += 60
-    dog.look({}, 0)
+    dog.look({}, {})
     cluster.starting = 1  # and another is tried
     for clock.s in range(664, 1800, 7):
-        dog.look({}, 0)
+        dog.look({}, {})
     clock.s = 1900.0
     with pytest.raises(AutoLRSError, match="raise resource_timeout_s"):
-        dog.look({}, 0)
+        dog.look({}, {})
     cluster.starting = 0
     dog._infeasible_since = None
     for clock.s in (2000.0, 2059.0):
-        dog.look({}, 0)
+        dog.look({}, {})
     clock.s = 2061.0
     with pytest.raises(AutoLRSError, match="add nodes"):
-        dog.look({}, 0)
+        dog.look({}, {})

@@ -84,7 +84,7 @@ def function_trainable(config: dict[str, Any]) -> None:
 class IgnoresLR(ClassTrainable):
     def step(self) -> dict[str, Any]:
         self.lr = 0.5
-        return super().step()
+        return {**super().step(), "lr": self.config["lr"]}
 
 
 class ForgetsItsState(ClassTrainable):

@@ -11,8 +11,8 @@ class Event(StrEnum):
     Every event has "time" as well, in seconds since 1970.
     """
 
-    START = "start"  # a run begins: config, environment
-    RESUME = "resume"  # it goes on in another process: step, environment
+    START = "start"  # a run begins: config, environment, subject (what is trained)
+    RESUME = "resume"  # it goes on in another process: step, environment, subject
     EXTEND = "extend"  # it goes on to more steps: total_steps, step, lr
     PROPOSAL = "proposal"  # a learning rate is to be tried: arm, probe, stage, lr
     TRIAL = "trial"  # one keeps checkpoints of an arm: arm, folder (of the trial, in the run's)

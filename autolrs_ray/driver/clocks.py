@@ -13,9 +13,11 @@ from autolrs_ray.driver.desk import Desk
 
 @dataclass
 class _Clock:
-    """When a segment's first step began, by the wall clock, and the seconds its trial has trained and evaluated."""
+    """When a segment's first step began, by the wall clock, the step it has come to, and the seconds its trial has trained and
+    evaluated."""
 
     began: float
+    step: int
     busy_s: float = 0.0
 
 
@@ -33,8 +35,10 @@ class Clocks:
     def heard(self, trial_id: str, step: int, verdict: Verdict, result: dict[str, Any]) -> None:
         """Journal when a segment ran and how long it was busy, once it ends."""
         now, busy_s = time.time(), float(result.get("time_this_iter_s") or 0.0)
-        clock = self._clocks.setdefault(trial_id, _Clock(now - busy_s))
+        clock = self._clocks.setdefault(trial_id, _Clock(now - busy_s, self._desk.segment(trial_id).start))
         clock.busy_s += busy_s
+        self._desk.trained(step - clock.step, busy_s)
+        clock.step = step
         if verdict in (Verdict.CONTINUE, Verdict.SAVE):
             return
         del self._clocks[trial_id]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
@@ -16,19 +17,39 @@ from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.driver.actors import Actors
 from autolrs_ray.driver.clocks import Clocks
+from autolrs_ray.driver.crashes import Crash, Crashes, crash_of
 from autolrs_ray.driver.desk import Desk
+from autolrs_ray.driver.identity import subject
 from autolrs_ray.driver.keeper import CheckpointKeeper
-from autolrs_ray.driver.reports import error_of
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
 from autolrs_ray.driver.slots import Slots
 from autolrs_ray.driver.watchdog import Watchdog
-from autolrs_ray.private import drop_windows, keep_actors_warm, set_source, starting_actor, use_idle_workers
+from autolrs_ray.private import (
+    drop_windows,
+    keep_actors_warm,
+    saver_of,
+    set_source,
+    set_status,
+    starting_actor,
+    use_idle_workers,
+)
 from autolrs_ray.record.mirror import Mirror
 from autolrs_ray.trial.check import ReportsOfOneTask, check_first_trial
 from autolrs_ray.trial.trainable import writes_manifests
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
+
+MOST_AT_ONE_STEP = 10  # reports in a row of the same step: a trial that does not count its steps trains for ever
+_driving: dict[str, Coordinator] = {}  # run folder -> who has it open in this process
+NO_RESET = "Trainable runner reuse requires reset_config() to be"  # Tune's words
+
+
+def _no_reset(trial: Trial) -> AutoLRSError:
+    return AutoLRSError(
+        f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new config, return "
+        "True) or run with reuse_actors=False."
+    )
 
 
 class Coordinator:
@@ -46,21 +67,28 @@ class Coordinator:
         self._function_api = issubclass(trainable, FunctionTrainable)
         self._live: dict[str, Trial] = {}
         self._held: dict[str, Trial] = {}  # finished, or to be paused, as soon as their actors are wanted
-        self._reported: set[str] = set()  # since they were started or restored
+        self._steps: dict[str, tuple[int, int]] = {}  # since a start: step of the last report, and how often it came
+        self._crashes = Crashes()
         self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
         self._task = ReportsOfOneTask()
+        self._said_spacing = False
         self._damage = ""  # of the checkpoint that a trial was to start from
         self._went_back = 0
-        self._clocks, self._actors = Clocks(desk), Actors(desk)
+        self._clocks, self._actors = Clocks(desk), Actors(desk, self._resources)
         self._slots = Slots(desk, self._resources)
         local = storage.storage_filesystem.type_name == "local"
         folder = storage.experiment_fs_path if local else storage.experiment_driver_staging_path
         if not local:
-            desk.keep_on(Mirror(storage.storage_filesystem, storage.experiment_fs_path))
+            desk.stored.keep_on(Mirror(storage.storage_filesystem, storage.experiment_fs_path))
+        self._place, self._thread = storage.experiment_fs_path, threading.current_thread()
+        self._evict()
         self._keeper = CheckpointKeeper(desk, self._live, storage, trainable)
-        self._watchdog = Watchdog(desk, self._live, self._resources, partial(starting_actor, controller))
-        if desk.open_record(folder, writes_manifests(trainable)):
+        self._starting = partial(starting_actor, controller)
+        self._watchdog = Watchdog(desk, self._live, self._resources, self._starting)
+        desk.stored.expect_manifests(writes_manifests(trainable))
+        if desk.open_record(folder, subject(trainable, first.config)):
             self._keeper.adopt(folder)
+        _driving[self._place] = self
         self._slots.ask()
         keep_actors_warm(controller, self._resources, desk.slots, more=desk.slots)
         use_idle_workers(controller, trainable)
@@ -68,15 +96,28 @@ class Coordinator:
             # a second, while the actors start; after the record, whose warnings it would silence
             threading.Thread(target=surrogate.preload, daemon=True).start()
 
+    def _evict(self) -> None:
+        """Close the run in our folder that a Tune in this process drove, and left when it was interrupted or out of time."""
+        other = _driving.get(self._place)
+        if other is None:
+            return
+        if other._thread is not self._thread and other._thread.is_alive():
+            raise RuntimeError(
+                f"another thread of this process drives the run in {self._place}; wait for it, or choose another name"
+            )
+        other.close()
+
     def __len__(self) -> int:
         """Checkpoints that are being written."""
-        return len(self._keeper)
+        return len(self._keeper.saving)
 
     def close(self) -> None:
         """The run is over, or ends with an error: let go of what is held outside of this process."""
         self._slots.withdraw()
         self._keeper.let_go()
         self._desk.close()
+        if _driving.get(self._place) is self:
+            del _driving[self._place]
 
     # -- what Tune tells -----------------------------------------------------------------------------------------------
 
@@ -101,31 +142,68 @@ class Coordinator:
         trial.set_config({**trial.config, LR_KEY: segment.lr_at(segment.start), CONFIG_KEY: segment.to_config()})
         set_source(trial, self._keeper.source(segment.source), {self._desk.settings.time_attr: segment.start})
 
-    def ended(self, trial: Trial) -> None:
-        """The trial has been completed or removed."""
+    def ended(self, trial: Trial, result: dict[str, Any] | None = None) -> None:
+        """The trial has been completed, with its last `result`, or removed."""
+        if result is not None and self._desk.knows(trial.trial_id) and trial.trial_id not in self._held:
+            with self._desk.guard():
+                self._take_last(trial, result)
         self._drop_traces(trial.trial_id)
+
+    def _take_last(self, trial: Trial, result: dict[str, Any]) -> None:
+        """A report that the trial ended itself with (done=True, or a stop criterion): if its segment ends there too, all is
+        well. Tune has told nobody of it, and the actor is there until we return."""
+        desk, trial_id = self._desk, trial.trial_id
+        point = desk.point(result, trial_id, self._steps.get(trial_id, (None, 0))[0])
+        if point is None or point.step < desk.segment(trial_id).end:
+            return
+        path = self._keeper.last(trial, point.step)
+        verdict = desk.report(trial_id, point, can_save=path is not None)
+        self._clocks.heard(trial_id, point.step, verdict, result)
+        if path is not None and verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
+            self._keeper.adopt_last(trial, point.step, path)
+            desk.forget(trial_id)
+        elif verdict is Verdict.FINISH:
+            desk.forget(trial_id)
 
     def _drop_traces(self, trial_id: str) -> None:
         self._held.pop(trial_id, None)
-        self._reported.discard(trial_id)
+        self._steps.pop(trial_id, None)
         for helper in (self._clocks, self._keeper, self._watchdog):
             helper.drop(trial_id)
 
     def crashed(self, trial: Trial) -> None:
         """The trial has raised an error, or its actor has died. Tune may start it again."""
-        trial_id, damage = trial.trial_id, ""
-        self._desk.crashed(trial_id, error_of(trial))
-        if self._desk.knows(trial_id) and trial_id not in self._reported:
+        trial_id, crash, damage = trial.trial_id, crash_of(trial), ""
+        self._desk.crashed(trial_id, str(crash))
+        if self._desk.knows(trial_id) and trial_id not in self._steps:
             damage = self._keeper.damage_of_source(trial)
         if damage:
             self._damage = damage
             if trial.status != Trial.ERROR:  # not to be recovered by Tune: it is not the arm that has failed
                 self._desk.forget(trial_id)
-        elif trial.status == Trial.PENDING:  # it was given an idle actor, which had died, or which cannot be reset
+        elif self._desk.knows(trial_id) and not self._judge(trial, crash) and trial.status == Trial.PENDING:
+            # it was given an idle actor, which had died, or which cannot be reset
             self._actors.lost_one()
             self._start_again(trial)
         self._actors.lost(trial_id)
         self._drop_traces(trial_id)
+
+    def _judge(self, trial: Trial, crash: Crash) -> bool:
+        """Whether a crash says something by itself: of the code, of the learning rate, or that a further try is no use."""
+        desk, trial_id = self._desk, trial.trial_id
+        arm, step = desk.arm(trial_id), self._steps.get(trial_id, (desk.segment(trial_id).start, 0))[0]
+        hopeless = self._crashes.hopeless(arm, crash, trial.status == Trial.PENDING) if desk.untouched else ""
+        if NO_RESET in crash.error:
+            desk.fail(_no_reset(trial))
+        elif hopeless:
+            desk.fail(AutoLRSError(f"{hopeless}. Mend it, and run the same command again"))
+        elif crash.numeric and trial.status != Trial.PENDING:
+            desk.book_divergence(trial_id, step, str(crash))
+        elif self._crashes.again(arm, crash):
+            desk.book_failure(trial_id, f"{crash}, twice")
+        else:
+            return False
+        return True
 
     def _start_again(self, trial: Trial) -> None:
         """Within max_failures, have the arm of a trial that failed before it ran asked for anew: Tune only retries trials
@@ -145,19 +223,40 @@ class Coordinator:
         if trial_id in self._held:
             return TrialScheduler.NOOP
         self._actors.heard(trial_id, result)
-        try:
-            point = desk.point(result, trial_id, trial_id not in self._reported)
-            self._watchdog.heard(trial_id, point.step)
-            self._reported.add(trial_id)
+        with desk.guard():
+            before, count = self._steps.get(trial_id, (None, 0))
+            point = desk.point(result, trial_id, before)
+            step = desk.segment(trial_id).start if point is None else point.step
+            self._watchdog.heard(trial_id, step)
+            self._steps[trial_id] = step, count + 1 if step == before else 1
+            if count >= MOST_AT_ONE_STEP:
+                raise ValueError(
+                    f"trial {trial_id} has reported step {step} {count + 1} times in a row: "
+                    f'"{desk.settings.time_attr}" is to count optimizer steps since the beginning of the run'
+                )
+            if point is None:
+                return TrialScheduler.CONTINUE
             self._keeper.heard(trial, result)
             if warning := self._task.heard(desk.arm(trial_id), result):
                 desk.warn(warning)
+            self._look_at_spacing(trial_id, before, step)
             verdict = desk.report(trial_id, point, self._can_save(result))
-            self._clocks.heard(trial_id, point.step, verdict, result)
-        except (AutoLRSError, ValueError, TypeError) as error:
-            desk.fail(error)
-            return TrialScheduler.NOOP
-        return self._carry_out(trial, verdict, point.step, result)
+            self._clocks.heard(trial_id, step, verdict, result)
+            return self._carry_out(trial, verdict, step, result)
+        return TrialScheduler.NOOP
+
+    def _look_at_spacing(self, trial_id: str, before: int | None, step: int) -> None:
+        """Say once that reports are further apart than what is to be measured: a value counts for all boundaries it passes."""
+        segment = self._desk.segment(trial_id)
+        passed = [b for b in segment.boundaries if (segment.start if before is None else before) < b <= step]
+        if len(passed) > 1 and not self._said_spacing:
+            self._said_spacing = True
+            self._desk.warn(
+                f"reports come too seldom: {segment.arm} reported at step {step} what was to be measured at steps "
+                f"{', '.join(map(str, passed[:5]))}{', ...' * (len(passed) > 5)}; it counts at all of these. Report at the "
+                "steps that autolrs_ray.integrations.Follower names, or at least every "
+                f"{min(b - a for a, b in pairwise([segment.start, *segment.boundaries]))} steps"
+            )
 
     def _can_save(self, result: dict[str, Any]) -> bool:
         """Class trainables save when asked; function trainables only by what they attached to this report."""
@@ -176,14 +275,18 @@ class Coordinator:
             return TrialScheduler.NOOP
         if verdict is Verdict.SAVE and self._keeper.commit(trial, step):
             return TrialScheduler.CONTINUE
+        written = result.get("checkpoint_dir_name") is not None  # a function trainable attaches its checkpoint
+        save = saver_of(self._controller)
+        if save is None and not written:
+            verdict = Verdict.PAUSE
         self._keeper.expect(trial_id, step, verdict)
         if verdict is Verdict.PAUSE:
             if self._actors_suffice():
                 return TrialScheduler.PAUSE
             self._held[trial_id] = trial  # paused as soon as the other slots have actors of their own
             return TrialScheduler.NOOP
-        if result.get("checkpoint_dir_name") is None:  # a function trainable has attached its checkpoint already
-            self._controller._schedule_trial_save(trial, result=result)
+        if save is not None and not written:
+            save(trial, result=result)
         if verdict is Verdict.SAVE:
             return TrialScheduler.CONTINUE
         self._held[trial_id] = trial
@@ -195,16 +298,14 @@ class Coordinator:
         """Learn of all that has happened since the last loop; what ends the run is then the desk's `failure`."""
         if self._desk.failure is not None:
             return
-        try:
+        with self._desk.guard():
             self._keeper.collect()
             if self._damage and self._desk.trials <= set(self._live):  # or Tune is in the middle of adding trials
                 self._go_back()
             self._reconcile()
             if more := self._slots.recount():
                 keep_actors_warm(self._controller, self._resources, self._desk.slots, more=more)
-            self._watchdog.look(self._held, len(self._keeper))
-        except AutoLRSError as error:
-            self._desk.fail(error)
+            self._watchdog.look(self._held, self._keeper.saving)
         self._count_busy()
 
     def next_trial(self) -> Trial | None:
@@ -248,25 +349,29 @@ class Coordinator:
         """Some of Tune's failure paths notify nobody: look at the trials themselves."""
         desk = self._desk
         for trial_id, trial in list(self._live.items()):
-            if not trial.is_finished():
+            if not desk.knows(trial_id):
+                self._stop(trial)  # booked already, while Tune means to try again
+            elif not trial.is_finished():
                 if trial.status == Trial.PAUSED and not desk.policy.is_open(desk.arm(trial_id)):
                     self._stop(trial)  # dropped while it waited
-                continue
-            error = error_of(trial) if trial.status == Trial.ERROR else "it ended early"
-            if "reset_config" in error:
-                raise AutoLRSError(
-                    f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new "
-                    "config, return True) or run with reuse_actors=False."
-                )
-            desk.book_failure(trial_id, error)
-            self._live.pop(trial_id)
-            self._drop_traces(trial_id)
+            else:
+                if trial.status == Trial.ERROR:
+                    crash = crash_of(trial)
+                    if NO_RESET in crash.error:
+                        raise _no_reset(trial)
+                    desk.book_failure(trial_id, str(crash))
+                else:
+                    desk.forget(trial_id)  # Tune ends the experiment
+                self._live.pop(trial_id)
+                self._drop_traces(trial_id)
             if trial.status == Trial.ERROR and desk.failure is None:
                 # the run goes on; tune.run would raise at its end
-                self._controller._set_trial_status(trial, Trial.TERMINATED)
+                set_status(self._controller, trial, Trial.TERMINATED)
 
     def _actors_suffice(self) -> bool:
-        return self._actors.suffice([t for t, trial in self._live.items() if trial.status == Trial.PENDING])
+        return self._actors.suffice(
+            [trial for trial in self._live.values() if trial.status == Trial.PENDING], self._starting
+        )
 
     def _release(self) -> None:
         """Let go of finished trials once all slots have actors, so that theirs serve the next trials."""
@@ -302,6 +407,6 @@ class Coordinator:
             if trial.status == Trial.PAUSED and not trial.is_saving:
                 desk.hand_over(trial.trial_id, segment)
                 self._configure(trial, segment)
-                self._reported.discard(trial.trial_id)
+                self._steps.pop(trial.trial_id, None)
                 return trial
         return None

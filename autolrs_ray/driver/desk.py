@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict
 from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
+from autolrs_ray.driver import resume
 from autolrs_ray.driver.environment import environment
 from autolrs_ray.driver.nodes import require_shared
 from autolrs_ray.driver.reports import point_of
 from autolrs_ray.driver.settings import RunSettings
-from autolrs_ray.record.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
+from autolrs_ray.driver.stored import Stored
 from autolrs_ray.record.journal import finite, read_journal
-from autolrs_ray.record.mirror import Mirror, RunTakenError
+from autolrs_ray.record.mirror import RunTakenError
 from autolrs_ray.record.record import Record
 
 logger = logging.getLogger(__name__)
@@ -32,23 +35,24 @@ class Desk:
     """
 
     def __init__(self, settings: RunSettings) -> None:
-        self.settings = settings
+        self.settings, self.stored = settings, Stored()
         self._policy: Policy | None = None
         self._record: Record | None = None
-        self._mirror: Mirror | None = None  # the run's folder, where that is not a local one
-        self._manifests = False  # checkpoints have one, or are damaged
         self._restored = False
         self._named: set[str] = set()  # folders of trials that the journal names
         self._work: dict[str, Segment] = {}  # trial -> what it trains
         self._slots, self._busy = 1, 0
-        self._begun = False
+        self._begun, self._untouched = False, True
         self._later_slots: int | None = None
         self._promoting = False
         self._reasons: dict[str, str] = {}  # trial -> the last line of its error
         self._failure: Exception | None = None
+        self._subject: dict[str, Any] = {}
+        self._told = ""
+        self._trained_steps, self._trained_s = 0, 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_record": None, "_mirror": None}
+        return {**self.__dict__, "_record": None, "stored": Stored()}
 
     # -- what is to be done --------------------------------------------------------------------------------------------
 
@@ -80,22 +84,20 @@ class Desk:
 
     # -- the record ----------------------------------------------------------------------------------------------------
 
-    def keep_on(self, mirror: Mirror) -> None:
-        """The record belongs to a store; the first one named counts."""
-        self._mirror = self._mirror or mirror
-
-    def open_record(self, folder: str | os.PathLike[str], manifests: bool = False) -> bool:
+    def open_record(self, folder: str | os.PathLike[str], subject: dict[str, Any] | None = None) -> bool:
         """Open the run folder, write the first entry or continue what it holds. True if an earlier run goes on.
 
-        On a store (`keep_on`), that is the run folder, and `folder` is not used. manifests: every checkpoint has one.
+        On a store (`stored.mirror`), that is the run folder, and `folder` is not used.
+        subject: what is trained (:func:`~autolrs_ray.driver.identity.subject`); a run of something else is not gone on with.
         Raises RuntimeError if another process drives the run, or if the cluster's nodes do not share the folder.
         """
         if self._record is not None:
             return False
-        self._manifests = manifests
-        record = Record(folder if self._mirror is None else tempfile.mkdtemp(prefix="autolrs-"), self._mirror)
+        self._subject = subject or {}
+        mirror = self.stored.mirror
+        record = Record(folder if mirror is None else tempfile.mkdtemp(prefix="autolrs-"), mirror)
         try:
-            if self._mirror is None:
+            if mirror is None:
                 require_shared(record.folder)
             resumed = self._open(record)
         except BaseException:
@@ -109,35 +111,56 @@ class Desk:
         if not record.exists():
             if self.settings.resume is True:
                 raise FileNotFoundError(f'nothing to resume in {record}; use resume="auto" to start there')
-            record.begin({"event": Event.START, "config": self.settings.describe(), "environment": environment()})
+            start = dict(config=self.settings.describe(), environment=environment(), **self._described_subject())
+            record.begin({"event": Event.START, **start})
             return False
         if self.settings.resume is False and not self._restored:
             raise FileExistsError(
                 f'{record} holds a run already: pass resume="auto" to continue it, or choose another name'
             )
         self._continue(record, record.load_state())
-        step = self.policy.progress()["step"]
-        record.append([{"event": Event.RESUME, "step": step, "environment": environment()}])
-        record.write_state(self.settings.describe(), self.policy.state_dict())
+        progress = self.policy.progress()
+        step, total = progress["step"], progress["total_steps"]
+        record.append(
+            [{"event": Event.RESUME, "step": step, "environment": environment(), **self._described_subject()}]
+        )
+        record.write_state(self._state_config(), self.policy.state_dict())
+        done = self.policy.done
+        self._told = f"{record} is finished, {step} steps" if done else f"continuing {record} at step {step} of {total}"
         return True
 
+    def _described_subject(self) -> dict[str, Any]:
+        return {"subject": self._subject} if self._subject else {}
+
+    def _state_config(self) -> dict[str, Any]:
+        return {**self.settings.describe(), **self._described_subject()}
+
+    @property
+    def told(self) -> str:
+        """What the run that was found in the folder is continued from; "" for a new one."""
+        return self._told
+
     def _continue(self, record: Record, saved: dict[str, Any]) -> None:
-        """Go on from the state `saved`; ValueError, naming them, if its settings are others."""
-        theirs = saved["config"]
-        different = self.settings.adopt(theirs)
-        extending = self.settings.extend and [*different] == ["total_steps"]
-        if different and not extending:
-            changes = ", ".join(f"{key}: {then!r} -> {now!r}" for key, (then, now) in different.items())
-            raise ValueError(f"cannot resume the run in {record} with other settings ({changes})")
-        self._policy = self.settings.build(self._slots, theirs["total_steps"])
+        """Go on from the state `saved`; ValueError, naming it, if it is of something else than is to be done now."""
+        settings, theirs = self.settings, saved["config"]
+        extending = resume.refuse_other_settings(record, settings.adopt(theirs), settings.extend)
+        self._policy = settings.build(self._slots, theirs["total_steps"])
         self.policy.load_state_dict(saved["state"])
-        if self.settings.max_slots != theirs.get("slots"):
+        begun = self.policy.done or bool(self.policy.checkpoints())
+        self._untouched = not begun
+        warnings = resume.refuse_other_subject(
+            record, self._subject, theirs.get("subject"), begun, self.policy.done, settings.resume is True
+        )
+        if settings.max_slots != theirs.get("slots"):
             self.policy.set_concurrency(self._slots, self._later_slots)
         self._let_go_of_damaged()
+        resume.refuse_end(record, self.policy)
         if extending:
             if not isinstance(self.policy, AnchoredPolicy):
                 raise ValueError('only policy="anchored" can be extended')
-            self.policy.extend(self.settings.total_steps)
+            self.policy.extend(settings.total_steps)
+        for warning in warnings:
+            self.warn(warning)
         self._clear_book()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -145,25 +168,10 @@ class Desk:
         self._restored = True
         self.policy.load_state_dict(state)
 
-    def damage(self, path: str) -> str:
-        """What is wrong on storage with the checkpoint at `path`; "" if nothing. Raises OSError if a store does not answer."""
-        try:
-            if self._mirror is not None:
-                self._mirror.verify(path, self._manifests)
-            elif self.has_manifest(path) or not Path(path).is_dir():
-                verify_checkpoint(path)
-        except CheckpointError as error:
-            return str(error)
-        return ""
-
-    def has_manifest(self, path: str) -> bool:
-        """Whether the checkpoint in the local folder `path` has a manifest, or is damaged if it has not."""
-        return self._manifests or Path(path, MANIFEST_FILE).exists()
-
     def _let_go_of_damaged(self) -> None:
         """Checkpoints that were cut short or altered since they were written are none."""
         for path in sorted(self.policy.checkpoints()):
-            if damage := self.damage(path):
+            if damage := self.stored.damage(path):
                 logger.warning("%s", damage)
                 self.policy.lost(path)
 
@@ -209,9 +217,9 @@ class Desk:
         record, failure = self._record, ""
         try:
             record.append(events)
-            record.write_state(self.settings.describe(), self.policy.state_dict())
+            record.write_state(self._state_config(), self.policy.state_dict())
             return
-        except RunTakenError as error:
+        except (RunTakenError, TypeError, ValueError) as error:
             failure = str(error)
         except OSError as error:
             failure = (
@@ -225,10 +233,7 @@ class Desk:
         """Give the run folder free for another process."""
         if self._record is not None:
             self._record.close()
-
-    @property
-    def folder(self) -> Path | None:
-        return self._record.folder if self._record else None
+            self._record = None
 
     # -- who trains what -----------------------------------------------------------------------------------------------
 
@@ -283,16 +288,34 @@ class Desk:
 
     # -- what trials say -----------------------------------------------------------------------------------------------
 
-    def point(self, result: dict[str, Any], trial_id: str, first: bool) -> Point:
-        """A trial's report as a Point; raises ValueError or TypeError that says how to mend the trainable."""
-        return point_of(result, self.segment(trial_id), self.settings.keys, self.settings.sign, first)
+    def point(self, result: dict[str, Any], trial_id: str, before: int | None) -> Point | None:
+        """A trial's report as a Point, None if it says nothing new; before: step of the report before it.
+
+        Raises ValueError or TypeError that says how to mend the trainable.
+        """
+        return point_of(result, self.segment(trial_id), self.settings.keys, self.settings.sign, before)
 
     def report(self, trial_id: str, point: Point, can_save: bool) -> Verdict:
+        self._untouched = False
         return self.policy.report(self.arm(trial_id), point, can_save)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no trial has reported anything yet, in this life of the run or an earlier one."""
+        return self._untouched
 
     def crashed(self, trial_id: str, reason: str) -> None:
         """The trial raised `reason`; Tune may start it again."""
         self._reasons[trial_id] = reason
+
+    def book_divergence(self, trial_id: str, step: int, reason: str) -> None:
+        """The trial raised `reason` after `step`, which says what a loss of NaN would have said."""
+        arm = self.arm(trial_id)
+        self.warn(f"{arm} (LR {self.segment(trial_id).lr:.3g}) counts as diverged: {reason}")
+        with self.guard():
+            self.policy.report(arm, Point(step + 1, math.nan), can_save=False)
+        self.forget(trial_id)
+        self.persist()
 
     def reason(self, trial_id: str) -> str:
         """Why the trial crashed last; "" if it did not."""
@@ -305,11 +328,23 @@ class Desk:
         arm = self.arm(trial_id)
         self.forget(trial_id)
         self._reasons.pop(trial_id, None)
-        try:
-            self.policy.failed(arm, reason)
-        except AutoLRSError as error:
-            self.fail(error if reason in str(error) else AutoLRSError(f"{error} The last failure: {reason}"))
+        with self.guard():
+            try:
+                self.policy.failed(arm, reason)
+            except AutoLRSError as error:
+                raise error if reason in str(error) else AutoLRSError(f"{error} The last failure: {reason}") from None
         self.persist()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """What is raised within ends the run, by an error that Tune passes on, whatever it calls us from."""
+        try:
+            yield
+        except (AutoLRSError, ValueError, TypeError) as error:
+            self.fail(error)
+        except Exception as error:
+            logger.exception("an error of AutoLRS's own")
+            self.fail(AutoLRSError(f"{type(error).__name__}: {error}; please report this with the log above"))
 
     def fail(self, error: Exception) -> None:
         """End the run with `error`, raised where Tune lets it through."""
@@ -322,6 +357,15 @@ class Desk:
     def failure(self) -> Exception | None:
         """What ends the run."""
         return self._failure
+
+    def trained(self, steps: int, seconds: float) -> None:
+        """A trial has trained and evaluated for so many seconds."""
+        self._trained_steps, self._trained_s = self._trained_steps + max(0, steps), self._trained_s + seconds
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds that a step of one trial has taken so far, evaluation included; None before the first report."""
+        return self._trained_s / self._trained_steps if self._trained_steps else None
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 

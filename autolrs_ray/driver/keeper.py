@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
+from ray.tune.trainable.function_trainable import FunctionTrainable
 from ray.tune.utils import flatten_dict
 
 from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.driver.desk import Desk
-from autolrs_ray.private import set_source
+from autolrs_ray.private import actor_of, set_source
 from autolrs_ray.record.checkpoints import MANIFEST_FILE, CheckpointError, flush_checkpoint, verify_checkpoint
 from autolrs_ray.trial.shared import SharedState, SharedStates
 from autolrs_ray.trial.trainable import AutoLRSTrainable
 
 logger = logging.getLogger(__name__)
 
-SAVE_TIMEOUT_S = 900.0
 _NAME = re.compile(r"checkpoint_(step_)?\d+")  # of what Tune writes, and of what is written in the background
 # whose states other trials start from next: the stage's own, and the leading probe's, which the main trial goes on from
 _STARTED_FROM = {("main", Verdict.PAUSE), ("probe", Verdict.FINISH_AND_SAVE)}
@@ -60,14 +61,17 @@ class CheckpointKeeper:
         self._local = self._filesystem.type_name == "local"
         self._background = self._local and hasattr(trainable, "commit")
         self._flushed = issubclass(trainable, AutoLRSTrainable)
+        self._attaches = issubclass(trainable, FunctionTrainable)  # its checkpoints to its reports
         self._saving: dict[str, _Save] = {}
         self._committing: dict[str, list[tuple[int, str]]] = {}
         self._said: dict[str, str] = {}
         self._written: set[str] = set()
         self._shared = SharedStates(trainable)
 
-    def __len__(self) -> int:
-        return len(self._saving)
+    @property
+    def saving(self) -> dict[str, float]:
+        """Trials whose checkpoints Tune writes, each with when it was asked for, on the monotonic clock."""
+        return {trial_id: save.since for trial_id, save in self._saving.items()}
 
     def adopt(self, folder: str) -> None:
         """Take over what an earlier life of this run has left in `folder`, in the trials that its journal names. What else
@@ -95,7 +99,7 @@ class CheckpointKeeper:
         save = self._saving[trial_id] = _Save(step, verdict, time.monotonic())
         role = self._role(trial_id)
         if (role, verdict) in _STARTED_FROM:
-            save.shared = self._shared.ask(role, self._live[trial_id].temporary_state.ray_actor)
+            save.shared = self._shared.ask(role, actor_of(self._live[trial_id]))
         self._note_promoting()
 
     def _role(self, trial_id: str) -> str:
@@ -113,11 +117,36 @@ class CheckpointKeeper:
         """The main trial may be about to start from a probe's end state that is still being written."""
         self._desk.await_promotion(any(save.verdict is Verdict.FINISH_AND_SAVE for save in self._saving.values()))
 
+    def last(self, trial: Trial, step: int) -> str | None:
+        """Where the state of a trial at `step` is that is about to end; None if it is not to be had."""
+        attached = trial.latest_checkpoint_result
+        if attached is not None and flatten_dict(attached.metrics).get(self._desk.settings.time_attr) == step:
+            return str(attached.checkpoint.path)
+        actor = actor_of(trial)
+        if actor is None or self._attaches:
+            return None
+        try:
+            saved = ray.get(actor.save.remote(), timeout=self._desk.settings.report_timeout_s)
+        except Exception as error:  # the user's save_checkpoint, a lost process, a full disk
+            self._desk.warn(
+                f"{self._desk.arm(trial.trial_id)} ended itself at step {step}, and cannot be saved: {error}"
+            )
+            return None
+        return str(saved.checkpoint.path)
+
+    def adopt_last(self, trial: Trial, step: int, path: str) -> None:
+        """Tell the policy of what `last` has found."""
+        if damage := self._damage(path):
+            self._desk.warn(f"{self._desk.arm(trial.trial_id)}: {damage}")
+        else:
+            self._tell(trial.trial_id, step, path)
+            self.delete_unneeded()
+
     # -- written in the background -------------------------------------------------------------------------------------
 
     def commit(self, trial: Trial, step: int) -> bool:
         """Have the trial's state written while it trains on. False if it cannot: then Tune is to be asked."""
-        actor = trial.temporary_state.ray_actor
+        actor = actor_of(trial)
         if not self._background or actor is None:
             return False
         self._desk.name_folder(trial.trial_id, trial.storage.trial_dir_name)
@@ -170,10 +199,6 @@ class CheckpointKeeper:
         for trial_id, save in list(self._saving.items()):
             trial = self._live[trial_id]
             if trial.is_saving or (save.verdict is Verdict.PAUSE and trial.status == Trial.RUNNING):
-                if time.monotonic() - save.since > SAVE_TIMEOUT_S:
-                    raise AutoLRSError(
-                        f"{trial} has been writing a checkpoint for {SAVE_TIMEOUT_S:.0f} s; is the disk full?"
-                    )
                 continue
             del self._saving[trial_id]
             self._note_promoting()
@@ -217,7 +242,7 @@ class CheckpointKeeper:
                 flush_checkpoint(path)
         except CheckpointError as error:
             return str(error)
-        return _damage_by_size(path) if self._desk.has_manifest(path) else ""
+        return _damage_by_size(path) if self._desk.stored.has_manifest(path) else ""
 
     def damage_of_source(self, trial: Trial) -> str:
         """What is wrong on storage with the checkpoint that `trial`, which has failed, was to start from; "" if nothing.
@@ -228,7 +253,7 @@ class CheckpointKeeper:
         if trial.checkpoint is None or not (self._local or "CheckpointError" in reason or "on storage" in reason):
             return ""
         try:
-            return self._desk.damage(trial.checkpoint.path)
+            return self._desk.stored.damage(trial.checkpoint.path)
         except OSError as error:  # then the trial has failed because the store does not answer
             logger.warning("cannot look at the checkpoint that %s was to start from: %s", trial, error)
             return ""

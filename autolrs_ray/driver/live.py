@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autolrs_ray.core.race.policy import AnchoredPolicy
+from autolrs_ray.driver.lengths import RACE_WALL
 
 if TYPE_CHECKING:
     from autolrs_ray.driver.searcher import AutoLRSSearch
@@ -48,9 +49,11 @@ class LiveProgress(Callback):  # type: ignore[misc]
             self._first_step = progress["step"]
             name, slots = self._desk.settings.policy_name, self._desk.slots
             compute, wall = self._desk.policy.cost(slots)
+            if self._desk.told:
+                self._console.print(f"AutoLRS: {self._desk.told}", highlight=False, soft_wrap=True, markup=False)
             self._console.print(
                 f"AutoLRS {name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on {slots} slots "
-                f"(T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True,
+                f"(T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True, markup=False,
             )  # fmt: skip
         if self._console.is_terminal:
             if self._live is None:
@@ -61,7 +64,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
             change = (progress["phase"], progress["stage"], progress["step"])
             if change != self._last:
                 self._last = change
-                self._console.print(self.line(progress), highlight=False, soft_wrap=True)
+                self._console.print(self.line(progress), highlight=False, soft_wrap=True, markup=False)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         if self._live is not None:
@@ -95,9 +98,17 @@ class LiveProgress(Callback):  # type: ignore[misc]
         parts.append(f"loss {progress['loss']:.4g}" if progress["loss"] is not None else "loss -")
         parts.append(f"step {progress['step']}/{progress['total_steps']}")
         parts.append(f"{desk.busy}/{desk.slots} slots")
-        elapsed, done = time.monotonic() - self._began, progress["step"] - max(0, self._first_step)
-        left = elapsed * (progress["total_steps"] - progress["step"]) / done if done > 0 else None
-        parts.append(
-            f"{_duration(elapsed)} gone, {_duration(left)} left" if left is not None else f"{_duration(elapsed)} gone"
-        )
+        elapsed = time.monotonic() - self._began
+        left = self._left_s(progress, elapsed)
+        parts.append(f"{_duration(elapsed)} gone" + ("" if left is None else f", about {_duration(left)} left"))
         return " | ".join(parts)
+
+    def _left_s(self, progress: dict[str, Any], elapsed_s: float) -> float | None:
+        """By what a step has taken so far: of the wall-clock that runs take, what has not gone; in the end, the steps left."""
+        desk, total, step_s = self._desk, progress["total_steps"], self._desk.step_s
+        if step_s is None:
+            return None
+        race = isinstance(desk.policy, AnchoredPolicy)
+        wall = RACE_WALL[min(desk.slots, max(RACE_WALL))] if race else desk.policy.cost(desk.slots)[1]
+        still = wall * (total - max(0, self._first_step)) * step_s - elapsed_s
+        return max(still, (total - progress["step"]) * step_s)

@@ -42,6 +42,11 @@ def trials_that_fit(trial: Any, nodes: list[dict[str, float]], most: int = MOST_
     return most
 
 
+def room_now(trial: Any) -> bool:
+    """Whether what is free on the cluster, all nodes together, holds one more trial: others may have taken the rest."""
+    return _fits(dict(trial.required_resources), ray.available_resources())
+
+
 def packed(trial: Any) -> list[dict[str, float]]:
     """What has to lie on one node: the trial's bundles, or the sum of them."""
     return [trial.required_resources] if trial.strategy == "STRICT_PACK" else list(trial.bundles)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from autolrs_ray.core.segments import Segment
 _MEND = 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
 _TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
 VAL_LOSS, AVERAGED_LOSS = "val_loss", "averaged_loss"  # keys of the loss where the metric is another, to be maximised
+_MOST_STEPS = 2**53  # whole numbers that a float holds
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -28,13 +29,29 @@ class ReportKeys:
     averaged: str
 
 
-def point_of(result: dict[str, Any], segment: Segment, keys: ReportKeys, sign: float, first: bool) -> Point:
-    """A report of `segment` as a Point; sign: of the metric in the loss. first: the trial's first since it was restored.
+def point_of(
+    result: dict[str, Any], segment: Segment, keys: ReportKeys, sign: float, before: int | None
+) -> Point | None:
+    """A report of `segment` as a Point; sign: of the metric in the loss. before: step of the trial's last report since it was
+    started or restored, None for the first. None for a report of the very state that was restored: it says nothing new.
 
-    Raises ValueError for what is missing, does not follow the learning rate or was not restored, TypeError for no number.
+    Raises ValueError for what is missing, does not follow the learning rate, was not restored or goes back, TypeError for no
+    number.
     """
     step = step_of(result, keys.step)
-    if first and segment.start and step <= segment.start:
+    if before is not None and step < before:
+        raise ValueError(
+            f'"{keys.step}" went back from {before} to {step} within a trial: it is to count optimizer steps since the '
+            "beginning of the run, not of an epoch"
+        )
+    if segment.total_steps and step > 2 * segment.total_steps:
+        raise ValueError(
+            f'"{keys.step}" is {step}, far past the {segment.total_steps} steps of the run: count optimizer steps, not samples '
+            "or batches of a part of the data, and give total_steps in the same unit"
+        )
+    if segment.start and step == segment.start:
+        return None
+    if before is None and step < segment.start:
         raise ValueError(
             f"a trial restored from a checkpoint at step {segment.start} reports step {step}: the trainable does not "
             f'restore its state. Save "{keys.step}", model and optimizer, and load them in load_checkpoint (class) '
@@ -56,20 +73,24 @@ def step_of(result: dict[str, Any], key: str) -> int:
             f"report or name another key by time_attr. Reported: {sorted(result)}"
         )
     step = result[key]
-    if isinstance(step, bool) or not isinstance(step, _NUMBERS) or not step >= 0 or step != int(step):
+    if isinstance(step, bool) or not isinstance(step, _NUMBERS) or not 0 <= step < math.inf or step != int(step):
         raise TypeError(f'"{key}" must be a whole number of optimizer steps, got {step!r}')
+    if step > _MOST_STEPS:
+        raise TypeError(f'"{key}" must be a whole number of optimizer steps, got one above 2**53')
     return int(step)
 
 
 def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) -> None:
     """Refuse a report, at `step`, of an LR that the envelope did not have between `since` and `step`.
 
-    A trainable that reads config["lr"] once would never decay. Past the segment's end, and where a trial has gone back to
-    before `since`, there is nothing to hold the LR against. Raises ValueError, or TypeError if the LR is no number.
+    A trainable that reads config["lr"] once would never decay, and one with a scheduler of its own would not train at what is
+    being tried. Where the LR stays the same, it need not be reported. Past the segment's end, and where a trial has gone back
+    to before `since`, there is nothing to hold the LR against. Raises ValueError, or TypeError if the LR is no number.
     """
-    if segment.envelope is None or (segment.envelope == "constant" and not segment.warmup_steps):
-        return
+    constant = segment.envelope is None or segment.envelope == "constant"
     if result.get("lr") is None:
+        if constant and not segment.warmup_steps:
+            return
         raise ValueError(f"the learning rate follows an envelope, but the trainable reports no lr: {_MEND}")
     used, since = _number(result, "lr"), max(segment.start, since)
     if not since < step <= segment.end:
@@ -77,10 +98,12 @@ def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) ->
     turn = min(max(since, segment.warmup_steps), step)  # where the LR is highest, if a warm-up ends in between
     right = [segment.lr_at(at) for at in (since, turn, step)]
     if not min(right) * (1.0 - _TOLERANCE) <= used <= max(right) * (1.0 + _TOLERANCE):
-        raise ValueError(
-            f"at step {step} the trainable used the learning rate {used:.4g}; the envelope gives {right[0]:.4g} at step "
-            f"{since} and {right[-1]:.4g} now: {_MEND}"
-        )
+        what = f"at step {step} the trainable used the learning rate {used:.4g}"
+        if min(right) < max(right):
+            wanted = f"; the envelope gives {right[0]:.4g} at step {since} and {right[-1]:.4g} now: "
+        else:
+            wanted = f" in place of {right[0]:.4g}: leave it to AutoLRS, without a scheduler of your own, and "
+        raise ValueError(what + wanted + _MEND)
 
 
 def _number(result: dict[str, Any], key: str) -> float:
@@ -89,13 +112,7 @@ def _number(result: dict[str, Any], key: str) -> float:
     value = result[key]
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f'"{key}" must be a float, got {value!r} ({type(value).__name__}); call .item() on tensors')
-    return float(value)
-
-
-def error_of(trial: Any) -> str:
-    """The last line of a Tune trial's error file, where the exception stands."""
     try:
-        lines = Path(trial.error_file).read_text().split("\n")
-    except (OSError, TypeError):
-        return "it raised an error"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it raised an error")
+        return float(value)
+    except OverflowError:
+        raise TypeError(f'"{key}" must be a float, got an int that no float holds') from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.util.client import ray as client
 
+from autolrs_ray.core.checks import require_int
+from autolrs_ray.driver.identity import refuse_search_spaces
 from autolrs_ray.driver.live import LiveProgress
 from autolrs_ray.driver.scheduler import AutoLRSScheduler
 from autolrs_ray.driver.searcher import AutoLRSSearch
@@ -38,7 +42,7 @@ def run(
     resume: bool | str = "auto",
     max_failures: int = 3,
     reuse_actors: bool = True,
-    seed: int = 0,
+    seed: int | None = None,
     callbacks: list[tune.Callback] | None = None,
     progress: bool = True,
     **search: Any,
@@ -49,15 +53,26 @@ def run(
     then a trial of its own trains a few steps first, which are counted or timed.
 
     trainable: a function `build(config) -> TrainingTask`, an AutoLRSTrainable, or any Tune trainable (class, or function
-    that calls tune.report). config: passed on to it, with "seed". resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
+    that calls tune.report). config: passed on to it, with "seed" (0, unless it is given here or there); one value for each
+    key. A run of the same name with another trainable or config is not taken for this one.
+    resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
     workers: processes that train each trial together (torch's DistributedDataParallel); `resources` are then of each.
     name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`). storage_path is a
     folder that all nodes share, or a URI such as s3://bucket/runs.
     max_failures: how often a crashed trial is started again. search: every option of :class:`AutoLRSSearch`.
 
-    Raises what AutoLRSSearch raises for bad options, and AutoLRSError if the run cannot go on.
+    Raises what AutoLRSSearch raises for bad options, AutoLRSError if the run cannot go on, and KeyboardInterrupt, with the
+    step, where it was stopped by Ctrl-C.
     """
+    if client.is_connected():
+        raise RuntimeError(
+            "autolrs_ray.run does not go through Ray Client (ray://): the run's folder has to be seen from where it is called. "
+            "Run the script on the cluster, with `ray job submit`, or on a node of it with ray.init()"
+        )
     storage = normal(storage_path)
+    config = dict(config or {})
+    refuse_search_spaces(config)
+    config["seed"] = seed = _seed(config, seed)
     if builds_task(trainable):
         resources = resources if resources is not None else getattr(trainable, "_resources", None)  # of with_resources
         trainable = trainable_for(trainable, workers=workers)
@@ -70,20 +85,20 @@ def run(
     if resources is not None:
         trainable = tune.with_resources(trainable, resources)
     if total_steps is None or epochs is not None or hours is not None:
-        given = {**(config or {}), "seed": seed}
-        total_steps = _length(trainable, total_steps, epochs, hours, given, storage, name, search, reuse_actors)
+        total_steps = _length(trainable, total_steps, epochs, hours, config, storage, name, search, reuse_actors)
     searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
     if is_uri(storage):
-        searcher.desk.keep_on(Mirror.at(join(storage, name)))
+        searcher.desk.stored.keep_on(Mirror.at(join(storage, name)))
     reports = [LiveProgress(searcher)] if progress else []
     with _settings(TUNE_GLOBAL_CHECKPOINT_S="60", RAY_AIR_NEW_OUTPUT="0"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
+        registered = _register(trainable)
         try:
             tune.run(
-                trainable,
+                registered,
                 name=name,
                 storage_path=storage,
-                config={**(config or {}), "seed": seed},
+                config=config,
                 search_alg=searcher,
                 scheduler=AutoLRSScheduler(),
                 num_samples=-1,
@@ -98,7 +113,29 @@ def run(
             )
         finally:
             searcher.close()  # or the folder stays locked while anyone holds on to an error's traceback
+    if not searcher.policy.done:  # Tune has taken the Ctrl-C for itself
+        state = searcher.policy.progress()
+        raise KeyboardInterrupt(
+            f"interrupted at step {state['step']} of {state['total_steps']}; the same command continues"
+        )
     return RunResult.load(join(storage, name))
+
+
+def _seed(config: dict[str, Any], seed: int | None) -> int:
+    """The seed of the run, given by itself or in `config`; ValueError for two."""
+    given = config.get("seed", seed)
+    if seed is not None and given != seed:
+        raise ValueError(f'two seeds: config["seed"] = {given!r} and seed={seed!r}; give one of them')
+    return require_int("seed", 0 if given is None else given, 0)
+
+
+def _register(trainable: Any) -> str:
+    """Register `trainable` with Tune under a name that no other run of this program has: by their own names, the second of two
+    functions that are both called "build" would take the first one's place."""
+    wrapped = getattr(trainable, "__name__", type(trainable).__name__)
+    name = f"{re.sub(r'[^A-Za-z0-9_-]', '', wrapped)}-{uuid.uuid4().hex[:8]}"
+    tune.register_trainable(name, trainable)
+    return name
 
 
 def _length(

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Repeater
 
 from autolrs_ray.driver.coordinator import Coordinator
 from autolrs_ray.driver.searcher import PAIR_HELP, AutoLRSSearch
+from autolrs_ray.private import controller_of
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -44,6 +46,10 @@ class AutoLRSScheduler(TrialScheduler):
         algorithm: Any = controller.search_alg
         search = algorithm
         while search is not None and not isinstance(search, AutoLRSSearch):
+            if isinstance(search, Repeater):
+                raise ValueError(
+                    "a Repeater trains every learning rate several times: start runs with other seeds instead"
+                )
             search = getattr(search, "searcher", None)
         if search is None:
             raise RuntimeError(f"AutoLRSScheduler runs with {type(algorithm).__name__}. {PAIR_HELP}")
@@ -57,7 +63,7 @@ class AutoLRSScheduler(TrialScheduler):
         return search
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        controller = getattr(tune_controller, "_tune_controller", tune_controller)
+        controller = controller_of(tune_controller)
         if self._search is None:
             self._search = self._find_search(controller)
         if self._coordinator is None:
@@ -70,7 +76,7 @@ class AutoLRSScheduler(TrialScheduler):
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
         if self._coordinator is not None:
-            self._coordinator.ended(trial)
+            self._coordinator.ended(trial, result)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         if self._coordinator is not None:

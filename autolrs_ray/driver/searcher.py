@@ -10,12 +10,14 @@ from ray.tune.search import Searcher
 from autolrs_ray.core.policy import Policy
 from autolrs_ray.driver.coordinator import Coordinator
 from autolrs_ray.driver.desk import Desk
+from autolrs_ray.driver.identity import refuse_search_spaces
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY, RunSettings
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.experiment import Trial
 
+USED = "this AutoLRSSearch has driven a run already: make a new one for every tune.run or Tuner"
 PAIR_HELP = "Pass search_alg=AutoLRSSearch(...) and scheduler=AutoLRSScheduler() together, with num_samples=-1"
 
 
@@ -72,6 +74,7 @@ class AutoLRSSearch(Searcher):
         super().__init__(metric=metric, mode=mode)
         self.desk = Desk(settings)
         self._coordinator: Coordinator | None = None  # once the scheduler has found us
+        self._finished = False  # Tune has been told
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coordinator": None}
@@ -83,6 +86,9 @@ class AutoLRSSearch(Searcher):
 
     def coordinate(self, controller: TuneController, first: Trial) -> Coordinator:
         """Begin or continue the run, now that its first trial is there; for the scheduler."""
+        if self._coordinator is not None:
+            self.close()
+            raise RuntimeError(USED)
         self._coordinator = Coordinator(self.desk, controller, first)
         return self._coordinator
 
@@ -98,6 +104,7 @@ class AutoLRSSearch(Searcher):
         """Take metric and mode from TuneConfig and the interval from ``param_space["lr"]``."""
         self.desk.take_metric(metric, mode)
         self.desk.take_interval(config.get(LR_KEY))
+        refuse_search_spaces(config)
         return True
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
@@ -114,6 +121,9 @@ class AutoLRSSearch(Searcher):
         if self.desk.trials and self._coordinator is None:
             raise RuntimeError(f"AutoLRSSearch runs without its scheduler. {PAIR_HELP}")
         if self.policy.done:
+            if self._finished:  # Tune asks no more in the experiment that was told so
+                raise RuntimeError(USED)
+            self._finished = True
             return Searcher.FINISHED  # type: ignore[no-any-return]
         segment = self.desk.assign(trial_id)
         return None if segment is None else {LR_KEY: segment.lr_at(segment.start), CONFIG_KEY: segment.arm}
@@ -127,7 +137,11 @@ class AutoLRSSearch(Searcher):
         if error:
             reason = self.desk.reason(trial_id) or "it raised an error"
         else:
-            reason = f"it ended early, at step {(result or {}).get(self.desk.settings.time_attr)}"
+            step = (result or {}).get(self.desk.settings.time_attr)
+            reason = (
+                f"it ended early, at step {step} of {self.policy.total_steps}: by returning or reporting done, a stop "
+                "criterion of Tune's, or an early-stopping callback or limit of its own"
+            )
         self.desk.book_failure(trial_id, reason)
 
     # -- Tune's snapshots ----------------------------------------------------------------------------------------------
@@ -137,10 +151,18 @@ class AutoLRSSearch(Searcher):
             json.dump({"config": self.desk.settings.describe(), "state": self.policy.state_dict()}, file)
 
     def restore(self, checkpoint_path: str) -> None:
-        """Continue a snapshot of Tune's. The run folder's own state, written at every decision, goes before it."""
+        """Continue a snapshot that `save` wrote, on a new instance. The run folder's own state, written at every decision, goes
+        before it."""
         with open(checkpoint_path) as file:
             saved = json.load(file)
         self.desk.restore(saved["state"])
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Refuse Tune's own resume: it would copy old files of the run over newer ones. Raises RuntimeError."""
+        raise RuntimeError(
+            "a run of AutoLRS is not continued by resume=True of tune.run or by Tuner.restore: run the same command without "
+            'them, with AutoLRSSearch(..., resume="auto")'
+        )
 
     def debug_string(self) -> str:
         progress, desk = self.policy.progress(), self.desk

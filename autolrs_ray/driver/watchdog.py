@@ -13,7 +13,7 @@ from autolrs_ray.core.policy import AutoLRSError
 from autolrs_ray.core.segments import next_report
 from autolrs_ray.driver.desk import Desk
 from autolrs_ray.driver.nodes import describe_shortage, node_resources, trials_that_fit
-from autolrs_ray.private import nodes_starting
+from autolrs_ray.private import actor_of, nodes_starting
 
 IDLE_S = 10.0  # longest the controller may have nothing running, nothing pending and nothing to start
 START_S = 1800.0  # longest an autoscaler may be said to start nodes without one that a trial fits on
@@ -31,6 +31,7 @@ class Watchdog:
         self._seen: dict[str, float] = {}
         self._starting: dict[str, tuple[Any, float]] = {}  # trial -> the actor that it waits for, and since when
         self._steps: dict[str, int] = {}  # at the last report
+        self._given_up: set[str] = set()
         self._pace_s = 0.0  # seconds per step of the slowest stretch between two reports so far
         self._idle_since: float | None = None
         self._infeasible_since: float | None = None
@@ -50,6 +51,7 @@ class Watchdog:
         self._starting.pop(trial_id, None)
         self._seen.pop(trial_id, None)
         self._steps.pop(trial_id, None)
+        self._given_up.discard(trial_id)
 
     def _timeout_s(self, trial_id: str) -> float:
         """report_timeout_s, or more where the next report lies further ahead: runs may take days."""
@@ -58,8 +60,8 @@ class Watchdog:
         expected_s = self._pace_s * (next_report(segment, step) - step)
         return max(self._desk.settings.report_timeout_s, PATIENCE * expected_s)
 
-    def look(self, held: dict[str, Trial], saving: int) -> None:
-        """`held`: finished trials, whose silence is right. `saving`: checkpoints that are being written."""
+    def look(self, held: dict[str, Trial], saving: dict[str, float]) -> None:
+        """`held`: finished trials, whose silence is right. `saving`: since when the checkpoints of trials are being written."""
         now, running = time.monotonic(), 0
         for trial_id, trial in self._live.items():
             if trial.status != Trial.RUNNING:
@@ -68,6 +70,10 @@ class Watchdog:
                 continue
             running += 1
             self._starting.pop(trial_id, None)
+            if now - saving.get(trial_id, now) > self._desk.settings.report_timeout_s:
+                what = f"has been writing a checkpoint for {now - saving[trial_id]:.0f} s: does the storage answer, is it full?"
+                self._give_up(trial, actor_of(trial), what)
+                continue
             silent = now - self._seen.setdefault(trial_id, now)
             if (
                 trial_id not in held
@@ -75,7 +81,7 @@ class Watchdog:
                 and silent > self._timeout_s(trial_id)
             ):
                 self.heard(trial_id)
-                self._give_up(trial, trial.temporary_state.ray_actor, f"has reported nothing for {silent:.0f} s")
+                self._give_up(trial, actor_of(trial), f"has reported nothing for {silent:.0f} s")
         pending = any(trial.status == Trial.PENDING for trial in self._live.values())
         self._check_resources(pending and not running, now)
         self._check_standstill(not running and not saving and not pending, now)
@@ -94,13 +100,17 @@ class Watchdog:
             )
 
     def _give_up(self, trial: Trial, actor: Any, what: str) -> None:
+        if trial.trial_id in self._given_up:
+            return  # Tune has not noticed yet
         desk, arm = self._desk, self._desk.arm(trial.trial_id)
         message = f"{arm} {what} (report_timeout_s={desk.settings.report_timeout_s:g})"
         if arm == "main":
             raise AutoLRSError(f"the main trial {message}. The {desk.policy.last_good(arm)}. {desk.policy.progress()}")
+        if actor is None:
+            raise AutoLRSError(f"{message}, and this version of Ray does not let AutoLRS end it")
         desk.warn(message)
-        if actor is not None:
-            ray.kill(actor)  # Tune retries or ends the trial; its actor is not reused
+        self._given_up.add(trial.trial_id)
+        ray.kill(actor)  # Tune retries or ends the trial; its actor is not reused
 
     def _check_resources(self, waiting: bool, now: float) -> None:
         """`waiting`: trials are pending and none runs. While an autoscaler starts nodes, the time does not count."""

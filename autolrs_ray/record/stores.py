@@ -25,11 +25,11 @@ def is_uri(path: str | os.PathLike[str]) -> bool:
 
 
 def normal(path: str | os.PathLike[str]) -> str:
-    """`path` as an absolute local path, or as the URI it is. file:// becomes a local path."""
+    """`path` as an absolute local path, ~ meaning the home folder, or as the URI it is. file:// becomes a local path."""
     text = os.fspath(path)
     if text.startswith("file://"):
         return urlsplit(text).path
-    return text if is_uri(text) else Path(text).resolve().as_posix()
+    return text if is_uri(text) else Path(text).expanduser().resolve().as_posix()
 
 
 def join(base: str, *parts: str) -> str:
