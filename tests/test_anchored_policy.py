@@ -49,9 +49,9 @@ def test_the_smallest_lr_says_what_an_untrained_model_reads():
     assert next_report(largest, 0) == 20
     for step, loss, train in ((5, 2.0, 1.9), (10, 2.1, 2.1), (15, 1.9, 2.0), (20, 1.8, 2.0)):
         policy.report("t00", Point(step, loss, train))
-    assert policy.untrained.score == 2.1
-    assert policy.untrained.train == pytest.approx(2.0)
-    assert policy.untrained.noise == pytest.approx(3.18 * math.sqrt(0.02 / 3) * math.sqrt(1.25))
+    assert policy.baseline.untrained.score == 2.1
+    assert policy.baseline.untrained.train == pytest.approx(2.0)
+    assert policy.baseline.untrained.noise == pytest.approx(3.18 * math.sqrt(0.02 / 3) * math.sqrt(1.25))
 
 
 def test_noise_is_that_of_means_over_quarters_however_often_a_trainable_reports():

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from autolrs_ray.core.checks import require_bool, require_float, require_int
 from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, bin_centred_grid, envelope_factor
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, finite_or_inf, refuse_ignored_lr, way_on
+from autolrs_ray.core.race.ahead import ahead_of
+from autolrs_ray.core.race.baseline import Baseline, baseline_of
 from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
-from autolrs_ray.core.race.readings import final_of, score_of, untrained_by
-from autolrs_ray.core.race.rule import Course, Reading, Untrained, walk
+from autolrs_ray.core.race.readings import final_of, score_of
+from autolrs_ray.core.race.rule import Course, Reading, walk
+from autolrs_ray.core.race.trouble import caveat, fails_everywhere, forgive, none_left
 from autolrs_ray.core.race.trunk import ENDED, Trunk
 from autolrs_ray.core.segments import Segment
 
 HOLDS = {"wsd": 0.4, "constant": 1.0}
 """Envelopes that begin with a hold at 1, and the fraction of the run it lasts: runs under them can be extended."""
-
-AHEAD_UNTIL = 0.12
-"""Share of the run up to which free slots run trunks ahead."""
 
 
 @dataclass
@@ -47,10 +46,7 @@ class AnchoredPolicy(Policy):
 
     # durable state
     trunks: list[Trunk] = field(default_factory=list, init=False)
-    untrained: Untrained | None = field(default=None, init=False)
-    early: list[Point] = field(
-        default_factory=list, init=False
-    )  # reports of the smallest LR, until `untrained` is known
+    baseline: Baseline = field(default_factory=Baseline, init=False)
     phase: str = field(default="race", init=False)
     heir: int | None = field(default=None, init=False)  # the one trunk of a race that is over and was extended
     plan: RacePlan = field(init=False)
@@ -60,8 +56,6 @@ class AnchoredPolicy(Policy):
     # volatile
     _course: Course = field(init=False, repr=False)
     _boundaries: tuple[int, ...] = field(default=(), init=False, repr=False)
-    _points: dict[str, list[Point]] = field(default_factory=dict, init=False, repr=False)
-    _moved: bool = field(default=False, init=False, repr=False)  # the scores of the smallest LR are not all the same
     _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,10 +111,9 @@ class AnchoredPolicy(Policy):
             if trunk.held is None:
                 raise ValueError("the checkpoint at the end of the hold is lost: the run cannot be extended")
             (trunk.step, trunk.checkpoint), trunk.previous = trunk.held, None
-        trunk.status, trunk.saved_loss, trunk.since = "open", None, []
+        trunk.status, trunk.saved_loss, trunk.points = "open", None, []
         self.total_steps, self.phase, self.heir = total_steps, "race", alive[0]
         self._boundaries = self._lay_boundaries()
-        self._points.clear()
         self.emit(Event.EXTEND, total_steps=total_steps, step=trunk.step, lr=trunk.lr)
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
@@ -153,25 +146,11 @@ class AnchoredPolicy(Policy):
             return {alone: self.total_steps} if self.trunks[alone].step < self.total_steps else {}
         return {i: self.plan.step(rung) for i, rung in self._course.missing.items()}
 
-    def _front(self, i: int) -> int:
-        """How far trunk `i` has come: its last commit, or the last rung at which it was read."""
-        return max(self.trunks[i].step, *self._passed(i), 0)
-
-    def _passed(self, i: int) -> list[int]:
-        return [
-            self.plan.step(rung) for rung, reading in self.trunks[i].readings.items() if math.isfinite(reading.score)
-        ]
-
     def _ahead(self, slots: int) -> list[int]:
-        """Trunks that `slots` slots which the rule leaves over run ahead: the next below those in play."""
-        decisions, play = self._course.decisions, self._course.play
-        settled = bool(decisions) and decisions[-1].rung >= self.plan.settled
-        if not self.run_ahead or settled or self.done or self.heir is not None or self._course.winner is not None:
+        """Trunks that `slots` slots which the rule leaves over run ahead."""
+        if not self.run_ahead or self.done or self.heir is not None:
             return []
-        lowest = max(play, default=0) if self.untrained is None else min(play, default=0)
-        nearest = [i for i in reversed(range(lowest)) if self.trunks[i].active and i not in play][:slots]
-        end = max((step for step in self.plan.steps if step <= round(AHEAD_UNTIL * self.total_steps)), default=0)
-        return [i for i in nearest if self._front(i) < end]
+        return ahead_of(self.trunks, self._course, self.plan, not self.baseline.known, slots)
 
     def _left_over(self) -> int:
         """Slots beside those of the trunks in play, which are two at least before the race has settled."""
@@ -185,7 +164,7 @@ class AnchoredPolicy(Policy):
     def _segment(self, i: int) -> Segment:
         trunk = self.trunks[i]
         boundaries = tuple(boundary for boundary in self._boundaries if boundary > trunk.step)
-        until = self.plan.step(self.plan.first) if self.untrained is None and i == self._baseline() else 0
+        until = self.plan.step(self.plan.first) if not self.baseline.known and i == baseline_of(self.trunks) else 0
         reports = tuple(FIRST_READINGS if boundary <= until else 1 for boundary in boundaries)
         return Segment(_arm(i), "trunk", 0, trunk.lr, trunk.step, boundaries, reports, trunk.checkpoint,
                        self.envelope, self.total_steps, self.warmup_steps)  # fmt: skip
@@ -197,12 +176,13 @@ class AnchoredPolicy(Policy):
         trunk = self.trunks[i]
         if self.done or not trunk.active:
             return Verdict.FINISH
-        crossed = self._record(arm, trunk, point)
+        before = trunk.hear(point)
+        crossed = [boundary for boundary in self._boundaries if before < boundary <= point.step]
         if not math.isfinite(score_of(point)):
             self._break(i, "diverged")
             return Verdict.FINISH
-        if self.untrained is None and i == self._baseline():
-            self._listen(point)
+        if not self.baseline.known and i == baseline_of(self.trunks):
+            self.baseline.hear(point)
         if self.heir is None:
             for rung, step in zip(self.plan.fractions, self.plan.steps, strict=True):
                 if step in crossed and rung not in trunk.readings:
@@ -213,43 +193,17 @@ class AnchoredPolicy(Policy):
                 return Verdict.FINISH
         return self._rest(i, point, can_save) if crossed or arm in self._unsaved else Verdict.CONTINUE
 
-    def _record(self, arm: str, trunk: Trunk, point: Point) -> list[int]:
-        """Take the point in; return the boundaries crossed since the one before it."""
-        points = self._points.setdefault(arm, [Point(step, math.nan, train) for step, train in trunk.since])
-        while points and points[-1].step >= point.step:  # the trial was restarted and goes over old ground
-            points.pop()
-        before = max(trunk.step, points[-1].step if points else 0)
-        points.append(point)
-        return [boundary for boundary in self._boundaries if before < boundary <= point.step]
-
     def _read(self, i: int, rung: float, point: Point) -> None:
         """Note what trunk `i` reads at `rung`."""
-        trunk, arm = self.trunks[i], _arm(i)
+        trunk = self.trunks[i]
         index = self.plan.fractions.index(rung)
         final = None if point.guide is None else finite_or_inf(final_of(point))
-        reading = Reading(score_of(point), self._train_loss(arm, self.plan.steps[index - 1] if index else 0), final)
+        reading = Reading(score_of(point), trunk.train_loss(self.plan.steps[index - 1] if index else 0), final)
         trunk.readings[rung] = reading
-        self.emit(Event.RUNG, arm=arm, probe=i, lr=trunk.lr, step=self.plan.steps[index], rung=rung, score=reading.score,
+        self.emit(Event.RUNG, arm=_arm(i), probe=i, lr=trunk.lr, step=self.plan.steps[index], rung=rung, score=reading.score,
                   loss=point.loss, averaged_loss=point.averaged_loss, train_loss=reading.train)  # fmt: skip
-        enough = len(self.early) >= FIRST_READINGS or rung == self.plan.fractions[-1]
-        if self.untrained is None and i == self._baseline() and enough:
-            self._know_untrained()
-
-    def _train_loss(self, arm: str, since: int) -> float | None:
-        """Mean training loss per step, up to the last report, from the report on at which the step `since` was passed."""
-        points = self._points[arm]
-        start = next((n for n, point in enumerate(points) if point.step >= since > 0), None)
-        spans = list(
-            pairwise([Point(self.trunks[int(arm[1:])].step, 0.0), *points] if start is None else points[start:])
-        )
-        losses = [(later.step - earlier.step, later.train_loss) for earlier, later in spans]
-        losses = losses or [(1, points[-1].train_loss)]
-        known = [(steps, loss) for steps, loss in losses if loss is not None and steps > 0]
-        return sum(steps * loss for steps, loss in known) / sum(steps for steps, _ in known) if known else None
-
-    def _baseline(self) -> int | None:
-        """The smallest LR that has not come to grief: what it reads at first is an untrained model's."""
-        return next((i for i, trunk in enumerate(self.trunks) if not trunk.broken), None)
+        if i == baseline_of(self.trunks):
+            self.baseline.conclude(at_end=rung == self.plan.fractions[-1])
 
     def _rest(self, i: int, point: Point, can_save: bool) -> Verdict:
         """The verdict at a boundary, or at the first report after it whose state can be saved."""
@@ -277,7 +231,7 @@ class AnchoredPolicy(Policy):
 
     def _walk(self) -> Course:
         """Ask the rule how far what has been read carries the race."""
-        return walk([trunk.readings for trunk in self.trunks], self.untrained, self.plan)
+        return walk([trunk.readings for trunk in self.trunks], self.baseline.untrained, self.plan)
 
     def _settle(self) -> None:
         """Draw every conclusion that what is known allows: who goes on, the end, or that there is none."""
@@ -286,25 +240,8 @@ class AnchoredPolicy(Policy):
             self._announce()
             self._sort_out()
             if not self._course.missing and self._course.winner is None:
-                self._fail()
+                raise none_left(self.trunks)
         self._finish_if_won()
-
-    def _listen(self, point: Point) -> None:
-        """Note a report of the smallest LR, of which the first few are an untrained model's."""
-        self.early = [*(earlier for earlier in self.early if earlier.step < point.step), point]
-
-    def _know_untrained(self) -> None:
-        self.untrained = untrained_by(self.early)
-        self._moved = len({score_of(point) for point in self.early}) > 1
-        self.early = []
-
-    def _take_baseline(self) -> None:
-        """The smallest LR has come to grief: the next stands in for it, which may have been read already."""
-        i = self._baseline()
-        readings = {} if i is None else self.trunks[i].readings
-        self.early = [Point(self.plan.step(rung), r.score, r.train) for rung, r in readings.items()]
-        if len(self.early) >= FIRST_READINGS:
-            self._know_untrained()
 
     def _announce(self) -> None:
         for decision in self._course.decisions[self.decided :]:
@@ -312,7 +249,11 @@ class AnchoredPolicy(Policy):
             if self.decided == 0:
                 seen = [(i, self.trunks[i].readings[decision.rung]) for i in field_]
                 refuse_ignored_lr(
-                    [(self.trunks[i].lr, r.score, r.train, self._moved) for i, r in seen if math.isfinite(r.score)]
+                    [
+                        (self.trunks[i].lr, r.score, r.train, self.baseline.moved)
+                        for i, r in seen
+                        if math.isfinite(r.score)
+                    ]
                 )
             score = self.trunks[decision.leader].readings[decision.rung].score
             self.emit(Event.DECISION, step=self.plan.step(decision.rung), rung=decision.rung, score=score,
@@ -343,14 +284,11 @@ class AnchoredPolicy(Policy):
             return
         trunk.status = status
         if status in ENDED:
-            self._forget(_arm(i))
+            trunk.points = []
+            self._unsaved.discard(_arm(i))
         if status == "waiting":
             trunk.previous = None
         self.emit(Event.TRUNK, arm=_arm(i), probe=i, lr=trunk.lr, status=status, step=trunk.step)
-
-    def _forget(self, arm: str) -> None:
-        self._points.pop(arm, None)
-        self._unsaved.discard(arm)
 
     def _tell(self, i: int, message: str) -> None:
         self.emit(Event.WARNING, stage=0, arm=_arm(i), message=f"LR {self.trunks[i].lr:.3g}: {message}")
@@ -361,20 +299,14 @@ class AnchoredPolicy(Policy):
         if self.heir is None:
             rung = next((rung for rung in self.plan.fractions if rung not in trunk.readings), self.plan.fractions[-1])
             trunk.readings[rung] = Reading(math.inf)
-        baseline = i == self._baseline()
+        baseline = i == baseline_of(self.trunks)
         self._turn(i, status)
         if self.heir is not None:
-            self._fail()
-        if baseline and self.untrained is None:
-            self._take_baseline()
+            raise none_left(self.trunks)
+        if baseline and not self.baseline.known:
+            following = baseline_of(self.trunks)
+            self.baseline.stand_in(None if following is None else self.trunks[following], self.plan)
         self._settle()
-
-    def _fail(self) -> None:
-        tried = ", ".join(f"{trunk.lr:.3g} ({trunk.status})" for trunk in self.trunks)
-        raise AutoLRSError(
-            f"no learning rate is left in the race: {tried}. Lower lr_interval, or look at the loss and the data of the "
-            "first steps; the trials' error files say more."
-        )
 
     def _finish_if_won(self) -> None:
         winner = self._course.winner if self.heir is None else self.heir
@@ -383,19 +315,11 @@ class AnchoredPolicy(Policy):
         trunk = self.trunks[winner]
         self.phase, trunk.status = "done", "won"
         if self.heir is None:
-            self._judge_outcome(winner)
+            judged = self._course.decisions[-1].judged
+            if warning := caveat(winner, self.num_lrs, judged, self.lr_interval):
+                self._tell(winner, warning)
         self.emit(Event.DONE, arm=_arm(winner), lr=trunk.lr, step=trunk.step, loss=trunk.saved_loss,
                   checkpoint=trunk.checkpoint)  # fmt: skip
-
-    def _judge_outcome(self, winner: int) -> None:
-        """Say what a person should know of a result before using it."""
-        if self.num_lrs > 1 and not self._course.decisions[-1].judged:
-            self._tell(winner, "it has won, but no learning rate has learned anything: losses have not got better by more than "
-                       "their noise. Look at the data, the loss and the model, or train for longer")  # fmt: skip
-        elif self.num_lrs > 2 and winner in (0, self.num_lrs - 1):
-            end, low_or_high = ("smallest", "lower") if winner == 0 else ("largest", "higher")
-            self._tell(winner, f"it has won and is the {end} of the interval: a {low_or_high} one may be better still; widen "
-                       f"lr_interval={self.lr_interval}")  # fmt: skip
 
     # -- checkpoints and failures --------------------------------------------------------------------------------------
 
@@ -404,28 +328,14 @@ class AnchoredPolicy(Policy):
         trunk = self.trunks[i]
         if not trunk.active or step <= trunk.step:
             return
-        if trunk.checkpoint is not None and trunk.status != "waiting":
-            trunk.previous = (trunk.step, trunk.checkpoint)
-        trunk.step, trunk.checkpoint = step, path
+        point = trunk.commit(step, path, max((rung for rung in self.plan.steps if rung <= step), default=0))
         if step == self._hold_end():
             trunk.held = (step, path)
-        points = self._points.get(arm, [])
-        point = next((point for point in points if point.step == step and math.isfinite(point.loss)), None)
-        trunk.saved_loss = final_of(point) if point else None
-        self._keep_since(arm, trunk)
         self.emit(
             Event.COMMIT, stage=0, arm=arm, end=step, lr=trunk.lr, warmup_steps=self.warmup_steps, checkpoint=path,
             loss=point.loss if point else None, averaged_loss=point.averaged_loss if point else None,
         )  # fmt: skip
         self._finish_if_won()
-
-    def _keep_since(self, arm: str, trunk: Trunk) -> None:
-        """Of the reports so far keep those that the next reading's training loss is the mean of."""
-        points = self._points.get(arm, [])
-        last = max((rung for rung in self.plan.steps if rung <= trunk.step), default=0)
-        start = next((n for n, point in enumerate(points) if point.step >= last > 0), 0)
-        self._points[arm] = points[start:]
-        trunk.since = [(point.step, point.train_loss) for point in points[start:] if point.step <= trunk.step]
 
     def failed(self, arm: str, reason: str) -> None:
         """As Policy's. An LR that fails has diverged, if others go on; where three fail at one place, it is not the LR."""
@@ -434,8 +344,8 @@ class AnchoredPolicy(Policy):
         if not trunk.active:
             return
         last = not any(other.active for other in self.trunks if other is not trunk)
-        if last or self._fails_everywhere(i):
-            self._forgive()
+        if last or fails_everywhere(self.trunks, self.plan, i, self.baseline.known):
+            forgive(self.trunks)
             which = (
                 "the last trunk of the race"
                 if last
@@ -448,36 +358,15 @@ class AnchoredPolicy(Policy):
         self.emit(Event.WARNING, stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._break(i, "failed")
 
-    def _fails_everywhere(self, i: int) -> bool:
-        """Whether two have failed before trunk `i` does, the smallest LR has been heard of, and none has come further."""
-        failed = [j for j, trunk in enumerate(self.trunks) if trunk.status == "failed"]
-        heard = self.untrained is not None or 0 in (*failed, i)
-        further = any(self._front(j) > self._front(i) for j in range(len(self.trunks)) if j not in failed)
-        return len(failed) >= 2 and heard and not further
-
-    def _forgive(self) -> None:
-        """Whoever mends the cause gets those back that it had taken out of the race; they start again."""
-        for trunk in self.trunks:
-            if trunk.status == "failed":
-                trunk.readings = {rung: r for rung, r in trunk.readings.items() if math.isfinite(r.score)}
-                trunk.status = "waiting" if trunk.readings else "untried"
-                trunk.restart()
-
     def is_open(self, arm: str) -> bool:
         return not self.done and self.trunks[int(arm[1:])].active
 
     def lost(self, path: str) -> None:
         for i, trunk in enumerate(self.trunks):
-            if trunk.previous and trunk.previous[1] == path:
-                trunk.previous = None
-            if trunk.held and trunk.held[1] == path:
-                trunk.held = None
-            if trunk.checkpoint == path and (trunk.active or trunk.status == "won"):
+            if trunk.lose(path):
                 if trunk.status == "won":
                     trunk.status, self.phase = "open", "race"
-                trunk.step, trunk.checkpoint = trunk.previous or (0, None)
-                trunk.previous, trunk.since = None, []
-                self._forget(_arm(i))
+                self._unsaved.discard(_arm(i))
                 self.emit(Event.WARNING, stage=0, message=f"checkpoint {path} is unreadable; back to step {trunk.step}")
 
     def last_good(self, arm: str) -> str:
@@ -488,9 +377,7 @@ class AnchoredPolicy(Policy):
         alive = [trunk for trunk in self.trunks if trunk.active or trunk.status == "won"]
         if self.done:
             alive = [trunk for trunk in alive if trunk.status == "won"]
-        paths = {trunk.checkpoint for trunk in alive} | {trunk.previous[1] for trunk in alive if trunk.previous}
-        paths |= {trunk.held[1] for trunk in alive if trunk.held}
-        return {path for path in paths if path is not None}
+        return {path for trunk in alive for path in trunk.paths}
 
     # -- what is seen and kept -----------------------------------------------------------------------------------------
 
@@ -498,7 +385,8 @@ class AnchoredPolicy(Policy):
         """(LR, score at the last rung, steps trained) of those in play, the largest LR first."""
         alive = [(i, trunk) for i, trunk in enumerate(self.trunks) if trunk.status in ("open", "won")]
         return [
-            (t.lr, t.readings[max(t.readings)].score if t.readings else None, self._front(i)) for i, t in alive[::-1]
+            (t.lr, t.readings[max(t.readings)].score if t.readings else None, self.trunks[i].front(self.plan))
+            for i, t in alive[::-1]
         ]
 
     def progress(self) -> dict[str, Any]:
@@ -512,12 +400,10 @@ class AnchoredPolicy(Policy):
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        untrained = None if self.untrained is None else vars(self.untrained)
         return dict(
             policy="anchored", phase=self.phase, decided=self.decided, total_steps=self.total_steps, heir=self.heir,
             envelope=self.envelope if isinstance(self.envelope, str | None) else "function", commits=self.commits,
-            warmup_steps=self.warmup_steps, plan=self.plan.state_dict(), untrained=untrained,
-            early=[{k: v for k, v in vars(point).items() if v is not None and math.isfinite(v)} for point in self.early],
+            warmup_steps=self.warmup_steps, plan=self.plan.state_dict(), **self.baseline.state_dict(),
             trunks=[trunk.state_dict() for trunk in self.trunks],
         )  # fmt: skip
 
@@ -535,11 +421,10 @@ class AnchoredPolicy(Policy):
         self.commits, self.num_lrs = state["commits"], len(state["trunks"])
         self.phase, self.decided, self.heir = state["phase"], state["decided"], state["heir"]
         self.warmup_steps, self.plan = state["warmup_steps"], RacePlan.from_state(state["plan"])
-        self.untrained = None if state["untrained"] is None else Untrained(**state["untrained"])
-        self.early = [Point(**point) for point in state["early"]]
+        self.baseline = Baseline.from_state(state)
         self.trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]
         self._issued, self._events = set(), []
-        self._points, self._unsaved = {}, set()
+        self._unsaved = set()
         self._boundaries = self._lay_boundaries()
         self._course = self._walk()
 

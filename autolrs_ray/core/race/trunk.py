@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from autolrs_ray.core.policy import Point
+from autolrs_ray.core.race.plan import RacePlan
+from autolrs_ray.core.race.readings import final_of
 from autolrs_ray.core.race.rule import Reading
 
 ENDED = ("dropped", "diverged", "failed")
@@ -17,8 +21,8 @@ class Trunk:
     """One LR scale of the race. status: "untried", "open" (in play), "waiting", one of ENDED, or "won".
 
     step, checkpoint: the last commit; previous: the one before it; held: the one at the end of the envelope's hold.
-    saved_loss: the score at the last commit. readings: by rung, a nominal share of the run. since: (step, training loss) of the
-    reports up to the last commit, from the one on at which the last rung before it was passed.
+    saved_loss: the score at the last commit. readings: by rung, a nominal share of the run. points: the reports since the last
+    rung before the last commit; of those up to that commit step and training loss are durable.
     """
 
     lr: float
@@ -29,7 +33,7 @@ class Trunk:
     held: tuple[int, str] | None = None
     saved_loss: float | None = None
     readings: dict[float, Reading] = field(default_factory=dict)
-    since: list[tuple[int, float | None]] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
 
     @property
     def active(self) -> bool:
@@ -40,20 +44,73 @@ class Trunk:
     def broken(self) -> bool:
         return self.status in ("diverged", "failed")
 
+    @property
+    def paths(self) -> set[str]:
+        """Its checkpoints."""
+        pairs = [pair for pair in (self.previous, self.held) if pair]
+        return {path for _, path in pairs} | ({self.checkpoint} if self.checkpoint else set())
+
+    def front(self, plan: RacePlan) -> int:
+        """How far it has come: its last commit, or the last rung at which it was read."""
+        passed = (plan.step(rung) for rung, reading in self.readings.items() if math.isfinite(reading.score))
+        return max(self.step, *passed, 0)
+
     def restart(self) -> None:
         """From scratch; what has been read of it stays."""
-        self.step, self.since = 0, []
+        self.step, self.points = 0, []
         self.checkpoint = self.previous = self.held = self.saved_loss = None
 
+    def hear(self, point: Point) -> int:
+        """Take a report in; return the step that had been passed before it."""
+        while self.points and self.points[-1].step >= max(point.step, self.step + 1):  # a trial that was restarted
+            self.points.pop()
+        before = max(self.step, self.points[-1].step if self.points else 0)
+        if point.step > self.step:  # or it comes late, and what led to the commit stands
+            self.points.append(point)
+        return before
+
+    def train_loss(self, since: int) -> float | None:
+        """Mean training loss per step, up to the last report, from the report on at which the step `since` was passed."""
+        start = next((n for n, point in enumerate(self.points) if point.step >= since > 0), None)
+        points = [Point(self.step, 0.0), *self.points] if start is None else self.points[start:]
+        losses = [(later.step - earlier.step, later.train_loss) for earlier, later in pairwise(points)]
+        losses = losses or [(1, self.points[-1].train_loss)]
+        known = [(steps, loss) for steps, loss in losses if loss is not None and steps > 0]
+        return sum(steps * loss for steps, loss in known) / sum(steps for steps, _ in known) if known else None
+
+    def commit(self, step: int, path: str, rung: int) -> Point | None:
+        """There is a checkpoint at `step`; the last rung up to there lies at step `rung`. The report at `step`, if known."""
+        if self.checkpoint is not None and self.status != "waiting":
+            self.previous = (self.step, self.checkpoint)
+        self.step, self.checkpoint = step, path
+        point = next((point for point in self.points if point.step == step and math.isfinite(point.loss)), None)
+        self.saved_loss = final_of(point) if point else None
+        start = next((n for n, earlier in enumerate(self.points) if earlier.step >= rung > 0), 0)
+        self.points = self.points[start:]
+        return point
+
+    def lose(self, path: str) -> bool:
+        """The checkpoint at `path` cannot be read. True if that was the last, and the trunk has gone back to the one before."""
+        self.previous, self.held = (pair if pair and pair[1] != path else None for pair in (self.previous, self.held))
+        if self.checkpoint != path or not (self.active or self.status == "won"):
+            return False
+        self.step, self.checkpoint = self.previous or (0, None)
+        self.previous, self.points = None, []
+        return True
+
     def state_dict(self) -> dict[str, Any]:
+        since = [(point.step, point.train_loss) for point in self.points if point.step <= self.step]
+        durable = {name: value for name, value in vars(self).items() if name != "points"}
         readings = [[rung, _json(r.score), _json(r.train), _json(r.final)] for rung, r in self.readings.items()]
-        return {**vars(self), "readings": readings, "since": list(self.since)}
+        return {**durable, "readings": readings, "since": since}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trunk:
+        points = [Point(step, math.nan, train) for step, train in state["since"]]
+        durable = {name: value for name, value in state.items() if name != "since"}
         pairs = {name: tuple(state[name]) if state[name] else None for name in ("previous", "held")}
         readings = {rung: Reading(float(s), _number(t), _number(final)) for rung, s, t, final in state["readings"]}
-        return cls(**{**state, **pairs, "readings": readings, "since": [(s, t) for s, t in state["since"]]})
+        return cls(**{**durable, **pairs, "readings": readings, "points": points})
 
 
 def _number(value: float | str | None) -> float | None:

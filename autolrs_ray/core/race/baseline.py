@@ -1,0 +1,58 @@
+"""The untrained model that a race counts progress from, and when it is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from autolrs_ray.core.policy import Point
+from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
+from autolrs_ray.core.race.readings import score_of, untrained_by
+from autolrs_ray.core.race.rule import Untrained
+from autolrs_ray.core.race.trunk import Trunk
+
+
+def baseline_of(trunks: list[Trunk]) -> int | None:
+    """The smallest LR that has not come to grief: what it reads at first is an untrained model's."""
+    return next((i for i, trunk in enumerate(trunks) if not trunk.broken), None)
+
+
+@dataclass
+class Baseline:
+    """early: the first reports of the smallest LR, until they are enough to say what an untrained model reads. moved: their
+    scores were not all the same."""
+
+    untrained: Untrained | None = None
+    early: list[Point] = field(default_factory=list)
+    moved: bool = False
+
+    @property
+    def known(self) -> bool:
+        return self.untrained is not None
+
+    def hear(self, point: Point) -> None:
+        """Note a report of the smallest LR."""
+        self.early = [*(earlier for earlier in self.early if earlier.step < point.step), point]
+
+    def conclude(self, at_end: bool = False) -> None:
+        """Once FIRST_READINGS have come, or the run is at its end, that is the untrained model."""
+        if self.untrained is None and self.early and (len(self.early) >= FIRST_READINGS or at_end):
+            self.untrained = untrained_by(self.early)
+            self.moved = len({score_of(point) for point in self.early}) > 1
+            self.early = []
+
+    def stand_in(self, trunk: Trunk | None, plan: RacePlan) -> None:
+        """The smallest LR has come to grief: `trunk`, the next, stands in for it, which may have been read already."""
+        readings = {} if trunk is None else trunk.readings
+        self.early = [Point(plan.step(rung), r.score, r.train) for rung, r in readings.items()]
+        self.conclude()
+
+    def state_dict(self) -> dict[str, Any]:
+        early = [{k: v for k, v in vars(point).items() if v is not None and math.isfinite(v)} for point in self.early]
+        return dict(untrained=None if self.untrained is None else vars(self.untrained), early=early)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Baseline:
+        untrained = None if state["untrained"] is None else Untrained(**state["untrained"])
+        return cls(untrained, [Point(**point) for point in state["early"]])
