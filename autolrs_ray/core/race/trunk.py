@@ -62,11 +62,12 @@ class Trunk:
 
     def hear(self, point: Point) -> int:
         """Take a report in; return the step that had been passed before it."""
-        while self.points and self.points[-1].step >= max(point.step, self.step + 1):  # a trial that was restarted
+        if point.step <= self.step:  # it comes late, and what led to the commit stands
+            return self.step
+        while self.points and self.points[-1].step >= point.step:  # the trial was restarted and goes over old ground
             self.points.pop()
         before = max(self.step, self.points[-1].step if self.points else 0)
-        if point.step > self.step:  # or it comes late, and what led to the commit stands
-            self.points.append(point)
+        self.points.append(point)
         return before
 
     def train_loss(self, since: int) -> float | None:
