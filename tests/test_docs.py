@@ -57,9 +57,12 @@ def test_the_python_blocks_run_as_one_session(tmp_path: Path, monkeypatch: pytes
         warnings.simplefilter("default")
         counts = {page: execute(DOCS / page, namespace) for page in nav() if page not in ELSEWHERE}
     assert {page for page, count in counts.items() if count} == {
+        "fine-tuning.md", "one-machine.md", "notebook.md",
         "index.md", "choosing-a-policy.md", "writing-a-trainable.md", "reading-the-report.md", "after-the-run.md"
     }  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == {"first", "task", "class", "function", "replay"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "first", "task", "class", "function", "replay", "tuned", "weight-decay-0", "weight-decay-0.001", "notebook",
+    }  # fmt: skip
     assert (tmp_path / "first" / "report.html").exists()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from io import StringIO
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -83,3 +85,45 @@ def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pyt
     assert "stage 1/2 search | probes 0/10 | lr -" in shown
     assert shown.index("at most") < shown.index("stage 1/2")
     assert shown.rstrip("\n").endswith("\x1b[2K")  # the line is erased
+
+
+def test_an_accuracy_is_shown_as_it_was_reported() -> None:
+    search = AutoLRSSearch(1000, num_lrs=4, slots=1, metric="val_accuracy", mode="max")
+    search.desk.plan_for(1)
+    policy = search.policy
+    line = LiveProgress(search).line({**policy.progress(), "loss": -0.875})
+    assert "| val_accuracy 0.875 |" in line
+    assert "-0.875" not in line
+
+
+def test_a_notebook_gets_one_display_that_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, str]] = []
+
+    class Handle:
+        def update(self, html: str) -> None:
+            shown.append(("update", html))
+
+    def display(html: str, display_id: bool) -> Handle:
+        assert display_id
+        shown.append(("display", html))
+        return Handle()
+
+    displays = ModuleType("IPython.display")
+    displays.HTML, displays.display = str, display  # type: ignore[attr-defined]
+    ipython = ModuleType("IPython")
+    ipython.display = displays  # type: ignore[attr-defined]
+    ipython.get_ipython = lambda: SimpleNamespace(kernel="a notebook's")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", displays)
+    search = AutoLRSSearch(100, policy="paper", stage_steps=50)
+    search.desk.plan_for(1)
+    live = LiveProgress(search)
+    screen = StringIO()
+    monkeypatch.setattr(live, "_console", Console(width=100, file=screen))
+    live.on_step_end(1, [])
+    live.on_experiment_end([])
+    assert [what for what, _ in shown] == ["display", "update"]
+    assert all("stage 1/2 search | probes 0/10" in html and html.startswith("<pre>") for _, html in shown)
+    assert "probes" not in screen.getvalue()  # the cost is said once, as a line
+    ipython.get_ipython = lambda: SimpleNamespace()  # type: ignore[attr-defined]
+    assert LiveProgress(search)._cell is None  # IPython in a terminal

@@ -19,11 +19,8 @@ from autolrs_ray.record.stores import is_uri, join
 
 FEW, MORE = 4, 24  # steps between two reports of the trials that are timed: their difference is what 20 steps cost
 REPORTS = 3  # of each; the first, in which memory is taken and kernels are chosen, does not count
-RACE_WALL = {
-    1: 1.9,
-    2: 1.3,
-    3: 1.17,
-}  # T of wall-clock that a race took on so many slots, measured; on more a little less
+# T of wall-clock that a race took on so many slots, measured; on more a little less
+RACE_WALL = {1: 2.0, 2: 1.35, 3: 1.2}
 RACE_REPORTS = 25  # of one trunk: at the race's rungs, and at its commits
 LEAST_STEPS = 50  # a race over fewer goes by noise
 

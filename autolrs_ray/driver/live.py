@@ -1,9 +1,14 @@
-"""The state of a run while it goes on, instead of Tune's tables: one line, and the trunks still in the race below it."""
+"""The state of a run while it goes on, instead of Tune's tables: one line, and the trunks still in the race below it.
+
+In a terminal and in a notebook it is one display that is updated, elsewhere a line per change.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from importlib import import_module
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from ray.tune import Callback
@@ -29,13 +34,40 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def _notebook() -> Any | None:
+    """IPython's module of displays, where this process is a notebook's; None elsewhere."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return None
+    return import_module("IPython.display")
+
+
+class _Cell:
+    """One display in the output of a notebook's cell."""
+
+    def __init__(self, displays: Any) -> None:
+        self._displays, self._handle = displays, None
+
+    def show(self, view: Any) -> None:
+        console = Console(file=StringIO(), width=110, record=True, force_jupyter=False)
+        console.print(view)
+        html = self._displays.HTML(console.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
+        if self._handle is None:
+            self._handle = self._displays.display(html, display_id=True)
+        else:
+            self._handle.update(html)
+
+
 class LiveProgress(Callback):  # type: ignore[misc]
-    """Shows stage, trials, learning rate, loss, slots and time left; a line per change where there is no terminal."""
+    """Shows stage, trials, learning rate, metric, slots and time left; a line per change where nothing can be updated."""
 
     def __init__(self, search: AutoLRSSearch) -> None:
         self._desk = search.desk
         self._console = Console(file=sys.stderr)
         self._live: Live | None = None
+        displays = _notebook()
+        self._cell = None if displays is None else _Cell(displays)
         self._began, self._shown, self._first_step = time.monotonic(), 0.0, -1
         self._last: tuple[Any, ...] = ()
 
@@ -55,7 +87,9 @@ class LiveProgress(Callback):  # type: ignore[misc]
                 f"AutoLRS {name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on {slots} slots "
                 f"(T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True, markup=False,
             )  # fmt: skip
-        if self._console.is_terminal:
+        if self._cell is not None:
+            self._cell.show(self.view(progress))
+        elif self._console.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._console, transient=True, auto_refresh=False)
                 self._live.start()
@@ -67,6 +101,8 @@ class LiveProgress(Callback):  # type: ignore[misc]
                 self._console.print(self.line(progress), highlight=False, soft_wrap=True, markup=False)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if self._cell is not None and self._desk.begun:
+            self._cell.show(self.view(self._desk.policy.progress()))
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -79,10 +115,15 @@ class LiveProgress(Callback):  # type: ignore[misc]
         racing = policy.standing()
         table = Table.grid(padding=(0, 2))
         for lr, score, reached in racing[:MAX_TRUNKS]:
-            loss = f"{score:.4g}" if score is not None else "-"
-            table.add_row(f"  lr {lr:.3g}", f"loss {loss}", ProgressBar(policy.total_steps, reached, width=30))
+            table.add_row(f"  lr {lr:.3g}", self._metric(score), ProgressBar(policy.total_steps, reached, width=30))
         more = len(racing) - MAX_TRUNKS
         return Group(line, table, Text(f"  and {more} more")) if more > 0 else Group(line, table)
+
+    def _metric(self, loss: float | None) -> str:
+        """The metric as it was reported, of a loss that the policy goes by."""
+        settings = self._desk.settings
+        name = "loss" if settings.loss_key == "val_loss" else settings.loss_key
+        return f"{name} -" if loss is None else f"{name} {settings.sign * loss:.4g}"
 
     def line(self, progress: dict[str, Any]) -> str:
         """The line for one state of the policy."""
@@ -95,7 +136,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
             parts.append(f"rung {progress['stage']}/{progress['stages']}")
             parts.append(f"{progress['trials'] - progress['resolved']} of {progress['trials']} LRs in the race")
         parts.append(f"lr {progress['lr']:.3g}" if progress["lr"] is not None else "lr -")
-        parts.append(f"loss {progress['loss']:.4g}" if progress["loss"] is not None else "loss -")
+        parts.append(self._metric(progress["loss"]))
         parts.append(f"step {progress['step']}/{progress['total_steps']}")
         parts.append(f"{desk.busy}/{desk.slots} slots")
         elapsed = time.monotonic() - self._began
