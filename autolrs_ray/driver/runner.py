@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from autolrs_ray.record.mirror import Mirror
 from autolrs_ray.record.stores import is_uri, join, normal
 from autolrs_ray.trial.check import builds_task
 from autolrs_ray.trial.trainable import trainable_for
+
+_registering = threading.Lock()  # Tune's table of names is no matter for two threads at once
 
 
 def run(
@@ -134,7 +137,8 @@ def _register(trainable: Any) -> str:
     functions that are both called "build" would take the first one's place."""
     wrapped = getattr(trainable, "__name__", type(trainable).__name__)
     name = f"{re.sub(r'[^A-Za-z0-9_-]', '', wrapped)}-{uuid.uuid4().hex[:8]}"
-    tune.register_trainable(name, trainable)
+    with _registering:
+        tune.register_trainable(name, trainable)
     return name
 
 
