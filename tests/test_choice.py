@@ -10,6 +10,7 @@ import pytest
 from autolrs_ray.record.record import Record
 from autolrs_ray.show.choice import choice, edge, scatter
 from autolrs_ray.show.run_data import RunData
+from autolrs_ray.show.summary import summary
 
 LRS = {"t00": 1.0, "t01": 0.1, "t02": 0.01}
 
@@ -23,8 +24,8 @@ def race(folder: Path, scores: dict[str, dict[int, float]], winner: str, mode: s
     events += [dict(event="proposal", stage=0, probe=i, arm=arm, lr=LRS[arm]) for i, arm in enumerate(LRS)]
     events += [dict(event="rung", arm=arm, lr=LRS[arm], step=step, score=sign * score, loss=sign * score, averaged_loss=None)
                for arm, points in scores.items() for step, score in points.items()]  # fmt: skip
-    events.append(dict(event="commit", stage=0, arm=winner, end=100, lr=LRS[winner], checkpoint="c", loss=sign * 0.5,
-                       averaged_loss=None))  # fmt: skip
+    events.append(dict(event="commit", stage=0, arm=winner, end=100, lr=LRS[winner], checkpoint="c",
+                       loss=sign * scores[winner].get(100, 0.5), averaged_loss=None))  # fmt: skip
     events.append(dict(event="done", arm=winner, lr=LRS[winner], step=100, loss=sign * 0.5, checkpoint="c"))
     record = Record(folder)
     record.append(events)
@@ -86,3 +87,12 @@ def test_stages_that_choose_the_end_of_the_interval_are_told(tmp_path: Path) -> 
     assert "2 of 3 stages chose a learning rate at the upper end of the interval, 1:" in str(
         edge(RunData.load(tmp_path))
     )
+
+
+def test_a_race_that_a_loss_guides_is_shown_in_its_own_metric(tmp_path: Path) -> None:
+    data = race(tmp_path, {"t01": {10: 0.5, 100: 0.8}, "t00": {10: 0.6}}, "t01", mode="max")
+    for event in data.history.events:
+        if event["event"] == "rung":
+            event["score"] = 2.3  # the validation loss, by which the race went
+    assert data.scores() == {"t00": {10: 0.6}, "t01": {10: 0.5, 100: 0.8}}
+    assert {trunk["arm"]: trunk["score"] for trunk in summary(data)["trunks"]} == {"t00": 0.6, "t01": 0.8, "t02": None}

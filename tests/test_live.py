@@ -41,8 +41,8 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
 @pytest.mark.parametrize(
     ("policy", "shown"),
     [
-        # one second a step: a race on one slot takes 1.9 T, of which the run has .8 T before it
-        ("anchored", ["0:10 gone", "2:10 gone, about 23:10 left", "1:02:10 gone, about 10:00 left"]),
+        # one second a step: a race on one slot takes 2 T, and the view began with .8 T of the run left
+        ("anchored", ["0:10 gone", "2:10 gone, about 24:30 left", "1:02:10 gone, about 10:00 left"]),
         # stages of 100 steps with two probes of ten: 1.2 T, less the steps that are handed over
         ("paper", ["0:10 gone", "2:10 gone, about 12:29 left", "1:02:10 gone, about 10:00 left"]),
     ],

@@ -212,7 +212,9 @@ class RunData:
                     points[int(step)] = min(points.get(int(step), value), value, key=lambda x: self.sign * x)
             if points:
                 found[arm] = points
-        for event in self.history.named(Event.RUNG):
-            if event["score"] is not None:
+        for event in self.history.named(
+            Event.RUNG
+        ):  # its score may be of a loss that guides the race for another metric
+            if event.get("loss") is None and event.get("averaged_loss") is None and event["score"] is not None:
                 found.setdefault(event["arm"], {})[event["step"]] = self.sign * event["score"]
         return {arm: dict(sorted(points.items())) for arm, points in sorted(found.items())}

@@ -30,6 +30,7 @@ def _stages(data: RunData) -> list[Row]:
 
 def _trunks(data: RunData) -> list[Row]:
     """One row per trunk of an anchored run, the smallest LR first. step: how far it came."""
+    found = data.scores()
     scores: dict[str, Row] = {}
     steps: dict[str, int] = {}
     for event in data.history.named(Event.RUNG):
@@ -40,7 +41,8 @@ def _trunks(data: RunData) -> list[Row]:
     rows = [
         dict(
             arm=arm, lr=lr, rung=scores.get(arm, {}).get("step"),
-            score=data.reported(scores.get(arm, {}).get("score")), fate=data.history.fates[arm], step=steps.get(arm, 0),
+            score=found.get(arm, {}).get(scores.get(arm, {}).get("step", -1)),
+            fate=data.history.fates[arm], step=steps.get(arm, 0),
         )
         for arm, lr in data.history.lrs.items()
     ]  # fmt: skip
