@@ -17,6 +17,8 @@ import fcntl
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -79,10 +81,13 @@ def run_group(arguments: argparse.Namespace, name: str, seed: int, methods: list
     task = scaled(make_task(name, arguments.data_dir, arguments.text), arguments.quick, arguments.seeds)
     folder = Path(arguments.folder)
     cache, lab = Cache(folder / "results.jsonl"), Lab(task, seed, folder / "memo")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what has been trained is kept
     for method in methods:
         began = time.perf_counter()
-        outcome = METHODS[method].run(lab)
-        lab.memo.flush()
+        try:
+            outcome = METHODS[method].run(lab)
+        finally:
+            lab.memo.flush()
         seconds = time.perf_counter() - began
         cache.add(cached_row(task, method, seed, outcome, seconds))
         print(f"{task.name:13s} seed {seed}  {method:38s} test loss {outcome.test_loss:.4f}  compute "
