@@ -111,6 +111,11 @@ def _against(row: dict[str, Any], anchored: list[float]) -> dict[str, Any]:
     return {**row, "minus_anchored": mean_se(differences)}
 
 
+def _alone(row: dict[str, Any]) -> float:
+    """Compute on one slot; on any number where that one is not known."""
+    return float(row["slots"]["1"][0] if row["slots"] else row["compute"])
+
+
 def _plus_minus(value: Number, digits: int, sign: str = "", scale: float = 1.0) -> str:
     if value is None or not all(math.isfinite(v) for v in value):
         return "" if value is None else "diverged"
@@ -152,7 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [name, _source(row), _plus_minus(row["test_loss"], 4)]
         cells += [_plus_minus(row["test_accuracy"], 2, scale=100.0)] if accuracy else []
         difference = "" if row["method"] == "anchored" else _plus_minus(row["minus_anchored"], 4, "+")
-        alone = f"{row['slots']['1'][0]:.2f}" if row["slots"] else ""
+        alone = f"{_alone(row):.2f}" if row["slots"] else ""
         cells += [difference, alone, f"{row['compute']:.2f}", f"{row['wall_clock']:.2f}", str(row["seeds"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -181,7 +186,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     ours, best = found["anchored"], min(tuned, key=lambda row: row["test_loss"][0])
     gap, error = -best["minus_anchored"][0], best["minus_anchored"][1]
     return (
-        f"anchored {_plus_minus(ours['test_loss'], 4)} at {ours['compute']:.2f} T; best tuned row: {best['method']}, "
+        f"anchored {_plus_minus(ours['test_loss'], 4)} at {_alone(ours):.2f} T; best tuned row: {best['method']}, "
         f"{_plus_minus(best['test_loss'], 4)} at {best['compute']:.0f} T; gap {gap:+.4f} ± {error:.4f} "
         f"(paired): {'within' if gap <= error else 'more than'} one standard error."
     )
