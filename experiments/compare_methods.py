@@ -260,8 +260,7 @@ def paper(lab: Lab, decades: int = 2, slots: int = SLOTS, **options: Any) -> Out
     task, tau = lab.task, lab.task.steps // 5
     options = {"stage_steps": tau, "max_stage_steps": tau, "probe_reports": task.probe_reports, **options}
     policy = make_policy("paper", task.steps, INTERVALS[task.optimizer][decades], lab.seed, slots, **options)
-    doubling = options["max_stage_steps"] > options["stage_steps"]  # only then is the training loss read
-    trainer = lab.trainer(averaging=False, train_losses=doubling)
+    trainer = lab.trainer(averaging=False, train_losses=True)
     run = run_slots(policy, trainer, slots)
     lrs = [event["lr"] for event in run.events if event["event"] == "commit"]
     extra = {"lrs": lrs, "slots": paper_costs(task, options)}
