@@ -36,7 +36,6 @@ from experiments.compare_tasks import (
     WEIGHT_DECAY,
     Task,
 )
-from experiments.known_answers import NoisyQuadratic
 from experiments.memo import Memo, MemoTrainer, PerRunOrderTrainer
 from experiments.schedule_free_plus import ScheduleFreePlus
 from experiments.slots import run_slots
@@ -263,18 +262,7 @@ def paper(lab: Lab, decades: int = 2, slots: int = SLOTS, **options: Any) -> Out
     trainer = lab.trainer(averaging=False, train_losses=True)
     run = run_slots(policy, trainer, slots)
     lrs = [event["lr"] for event in run.events if event["event"] == "commit"]
-    extra = {"lrs": lrs, "slots": paper_costs(task, options)}
-    return lab.outcome(trainer, "raw", run.steps / task.steps, run.clock / task.steps, extra=extra)
-
-
-def paper_costs(task: Task, options: dict[str, Any]) -> dict[int, tuple[float, float]]:
-    """Number of slots -> compute and wall-clock, which do not depend on what is trained: here a toy."""
-    cost = {}
-    for slots in COST_SLOTS:
-        policy = make_policy("paper", task.steps, (1e-3, 1.0), 0, slots, **options)
-        run = run_slots(policy, NoisyQuadratic(0), slots)
-        cost[slots] = (run.steps / task.steps, run.clock / task.steps)
-    return cost
+    return lab.outcome(trainer, "raw", run.steps / task.steps, run.clock / task.steps, extra={"lrs": lrs})
 
 
 def paper_doubling(lab: Lab) -> Outcome:

@@ -24,7 +24,7 @@ TITLES = {
 }
 RAY = ("PBT", "PB2")
 COST_SLOTS = (1, 2, 4, 12)
-COSTLY = ("anchored", "anchored, no run-ahead", "paper")  # what slots change the cost of
+COSTLY = ("anchored", "anchored, no run-ahead")  # what slots change the cost of
 WHOLE_RUNS = {"a grid of 7 full runs": 7, "PBT, PB2: 12 trials": 12, "one run": 1}
 Number = list[float] | None
 

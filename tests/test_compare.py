@@ -301,12 +301,12 @@ def test_costs_on_few_slots_and_many() -> None:
     assert costs([None, None], 7.0) == whole
     assert costs([{"1": [2.0, 2.0]}, {"1": [3.0, 3.0]}], 9.0) == {"1": [2.5, 2.5]}
     assert costs([None, {"1": [3.0, 3.0]}], 2.5) == {}
-    rows = summarise([cached("digits", method, s, 1.0) for method in ("linear", "paper") for s in range(3)], METHODS)
+    rows = summarise([cached("digits", method, s, 1.0) for method in ("linear", "anchored") for s in range(3)], METHODS)
     assert [row["slots"] for row in rows] == [whole, whole]
     found = {"slots": {str(n): [1.9, 1.0 + 0.9 / n] for n in (1, 2, 4, 12)}}
     for row in rows:
         row["slots"] = found["slots"]
-    assert "| paper: Digits (8 x 8 images, SGD) | 1.90 / 1.90 | 1.90 / 1.45 |" in cost_table(rows)
+    assert "| anchored: Digits (8 x 8 images, SGD) | 1.90 / 1.90 | 1.90 / 1.45 |" in cost_table(rows)
     assert "| PBT, PB2: 12 trials | 12.00 / 12.00 | 12.00 / 6.00 | 12.00 / 3.00 | 12.00 / 1.00 |" in cost_table(rows)
 
 
