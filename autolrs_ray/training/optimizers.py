@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,3 +91,21 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """All parameters that `optimizers` hold, each once."""
     found = {id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return list(found.values())
+
+
+def step_all(optimizers: Iterable[Optimizer], scaler: torch.amp.GradScaler | None) -> None:
+    """One step of each, through `scaler` where there is one."""
+    if scaler is None:
+        for optimizer in optimizers:
+            optimizer.step()
+        return
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+
+
+def step_with_closure(optimizer: Optimizer, first: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """One step of an optimizer that computes the loss several times: `first`, whose gradients are there, then `again()`."""
+    calls = iter([lambda: first])
+    optimizer.step(lambda: next(calls, again)())  # type: ignore[arg-type,return-value]
+    return first

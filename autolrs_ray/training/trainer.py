@@ -30,6 +30,7 @@ from autolrs_ray.training.data import (
     on_tensors,
     validation_keys,
 )
+from autolrs_ray.training.evaluation import weighted_sums
 from autolrs_ray.training.optimizers import (
     evaluation_mode,
     has_modes,
@@ -38,13 +39,13 @@ from autolrs_ray.training.optimizers import (
     note_built_lrs,
     parameters_of,
     set_lr,
+    step_all,
+    step_with_closure,
     train_mode,
 )
 from autolrs_ray.training.randomness import AUGMENT, STEP, generator_of, random_numbers_put_back, seed_all, seed_of
 from autolrs_ray.training.state import TaskState
 from autolrs_ray.training.task import TrainingTask
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Trainer:
@@ -90,7 +91,7 @@ class Trainer:
         mode = task.compile if isinstance(task.compile, str) else None
         self._forward = torch.compile(self.model, mode=mode) if task.compile else self.model
         self._train_forward: Any = self._forward
-        lr_ratios(note_built_lrs(self._groups()))
+        note_built_lrs(self._groups())
         train_mode(self._optimizers)
         self._state = TaskState(task, self.device)
         self._whole = nn.Module()
@@ -104,15 +105,12 @@ class Trainer:
         task = self.task
         self.train_data = self._place(task.train_data)
         self.val_data = self._place(drawn(task.val_data, task.val_fraction, self.seed))
-        self._rows = Rows(
-            length(self.train_data), task.batch_size, self.seed, task.sampler, self._row_device(self.train_data)
-        )
+        count, device = length(self.train_data), self._row_device(self.train_data)
+        self._rows = Rows(count, task.batch_size, self.seed, task.sampler, device)
         self._loader = Loader(self._keys, self.train_data, self.device, task.num_workers, task.collate_fn)
 
     def _place(self, data: Data) -> Data:
-        if isinstance(data, tuple):
-            return data[0].to(self.device), data[1].to(self.device)
-        return data
+        return (data[0].to(self.device), data[1].to(self.device)) if isinstance(data, tuple) else data
 
     def _row_device(self, data: Data) -> torch.device:
         return self.device if isinstance(data, tuple) else torch.device("cpu")
@@ -170,10 +168,8 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.task.autocast
-        if dtype is False:
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if dtype is True else dtype)
+        dtype = torch.bfloat16 if self.task.autocast is True else self.task.autocast
+        return torch.autocast(self.device.type, dtype) if dtype is not False else nullcontext()
 
     def train(self, until: int, lr_at: Callable[[int], float]) -> float:
         """Train up to step `until`; `lr_at(t)` is the LR of the update from t to t + 1. Returns the mean training loss.
@@ -198,25 +194,17 @@ class Trainer:
 
     def _update(self, batch: Batch) -> Tensor:
         """One step of all optimizers; the loss before it, times what this process counts."""
-        if self._with_closure:
-            step, first = self.step, self._backward(batch)
+        if not self._with_closure:
+            loss = self._backward(batch)
+            step_all(self._optimizers, self.task.scaler)
+            return loss
+        step = self.step
 
-            def again() -> Tensor:
-                self._seed_step(step)  # the same dropout each time: one function is minimised
-                return self._backward(batch)
+        def again() -> Tensor:
+            self._seed_step(step)  # the same dropout each time: one function is minimised
+            return self._backward(batch)
 
-            calls = iter([lambda: first])
-            self._optimizers[0].step(lambda: next(calls, again)())  # type: ignore[arg-type,return-value]
-            return first
-        loss, scaler = self._backward(batch), self.task.scaler
-        for optimizer in self._optimizers:
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
-        return loss
+        return step_with_closure(self._optimizers[0], self._backward(batch), again)
 
     def _backward(self, batch: Batch) -> Tensor:
         """Gradients of the loss, clipped where that is asked for; the loss, times what this process counts."""
@@ -315,24 +303,14 @@ class Trainer:
             return self.task.augment(batch[0], generator_of(self.seed, AUGMENT, step))
         return batch[0]
 
-    @torch.no_grad()
     def _metrics(self, data: Data | None) -> dict[str, float]:
         data = self.val_data if data is None else self._place(checked_data("data", data))
         self._whole.eval()
         functions = {"loss": self.task.loss, **self.task.metrics}
-        sums: dict[str, Any] = {name: torch.zeros((), device=self.device) for name in functions}
-        for (inputs, targets), count in self._batches(data):
-            with self._autocast():
-                output = self._forward(inputs)
-            if self.task.autocast is not False:
-                output = on_tensors(lambda t: t.float() if t.dtype in HALF else t, output)
-            for name, function in functions.items():
-                value = function(output, targets)
-                if isinstance(value, Tensor):  # sums of float64 are float64
-                    value = value.detach().float() if value.dtype in HALF else value.detach()
-                sums[name] = sums[name] + value * count
+        autocast = None if self.task.autocast is False else self._autocast
+        sums = weighted_sums(self._forward, functions, self._batches(data), autocast)
         self._whole.train()
-        return {name: float(value) / length(data) for name, value in sums.items()}
+        return {name: value / length(data) for name, value in sums.items()}
 
     def _batches(self, data: Data) -> Iterator[tuple[Batch, int]]:
         """Batches of this process's rows of `data`, and the number of rows in each."""
