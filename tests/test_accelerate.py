@@ -67,7 +67,8 @@ def test_a_schedule_replays_once_per_optimizer_step_and_a_prepared_one_once_per_
     processes = accelerate.state.AcceleratorState().num_processes
     try:
         accelerate.state.PartialState._shared_state["num_processes"] = 2
-        assert lrs_used(prepared, accelerator)[1] == pytest.approx(0.3)  # why the page says not to prepare it
+        with pytest.warns(UserWarning, match="ends at step 5, and training goes on"):
+            assert lrs_used(prepared, accelerator)[1] == pytest.approx(0.3)  # why the page says not to prepare it
     finally:
         accelerate.state.PartialState._shared_state["num_processes"] = processes
 

@@ -31,7 +31,7 @@ OTHERS = (
 def test_nothing_is_deleted_that_the_journal_does_not_name_and_nothing_of_a_finished_run(
     policy: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autolrs_ray.driver.desk.Desk.damage", lambda self, path: "")
+    monkeypatch.setattr("autolrs_ray.driver.stored.Stored.damage", lambda self, path: "")
     first = opened(tmp_path, **POLICIES[policy])
     segment = first.desk.assign("trial")
     assert segment is not None
