@@ -203,7 +203,7 @@ default (.1 for SGD, 3e-3 for AdamW; Schedule-Free 1.0 and 2.5e-3). `paper`: 5 s
 over 2 decades around the default LR (wider where its name says so). `anchored`: all defaults, over [1e-5, 10] (SGD) or
 [1e-6, 1] (AdamW) unless its name says otherwise. PBT and PB2: Ray's own, 12 trials on 12 slots, LR over 2 decades.
 ScheduleFree+: Adam with its authors' defaults on all tasks. Methods share stretches that they train in common; results are
-those of separate runs.
+those of separate runs. Where compute on one slot is blank it is not known.
 """
 
 
