@@ -143,6 +143,22 @@ def keep_actors_warm(controller: TuneController, resources: Any, slots: int, mor
     return True
 
 
+def unstage(controller: TuneController, trial: Trial) -> bool:
+    """Have pending `trial` wait for no resources any more: it is PAUSED afterwards. False if this Ray does not offer it."""
+    try:
+        if trial in controller._trial_to_actor:
+            controller.pause_trial(trial, should_checkpoint=False)
+        else:
+            controller._set_trial_status(trial, Trial.PAUSED)
+        if trial in controller._staged_trials:
+            controller._staged_trials.remove(trial)
+            controller._actor_cache.decrease_max(trial.placement_group_factory)
+    except (AttributeError, TypeError) as error:
+        logger.warning("this version of Ray does not let AutoLRS take back what a trial waits for (%s)", error)
+        return False
+    return True
+
+
 def use_idle_workers(controller: TuneController, trainable: type) -> bool:
     """Let actors of `trainable` begin in processes that Ray keeps ready, with what these have imported, if its attribute
     `idle_workers` is true. False if they do not.

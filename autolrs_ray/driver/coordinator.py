@@ -19,6 +19,7 @@ from autolrs_ray.driver.actors import Actors
 from autolrs_ray.driver.clocks import Clocks
 from autolrs_ray.driver.crashes import Crash, Crashes, crash_of
 from autolrs_ray.driver.desk import Desk
+from autolrs_ray.driver.elastic import Elastic
 from autolrs_ray.driver.identity import subject
 from autolrs_ray.driver.keeper import CheckpointKeeper
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
@@ -26,7 +27,6 @@ from autolrs_ray.driver.slots import Slots
 from autolrs_ray.driver.watchdog import Watchdog
 from autolrs_ray.private import (
     drop_windows,
-    keep_actors_warm,
     saver_of,
     set_source,
     set_status,
@@ -90,7 +90,8 @@ class Coordinator:
             self._keeper.adopt(folder)
         _driving[self._place] = self
         self._slots.ask()
-        keep_actors_warm(controller, self._resources, desk.slots, more=desk.slots)
+        self._elastic = Elastic(desk, controller, self._resources, self._live)
+        self._elastic.settle()
         use_idle_workers(controller, trainable)
         if desk.settings.policy_name == "paper":  # the race proposes none
             # a second, while the actors start; after the record, whose warnings it would silence
@@ -137,6 +138,7 @@ class Coordinator:
         self._live[trial.trial_id] = trial
         if CONFIG_KEY not in trial.config or isinstance(trial.config[CONFIG_KEY], str):
             self._configure(trial, self._desk.segment(trial.trial_id))
+        self._elastic.add(trial, self._desk.segment(trial.trial_id))
 
     def _configure(self, trial: Trial, segment: Segment) -> None:
         trial.set_config({**trial.config, LR_KEY: segment.lr_at(segment.start), CONFIG_KEY: segment.to_config()})
@@ -168,7 +170,7 @@ class Coordinator:
     def _drop_traces(self, trial_id: str) -> None:
         self._held.pop(trial_id, None)
         self._steps.pop(trial_id, None)
-        for helper in (self._clocks, self._keeper, self._watchdog):
+        for helper in (self._clocks, self._keeper, self._watchdog, self._elastic):
             helper.drop(trial_id)
 
     def crashed(self, trial: Trial) -> None:
@@ -236,11 +238,14 @@ class Coordinator:
                 )
             if point is None:
                 return TrialScheduler.CONTINUE
+            self._elastic.heard(trial_id, step, result)
             self._keeper.heard(trial, result)
             if warning := self._task.heard(desk.arm(trial_id), result):
                 desk.warn(warning)
             self._look_at_spacing(trial_id, before, step)
             verdict = desk.report(trial_id, point, self._can_save(result))
+            if verdict is Verdict.SAVE and self._elastic.rests(trial_id):
+                verdict = Verdict.PAUSE
             self._clocks.heard(trial_id, step, verdict, result)
             return self._carry_out(trial, verdict, step, result)
         return TrialScheduler.NOOP
@@ -303,8 +308,9 @@ class Coordinator:
             if self._damage and self._desk.trials <= set(self._live):  # or Tune is in the middle of adding trials
                 self._go_back()
             self._reconcile()
-            if more := self._slots.recount():
-                keep_actors_warm(self._controller, self._resources, self._desk.slots, more=more)
+            self._slots.recount()
+            if self._elastic.settle():
+                self._actors.lost_one()
             self._watchdog.look(self._held, self._keeper.saving)
         self._count_busy()
 
@@ -327,8 +333,10 @@ class Coordinator:
         return None
 
     def _count_busy(self) -> None:
-        holding = [trial for trial_id, trial in self._live.items() if trial_id not in self._held]
-        self._desk.count_busy(sum(trial.status in (Trial.RUNNING, Trial.PENDING) for trial in holding))
+        active = [t for t, trial in self._live.items() if trial.status in (Trial.RUNNING, Trial.PENDING)]
+        units = {trial_id: self._desk.units(trial_id) for trial_id in active}
+        busy = sum(held for trial_id, held in units.items() if trial_id not in self._held)
+        self._desk.count_busy(busy, self._desk.slots - sum(held - 1 for held in units.values()))
 
     def _go_back(self) -> None:
         """A checkpoint was damaged after it had been found whole: as often as a trial may fail, end all trials, and go on
@@ -405,6 +413,8 @@ class Coordinator:
             if trial is None:
                 return None  # an arm without a trial comes first: suggest() gives it one
             if trial.status == Trial.PAUSED and not trial.is_saving:
+                if not self._elastic.begin(trial, segment):
+                    return None
                 desk.hand_over(trial.trial_id, segment)
                 self._configure(trial, segment)
                 self._steps.pop(trial.trial_id, None)

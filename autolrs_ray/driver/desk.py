@@ -41,7 +41,8 @@ class Desk:
         self._restored = False
         self._named: set[str] = set()  # folders of trials that the journal names
         self._work: dict[str, Segment] = {}  # trial -> what it trains
-        self._slots, self._busy = 1, 0
+        self._slots, self._busy, self._places = 1, 0, 1
+        self._units: dict[str, int] = {}  # trial -> the slots that it holds when it trains
         self._begun, self._untouched = False, True
         self._later_slots: int | None = None
         self._promoting = False
@@ -152,7 +153,7 @@ class Desk:
             record, self._subject, theirs.get("subject"), begun, self.policy.done, settings.resume is True
         )
         if settings.max_slots != theirs.get("slots"):
-            self.policy.set_concurrency(self._slots, self._later_slots)
+            self._set_concurrency(self._later_slots)
         self._let_go_of_damaged()
         resume.refuse_end(record, self.policy)
         if extending:
@@ -279,11 +280,13 @@ class Desk:
     def forget(self, trial_id: str) -> None:
         """The trial works on its arm no more, and that is as it should be."""
         segment = self._work.pop(trial_id, None)
+        self._units.pop(trial_id, None)
         if segment is not None:
             self.policy.withdraw(segment.arm)
 
     def _clear_book(self) -> None:
         self._work.clear()
+        self._units.clear()
         self._busy = 0
 
     # -- what trials say -----------------------------------------------------------------------------------------------
@@ -376,13 +379,18 @@ class Desk:
 
     @property
     def slots(self) -> int:
-        """Trials that fit side by side."""
+        """Trials that fit side by side; of trials that grow, the smallest."""
         return self._slots
 
     @property
     def busy(self) -> int:
-        """Trials that hold a slot, or are about to."""
+        """Slots that trials hold, or are about to."""
         return self._busy
+
+    @property
+    def places(self) -> int:
+        """Trials that fit side by side as long as those that train are as large as they are."""
+        return self._places
 
     @property
     def room(self) -> bool:
@@ -391,13 +399,13 @@ class Desk:
     def plan_for(self, slots: int) -> None:
         """The policy is to count on `slots` trials side by side."""
         self._slots, self._begun = slots, True
-        self.policy.set_concurrency(slots)
+        self._set_concurrency()
 
     def may_grow_to(self, slots: int) -> None:
         """The cluster may come to hold `slots` trials; a policy that has not begun plans for these."""
         self._later_slots = slots
         if self.policy.progress()["step"] == 0:
-            self.policy.set_concurrency(self._slots, slots)
+            self._set_concurrency(slots)
 
     def resize(self, slots: int) -> None:
         """The cluster has shrunk or grown: `slots` trials fit now. What the policy has planned stays."""
@@ -405,8 +413,25 @@ class Desk:
             self.warn(f"room for {slots} trials at a time now, for {self._slots} before")
         self._slots = slots
 
-    def count_busy(self, busy: int) -> None:
-        self._busy = busy
+    def _set_concurrency(self, later: int | None = None) -> None:
+        plan = self.settings.side_by_side
+        self.policy.set_concurrency(plan(self._slots), None if later is None else plan(later))
+
+    def count_busy(self, busy: int, places: int | None = None) -> None:
+        self._busy, self._places = busy, self._places if places is None else places
+
+    def units(self, trial_id: str) -> int:
+        """Slots that the trial holds when it trains."""
+        return self._units.get(trial_id, 1)
+
+    def take_units(self, trial_id: str, units: int) -> int | None:
+        """The trial holds so many from its next start on; how many it held before, None if it is new."""
+        before, self._units[trial_id] = self._units.get(trial_id), units
+        return before
+
+    def workers(self, trial_id: str) -> int:
+        """Processes that train the trial together, as far as the run knows."""
+        return self.settings.least_workers * self.units(trial_id)
 
     @property
     def promoting(self) -> bool:

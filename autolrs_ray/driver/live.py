@@ -81,10 +81,12 @@ class LiveProgress(Callback):  # type: ignore[misc]
             self._first_step = progress["step"]
             name, slots = self._desk.settings.policy_name, self._desk.slots
             compute, wall = self._desk.policy.cost(slots)
+            elastic = self._desk.settings.elastic
+            grown = f", {compute / slots:.1f} T where trials grow into all of them" if elastic else ""
             if self._desk.told:
                 self._console.print(f"AutoLRS: {self._desk.told}", highlight=False, soft_wrap=True, markup=False)
             self._console.print(
-                f"AutoLRS {name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on {slots} slots "
+                f"AutoLRS {name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on {slots} slots{grown} "
                 f"(T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True, markup=False,
             )  # fmt: skip
         if self._cell is not None:

@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial
 from ray.util.client import ray as client
 
 from autolrs_ray.core.checks import require_int
+from autolrs_ray.core.workers import parse_workers
 from autolrs_ray.driver.identity import refuse_search_spaces
 from autolrs_ray.driver.live import LiveProgress
 from autolrs_ray.driver.scheduler import AutoLRSScheduler
@@ -41,7 +42,7 @@ def run(
     name: str = "autolrs",
     storage_path: str | os.PathLike[str] = "runs",
     resources: dict[str, float] | tune.PlacementGroupFactory | None = None,
-    workers: int = 1,
+    workers: int | str | tuple[int, int] = 1,
     resume: bool | str = "auto",
     max_failures: int = 3,
     reuse_actors: bool = True,
@@ -60,6 +61,7 @@ def run(
     key. A run of the same name with another trainable or config is not taken for this one.
     resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
     workers: processes that train each trial together (torch's DistributedDataParallel); `resources` are then of each.
+    "elastic", or (least, most): every trial begins with one, or with `least`, and grows into free slots where that pays.
     name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`). storage_path is a
     folder that all nodes share, or a URI such as s3://bucket/runs.
     max_failures: how often a crashed trial is started again. search: every option of :class:`AutoLRSSearch`.
@@ -76,20 +78,26 @@ def run(
     config = dict(config or {})
     refuse_search_spaces(config)
     config["seed"] = seed = _seed(config, seed)
+    least, most = parse_workers(workers)
+    elastic = most != least
     if builds_task(trainable):
         resources = resources if resources is not None else getattr(trainable, "_resources", None)  # of with_resources
-        trainable = trainable_for(trainable, workers=workers)
-    elif workers != 1:
+        trainable = trainable_for(trainable, workers=None if elastic else least)
+    elif workers != 1 and not elastic:
         raise ValueError(f"workers={workers} needs a function build(config) -> TrainingTask, got {trainable!r}")
-    if workers > 1 and not isinstance(resources, tune.PlacementGroupFactory):
+    if elastic and isinstance(resources, tune.PlacementGroupFactory):
+        raise ValueError(
+            f"workers={workers!r} needs the resources of one worker, such as {{'gpu': 1}}, got {resources!r}"
+        )
+    if least > 1 and not isinstance(resources, tune.PlacementGroupFactory):
         from autolrs_ray.trial.distributed import worker_resources
 
-        resources = worker_resources(workers, resources)
+        resources = worker_resources(least, resources)
     if resources is not None:
         trainable = tune.with_resources(trainable, resources)
     if total_steps is None or epochs is not None or hours is not None:
         total_steps = _length(trainable, total_steps, epochs, hours, config, storage, name, search, reuse_actors)
-    searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, **search)
+    searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, workers=workers, **search)
     if is_uri(storage):
         searcher.desk.stored.keep_on(Mirror.at(join(storage, name)))
     reports = [LiveProgress(searcher)] if progress else []

@@ -39,6 +39,9 @@ class AutoLRSSearch(Searcher):
     report_timeout_s: a probe silent for so long, and for four times as long as the pace of the run so far lets expect, is given
     up, and so is one that has its resources and takes longer than that to start; the main trial's silence ends the run.
     resource_timeout_s: how long trials may wait for resources no node has. While an autoscaler starts nodes, it does not count.
+    workers: how many processes train a trial together. "elastic", or (least, most): trials begin with the least, for which the
+    trainable asks, and grow into free slots where that saves clearly more than the restart costs. It is the trainable's part to
+    train with as many as its resources have bundles for; an AutoLRSTrainable with `workers = None` does.
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
     num_lrs (k), kappa, initial, fit, series, floor, probe_reports, main_reports, promote, envelope.
@@ -65,11 +68,12 @@ class AutoLRSSearch(Searcher):
         extend: bool = False,
         report_timeout_s: float = 900.0,
         resource_timeout_s: float = 60.0,
+        workers: int | str | tuple[int, int] = 1,
         **options: Any,
     ) -> None:
         settings = RunSettings(
             total_steps, policy, lr_interval, metric, mode, time_attr, train_metric, averaged_metric, seed, slots, resume,
-            extend, report_timeout_s, resource_timeout_s, options,
+            extend, report_timeout_s, resource_timeout_s, workers, options,
         )  # fmt: skip
         super().__init__(metric=metric, mode=mode)
         self.desk = Desk(settings)

@@ -11,6 +11,8 @@ from ray.tune.search.sample import Domain, Float, LogUniform
 from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_interval
 from autolrs_ray.core.policies import DEFAULT_INTERVALS, make_policy, options_of, rule_of
 from autolrs_ray.core.policy import Policy
+from autolrs_ray.core.race.policy import FEW
+from autolrs_ray.core.workers import parse_workers
 from autolrs_ray.driver.reports import ReportKeys
 
 CONFIG_KEY = "autolrs"
@@ -39,6 +41,7 @@ class RunSettings:
         extend: bool,
         report_timeout_s: float,
         resource_timeout_s: float,
+        workers: int | str | tuple[int, int],
         options: dict[str, Any],
     ) -> None:
         if mode not in (None, "min", "max"):
@@ -60,6 +63,8 @@ class RunSettings:
         self.seed, self.max_slots, self.resume, self.extend = seed, slots, resume, extend
         self.report_timeout_s = require_float("report_timeout_s", report_timeout_s, 0.0, math.inf, low_open=True)
         self.resource_timeout_s = require_float("resource_timeout_s", resource_timeout_s, 0.0, math.inf)
+        self.least_workers, most = parse_workers(workers)
+        self.most_units = None if most is None else most // self.least_workers
         self._resolve()  # bad options are to raise here, not minutes later
         self._kept: set[str] = set()  # options as a run that goes on was begun with, and not as they were given
 
@@ -68,13 +73,21 @@ class RunSettings:
         self._resolved, self._rule = options_of(planned), rule_of(planned)
 
     def build(self, slots: int, total_steps: int | None = None) -> Policy:
-        """The policy of this run, planned for `slots`; total_steps: instead of the run's own."""
+        """The policy of this run, planned for `slots` (or fewer, where trials grow); total_steps: instead of the run's own."""
         options = dict(self.options)
         if self.policy_name == "paper" and self.mode == "max":
             options.setdefault("floor", None)  # nobody knows how high a metric can get
-        return make_policy(
-            self.policy_name, total_steps or self.total_steps, self.lr_interval, self.seed, slots, **options
-        )
+        total, slots = total_steps or self.total_steps, self.side_by_side(slots)
+        return make_policy(self.policy_name, total, self.lr_interval, self.seed, slots, **options)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether trials grow into free slots."""
+        return self.most_units != 1
+
+    def side_by_side(self, slots: int) -> int:
+        """Trials that the policy is to plan for on `slots` slots. Where trials grow, a race leaves more than FEW to them."""
+        return min(slots, FEW) if self.elastic and self.policy_name == "anchored" else slots
 
     @property
     def loss_key(self) -> str:

@@ -17,13 +17,15 @@ from autolrs_ray.record.stores import local_copy
 @dataclass(frozen=True)
 class Timing:
     """Seconds. wall_s: first event to last, waiting for a resume left out. training_s and probing_s: the time in which the
-    main trial, or else probes only, trained or evaluated; overhead_s: the rest. trial_s: summed over all trials."""
+    main trial, or else probes only, trained or evaluated; overhead_s: the rest. trial_s: summed over all trials; worker_s: and
+    over the workers of each."""
 
     wall_s: float
     training_s: float
     probing_s: float
     overhead_s: float
     trial_s: float
+    worker_s: float
     max_concurrent: int
 
 
@@ -116,7 +118,8 @@ def _timing(history: History, segments: list[dict[str, Any]]) -> Timing:
         running += change
         most = max(most, running)
     trial_s = sum(high - low for low, high, _ in spans)
-    return Timing(wall_s, main_s, any_s - main_s, max(0.0, wall_s - any_s), trial_s, most)
+    worker_s = sum(e["busy_s"] * e.get("workers", 1) for e in segments)
+    return Timing(wall_s, main_s, any_s - main_s, max(0.0, wall_s - any_s), trial_s, worker_s, most)
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

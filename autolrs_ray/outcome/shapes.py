@@ -66,6 +66,7 @@ _NEEDED: dict[Event, dict[str, Check]] = {
     Event.EXTEND: dict(step=_step, total_steps=_positive),
     Event.PROPOSAL: dict(arm=_text, lr=_positive),
     Event.SEGMENT: dict(arm=_text, role=_text, stage=_whole, lr=_number, start=_step, end=_step, began=_time, busy_s=_number),
+    Event.WORKERS: dict(arm=_text, step=_step, workers=_positive, slots=_positive),
     Event.COMMIT: dict(end=_step, lr=_number),
     Event.CHOICE: dict(stage=_whole, lr=_number),
     Event.WARNING: dict(message=_text),
@@ -84,7 +85,7 @@ _OF_PAPER: dict[Event, dict[str, Check]] = {
 _OF_RACE: dict[Event, dict[str, Check]] = {Event.COMMIT: dict(arm=_text), Event.DONE: dict(arm=_text)}
 _WHERE_GIVEN: dict[str, Check] = dict(
     time=_time, averaged_loss=_maybe(_number), warmup_steps=_step, losses=_list_of(_maybe(_number)),
-    loss=_maybe(_number), checkpoint=_maybe(_text), environment=_environment, arm=_text, start=_step,
+    loss=_maybe(_number), checkpoint=_maybe(_text), environment=_environment, arm=_text, start=_step, workers=_positive,
 )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[s
         "resources": others,
     }
     blank = object.__new__(trainable)
-    task = partial(_check, blank, config, trainable.workers)
+    task = partial(_check, blank, config, trainable.workers or 1)  # no more than a batch has rows, where trials grow
     reference = ray.remote(lambda: task()).options(max_retries=0, **options).remote()
     done, _ = ray.wait([reference], timeout=CHECK_S)
     if not done:

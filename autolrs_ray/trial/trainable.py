@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
+from ray.util.placement_group import get_current_placement_group
 
 from autolrs_ray.core.checks import require_int
 from autolrs_ray.core.segments import Segment, next_report
@@ -55,13 +56,14 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     averaged_loss and averaged_METRIC, and where the pair has it write checkpoints while it trains on, durable_step.
 
     workers: processes that train one trial together, each on its share of every batch (torch's DistributedDataParallel).
+    None: as many as the trial's resources have bundles for, which is what a run with workers="elastic" changes.
     object_store: trials may take the checkpoint they start from out of Ray's object store, where it lies besides storage.
     False for subclasses with a save_checkpoint or load_checkpoint of their own; not used with several workers.
     idle_workers: trials may begin in processes that Ray keeps ready. False for those that need PL_DISABLE_FORK=1, which Tune
     sets for Lightning in processes of its own.
     """
 
-    workers = 1
+    workers: int | None = 1
     object_store = True
     idle_workers = True
 
@@ -84,12 +86,13 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         self._begin(config)
 
     def _new_trainer(self, seed: int, averaging: bool, config: dict[str, Any]) -> Trainer | WorkerGroup:
-        if self.workers == 1:
+        workers = trial_workers() if self.workers is None else self.workers
+        if workers == 1:
             return Trainer(lambda: self.build(config), seed, averaging)
         from autolrs_ray.trial.distributed import WorkerGroup
 
         blank = object.__new__(type(self))  # what the workers are sent: build, and nothing of this process
-        return WorkerGroup(lambda: blank.build(config), seed, averaging, self.workers)
+        return WorkerGroup(lambda: blank.build(config), seed, averaging, workers)
 
     def _averaging(self, config: dict[str, Any]) -> bool:
         segment = config.get("autolrs")
@@ -131,6 +134,8 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     def load_checkpoint(self, checkpoint: Any) -> None:
         if self._taken is not None and isinstance(self.trainer, Trainer):
             self.trainer.copy_state_dict(self._taken)
+        elif self._taken is not None:
+            self.trainer.load_state_dict(self._taken)
         else:
             self.trainer.load(checkpoint)
         self._to_reset = False
@@ -188,6 +193,8 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         train_loss = trainer.train(self._next_report(), segment.lr_at if segment else lambda step: self._lr)
         lr = segment.lr_at(max(0, trainer.step - 1)) if segment else self._lr
         result: dict[str, Any] = {"step": trainer.step, "lr": lr, "train_loss": train_loss}
+        if self.workers is None and isinstance(trainer, Trainer):
+            result["batch_size"] = trainer.task.batch_size  # more workers than rows there cannot be
         result.update(epoch=trainer.step / trainer.steps_per_epoch, held_out=trainer.held_out)
         if segment:
             result.update(stage=segment.stage, role=segment.role)
@@ -202,6 +209,12 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
             if trainer.trouble is not None:
                 result["warning"] = trainer.trouble
         return result
+
+
+def trial_workers() -> int:
+    """How many workers the trial that this process belongs to is to train with: the bundles of its resources."""
+    group = get_current_placement_group()
+    return len(group.bundle_specs) if group is not None else 1
 
 
 def writes_manifests(trainable: type) -> bool:
@@ -224,12 +237,13 @@ def _name_of(build: Any) -> str:
     return name if name.isidentifier() else "task"
 
 
-def trainable_for(build: Build, name: str | None = None, workers: int = 1) -> type[AutoLRSTrainable]:
+def trainable_for(build: Build, name: str | None = None, workers: int | None = 1) -> type[AutoLRSTrainable]:
     """An AutoLRSTrainable class whose task comes from the function `build(config) -> TrainingTask`.
 
-    workers: processes per trial. Raises ValueError for fewer than one.
+    workers: processes per trial; None: as many as its resources have bundles for. Raises ValueError for fewer than one.
     """
-    require_int("workers", workers, 1)
+    if workers is not None:
+        require_int("workers", workers, 1)
 
     def call(self: AutoLRSTrainable, config: dict[str, Any]) -> TrainingTask:
         return build(config)

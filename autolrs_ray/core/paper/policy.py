@@ -86,6 +86,14 @@ class PaperPolicy(PaperState):
             return [self._main_segment()]
         return []
 
+    def demand(self) -> dict[str, int]:
+        if self.phase == "search":
+            return {self._arm(i): 0 for i, probe in enumerate(self.probes) if probe.status == "open"}
+        if self.done:
+            return {}
+        segment = self._main_segment()
+        return {MAIN: segment.end - segment.start}
+
     def _probe_segment(self, arm: str, probe: Probe) -> Segment:
         end = self.stage.start + self.stage.probe_steps
         return self._segment(arm, "probe", probe.lr, self.stage.start, end, self.probe_reports, self.checkpoint)

@@ -27,6 +27,9 @@ from autolrs_ray.core.segments import Segment
 HOLDS = {"wsd": 0.4, "constant": 1.0}
 """Envelopes that begin with a hold at 1, and the fraction of the run it lasts: runs under them can be extended."""
 
+FEW = 3
+"""Trunks side by side at which a race does not wait for slots: those in play, and one that runs ahead."""
+
 
 @dataclass
 class AnchoredPolicy(Policy):
@@ -129,10 +132,10 @@ class AnchoredPolicy(Policy):
     @property
     def breadth(self) -> int:
         in_play = 1 if self.heir is not None else len(self._course.play)
-        return max(1, min(3, in_play + len(self._ahead(1))))
+        return max(1, min(FEW, in_play + len(self._ahead(1))))
 
     def cost(self, slots: int) -> tuple[float, float]:
-        few, settled = min(3, self.num_lrs), self.plan.settled
+        few, settled = min(FEW, self.num_lrs), self.plan.settled
         compute = self.num_lrs * settled + few * (1.0 - settled)  # all join, and three go on to the end
         joining = max(0, self.num_lrs - 2) * settled  # one after another, while the others wait
         return compute, min(compute, few / min(slots, few) + joining)
@@ -160,6 +163,13 @@ class AnchoredPolicy(Policy):
         needed = sorted(self._needed(), key=lambda i: (self.trunks[i].step, i))
         free = [i for i in (*needed, *self._ahead(self._left_over())) if _arm(i) not in self._issued]
         return [self._segment(i) for i in free]
+
+    def demand(self) -> dict[str, int]:
+        ahead = {_arm(i): 0 for i in self._ahead(self._left_over())}
+        needed = self._needed()
+        if len(self._course.play) == 1:  # nobody is left to join it
+            needed = dict.fromkeys(needed, self.total_steps)
+        return {**ahead, **{_arm(i): step - self.trunks[i].front(self.plan) for i, step in needed.items()}}
 
     def _segment(self, i: int) -> Segment:
         trunk = self.trunks[i]

@@ -1,0 +1,75 @@
+"""Trials that grow into free slots and shrink again, on a cluster of two slots: the run is the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import autolrs_ray
+from autolrs_ray import RunResult
+from autolrs_ray.core import workers
+from autolrs_ray.core.policies import make_policy
+from autolrs_ray.training.local import run_local
+from autolrs_ray.training.task import TrainingTask
+from autolrs_ray.training.trainer import Trainer
+from tests.cluster.test_distributed import plain_task
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+STEPS = 60
+POLICIES: dict[str, dict[str, Any]] = {
+    "anchored": {"num_lrs": 3, "lr_interval": (1e-2, 1.0), "commits": 2},
+    "paper": {"num_lrs": 2, "lr_interval": (1e-2, 1.0), "stage_steps": 30, "max_stage_steps": 30, "probe_steps": 5},
+}
+
+
+def build(config: dict[str, Any]) -> TrainingTask:
+    return plain_task()
+
+
+@pytest.fixture
+def growth_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clocks of this machine say."""
+    monkeypatch.setattr(workers, "RESTARTS", 0)
+    monkeypatch.setattr(workers.Pace, "predicted_s", lambda pace, units: 1.0 / units)
+
+
+def widths(result: RunResult, arm: str | None = None) -> list[int]:
+    """Workers, in order of the changes."""
+    events = [event for event in result.events if event["event"] == "workers"]
+    return [event["workers"] for event in events if arm in (None, event["arm"])]
+
+
+def committed(events: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+    """(step, LR, loss) of the run that the journal ends with."""
+    arm = next(event for event in reversed(events) if event["event"] == "done").get("arm")
+    return [(e["end"], e["lr"], e["loss"]) for e in events if e["event"] == "commit" and e.get("arm") == arm]
+
+
+@pytest.mark.usefixtures("growth_pays")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_path: Path) -> None:
+    options = POLICIES[policy]
+    result = autolrs_ray.run(
+        build,
+        STEPS,
+        policy=policy,
+        workers="elastic",
+        slots=2,
+        storage_path=tmp_path,
+        name="run",
+        progress=False,
+        **options,
+    )
+    alone = run_local(
+        make_policy(policy, STEPS, concurrency=2, **options), Trainer(plain_task, 0, policy == "anchored")
+    )
+    assert result.done
+    assert max(widths(result)) == 2
+    assert [event for event in result.events if event["event"] in ("warning", "error")] == []
+    ours, theirs = committed(result.events), committed(alone.events)
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-3)
+    assert {event["workers"] for event in result.events if event["event"] == "segment"} == {1, 2}
