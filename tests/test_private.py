@@ -39,6 +39,7 @@ PLACES: dict[str, tuple[Callable[[], Any], Any]] = {
     "the running actor": (lambda: private.actor_of(plain_trial()), None),
     "saves of running trials": (lambda: private.saver_of(PlainController()), None),
     "a trial's status": (lambda: private.set_status(PlainController(), plain_trial(), "TERMINATED"), False),
+    "what a trial waits for": (lambda: private.unstage(PlainController(), plain_trial()), False),
     "windows of metrics": (lambda: private.drop_windows(plain_trial()), None),
     "pickled by Ray": (lambda: private.sent_by_ray(), False),
     "the autoscaler's state": (lambda: private.nodes_starting(), None),
@@ -134,8 +135,9 @@ def test_a_run_without_any_of_them_ends_as_one_with_all(
     for name in ("with", "without"):
         results.append(autolrs_ray.run(build_tiny, 60, storage_path=tmp_path, name=name, **options))
         for place, otherwise in (("saver_of", None), ("starting_actor", None), ("drop_windows", None),
-                                 ("keep_actors_warm", False), ("use_idle_workers", False), ("set_status", False)):  # fmt: skip
+                                 ("use_idle_workers", False), ("set_status", False)):  # fmt: skip
             monkeypatch.setattr(coordinator, place, lambda *_, otherwise=otherwise, **__: otherwise)
+        monkeypatch.setattr("autolrs_ray.driver.elastic.keep_actors_warm", lambda *_, **__: False)
         monkeypatch.setattr("autolrs_ray.driver.keeper.actor_of", lambda trial: None)
     rows = [[(row["end"], row["lr"], row["loss"]) for row in result.rows] for result in results]
     assert results[1].done
