@@ -20,6 +20,10 @@ MAX_ROUNDS = 2  # rounds of probes in a stage whose probes all diverged; each ro
 MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the run ends
 
 
+RISE = 0.01
+"""A stage that ends above its start by no more than this share of what the run had gained by then has stood still."""
+
+
 @dataclass
 class PaperPolicy(PaperState):
     """Stage-wise search. Symbols of the paper: tau = stage_steps, tau' = probe_steps, k = num_lrs.
@@ -275,12 +279,13 @@ class PaperPolicy(PaperState):
     def _went_wrong(self, point: Point) -> bool:
         """Whether a stage that ends so is to be trained again at a smaller LR: its probe, a tenth as long, saw nothing of it.
 
-        Where it diverged, and once where it only ends above its start, if a smaller LR was tried. Never in the warm-up, which
-        has no other LR, or with a state from before first losses were kept.
+        Where it diverged, and once where it only loses more than RISE of what the run had gained, if a smaller LR was tried.
+        Never in the warm-up, which has no other LR, or with a state from before first losses were kept.
         """
         if self.phase == "warmup" or self.chosen is None or self.first_loss is None:
             return False
-        risen = point.loss > (self.first_loss if self.loss is None else self.loss)
+        start = self.first_loss if self.loss is None else self.loss
+        risen = point.loss - start > RISE * max(0.0, self.first_loss - start)
         again = not self.rollbacks and next_smaller(self.probes, self.chosen) is not None
         return has_blown_up(point, (self.loss, self.first_loss), self.floor) or (risen and again)
 
