@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import sys
+import sysconfig
 from types import CodeType
 from typing import Any
 
@@ -21,7 +22,10 @@ from ray.tune.search.sample import Domain
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
 
 _MOST = 10_000  # items of a list or a dict that are read
-_FOREIGN = ("ray.", "torch.", "autolrs_ray.", "numpy.", "builtins.")  # whose code is not the user's
+_FOREIGN = {"ray", "torch", "autolrs_ray", "numpy", *sys.stdlib_module_names} - {
+    "__main__"
+}  # whose code is not the user's
+_INSTALLED = tuple(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
 
 
 def subject(trainable: type, config: dict[str, Any]) -> dict[str, Any]:
@@ -84,19 +88,32 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _foreign(value: Any) -> bool:
-    return f"{getattr(value, '__module__', '')}.".startswith(_FOREIGN)
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", None) or "").partition(".")[0]
 
 
 class _Reader:
     """Reads values as JSON values that are the same in every process: code and arrays by a digest, other objects by their type.
 
-    name: of the first function or class met that is the user's own.
+    name: of the first function or class met that is the user's own. Its package is the user's, wherever it is installed; of
+    other installed packages only names count.
     """
 
     def __init__(self) -> None:
         self.name = ""
+        self._package = ""
         self._open: set[int] = set()  # objects that are being read: they may hold themselves
+        self._known: set[int] = set()  # functions and classes that have been read: once is enough
+
+    def _foreign(self, value: Any) -> bool:
+        package = _package(value)
+        if package in _FOREIGN or (self._package and package == self._package):
+            return package in _FOREIGN
+        file = getattr(sys.modules.get(package), "__file__", None) or ""
+        return bool(self._package) and file.startswith(_INSTALLED)
+
+    def _own(self, value: Any) -> None:
+        self.name, self._package = self.name or value.__qualname__, self._package or _package(value)
 
     def read(self, value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, str)):
@@ -124,15 +141,18 @@ class _Reader:
             return f"array {value.shape} of {value.dtype} {_digest(np.ascontiguousarray(value).tobytes())}"
         if isinstance(value, functools.partial):
             return [self.read(value.func), self.read(value.args), self.read(value.keywords)]
-        if isinstance(value, type):
-            return self._read_class(value)
-        return self._read_function(value) if inspect.isfunction(value) else type(value).__qualname__
+        if not isinstance(value, type) and not inspect.isfunction(value):
+            return type(value).__qualname__
+        if id(value) in self._known:
+            return value.__qualname__
+        self._known.add(id(value))
+        return self._read_class(value) if isinstance(value, type) else self._read_function(value)
 
     def _read_class(self, value: type) -> Any:
         """Name, methods, plain attributes and bases; of a wrapper of Ray's or our own what it wraps."""
-        foreign, local = _foreign(value), "<locals>" in value.__qualname__
+        foreign, local = self._foreign(value), "<locals>" in value.__qualname__
         if not foreign:
-            self.name = self.name or value.__qualname__
+            self._own(value)
         bases = [self.read(base) for base in value.__bases__] if local or not foreign else []
         members = {name: item for name, item in vars(value).items() if not name.startswith("__") or name == "__init__"}
         kept = (
@@ -148,14 +168,14 @@ class _Reader:
         """Name, code, and what it takes from around it: defaults, the cells of its closure, and the globals it names."""
         code = value.__code__
         cells = [self.read(cell.cell_contents) for cell in value.__closure__ or () if _filled(cell)]
-        if _foreign(value):
+        if self._foreign(value):
             return [value.__qualname__, cells]
-        self.name = self.name or value.__qualname__
+        self._own(value)
         around = {name: value.__globals__[name] for name in sorted(_names(code) & value.__globals__.keys())}
         kept = {
             name: self.read(item)
             for name, item in around.items()
-            if _simple(item) or (not _foreign(item) and (inspect.isfunction(item) or inspect.isclass(item)))
+            if _simple(item) or (not self._foreign(item) and (inspect.isfunction(item) or inspect.isclass(item)))
         }
         return [
             value.__qualname__,
