@@ -146,7 +146,8 @@ def test_a_cluster_capped_below_the_learning_rates_goes_on_in_waves_from_no_node
         result = run(tmp_path, resource_timeout_s=2.0)
         assert result.done
         assert result.timing.max_concurrent == 1
-        assert {event["arm"] for event in result.events if event["event"] == "rung"} == {"t00", "t01", "t02", "t03"}
+        raced = {event["arm"] for event in result.events if event["event"] == "rung"}
+        assert {"t00", "t03"} < raced  # the smallest, the largest, and those that the walk came to
         wait_for_nodes(1)
         with pytest.raises(AutoLRSError, match=r"asks for {'CPU': 8.0} on one node, but the cluster has 1 node with"):
             run(tmp_path / "large", resource_timeout_s=2.0, resources={"cpu": 8})
