@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autolrs_ray.core.race.plan import RacePlan
 from autolrs_ray.record.journal import JOURNAL_FILE, RecordWarning, read_journal
 from autolrs_ray.record.stores import join, read_bytes
-from tests.faults.driver import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE = int(os.environ.get("FAULTS", "20"))
@@ -171,11 +172,12 @@ def journal_at(run: str) -> str:
 
 
 def moment_of(journal: str) -> str:
-    """What a run does by its journal: "start", "search" or "train", where a stage's LR or the last rung is decided."""
+    """What a run does by its journal: "start", "search" or "train", where a stage's LR is decided, or none joins the race."""
     if '"event":"stage"' not in journal and '"event":"rung"' not in journal:
         return "start"
     if '"policy":"anchored"' in journal:
-        decided = journal.count('"event":"decision"') >= len(OPTIONS["anchored"]["rungs"])
+        rungs = re.findall(r'"event":"decision".*?"rung":([0-9.]+)', journal)
+        decided = bool(rungs) and float(rungs[-1]) >= RacePlan.of(2).settled
     else:
         decided = journal.rfind('"event":"choice"') > journal.rfind('"event":"stage"')
     return "train" if decided else "search"
