@@ -175,8 +175,8 @@ class TestOnRay:
 
         def lose(self: SharedState, path: str, step: int) -> None:
             written(self, path, step)
-            assert self.reference is not None
-            self.reference = lost
+            if self.reference is not None:  # or nobody waits for it any more
+                self.reference = lost
 
         monkeypatch.setattr(SharedState, "written", lose)
         result, sources = search(tmp_path, "lost")
