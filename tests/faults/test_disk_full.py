@@ -63,7 +63,7 @@ def filled(disk: Path, leave: int) -> Iterator[None]:
     ("paper", '"event":"choice","stage":1', 0, "cannot write the record of the run"),
     # some writes still succeed
     ("paper", '"arm":"s001p01","lr"', 12288, "cannot write the record of the run|failed for good"),
-    ("anchored", '"event":"decision","step":48', 0, "cannot write the record of the run"),
+    ("anchored", '"event":"decision","step":64', 0, "cannot write the record of the run"),
 ])  # fmt: skip
 def test_full_disk_is_a_clear_error_and_the_run_resumes(
     small_disk: Path,

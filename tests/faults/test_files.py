@@ -115,7 +115,7 @@ def test_everything_damaged_at_once(run: Path, cluster: str, undisturbed: Undist
 def test_damaged_trunks_go_back_a_checkpoint(tmp_path: Path, cluster: str, undisturbed: Undisturbed) -> None:
     command = ("--policy", "anchored", "--address", cluster)
     with Driver(tmp_path, command) as driver:
-        assert driver.wait_until(lambda: '"event":"decision","step":96' in journal_text(tmp_path))
+        assert driver.wait_until(lambda: '"event":"decision","step":102' in journal_text(tmp_path))
         driver.kill()
     settle(tmp_path / "run")
     state = json.loads((tmp_path / "run" / STATE_FILE).read_text())["state"]
