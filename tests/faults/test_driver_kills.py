@@ -113,7 +113,7 @@ def test_killed_in_its_first_writes_or_told_to_end(
             assert driver.has_killed_itself("record")
     first, second = {
         "paper": ('"arm":"s001p02","lr"', '"event":"choice","stage":3'),
-        "anchored": ('"event":"rung","arm":"t03"', '"event":"decision","step":48'),
+        "anchored": ('"event":"rung","arm":"t03"', '"event":"decision","step":51'),
     }[policy]
     for number, event in ((signal.SIGTERM, first), (signal.SIGINT, second)):
         with Driver(tmp_path, command) as driver:

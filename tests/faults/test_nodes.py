@@ -79,7 +79,7 @@ def kill_node_that_runs(cluster: Any, driver: Driver, arms: str, moment: str) ->
 
 @pytest.mark.parametrize(("policy", "probes", "main", "later", "pause_s"), [
     ("paper", "s001p??", "main", '"event":"stage","stage":2', 0.2),
-    ("anchored", "t??", "t??", '"event":"decision","step":16', 0.4),
+    ("anchored", "t??", "t??", '"event":"decision","step":19', 0.4),
 ])  # fmt: skip
 def test_lost_nodes_change_nothing(
     tmp_path: Path,
