@@ -32,7 +32,7 @@ def count_kills(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(("policy", "plan"), [
     ("paper", {"kill": {"probe": 0.1}, "kill_at": ["main report 104", "main save 160"]}),
-    ("anchored", {"kill": {"trunk": 0.1}, "kill_at": ["trunk save 16 t01", "trunk save 48 t02"]}),
+    ("anchored", {"kill": {"trunk": 0.1}, "kill_at": ["trunk save 19 t03", "trunk save 51 t03"]}),
 ])  # fmt: skip
 def test_killed_workers_change_nothing(
     tmp_path: Path, cluster: str, undisturbed: Undisturbed, policy: str, plan: dict[str, Any]
