@@ -171,16 +171,18 @@ class TestOnRay:
         assert sources["store"] == from_storage["storage"] == 2 * 3 + 3  # two stages of probes, and main in all three
 
     def test_states_that_are_lost_are_read_from_storage(self, tmp_path: Path, monkeypatch: Any) -> None:
-        written, lost = SharedState.written, _lost_object()
+        written, lost, steps = SharedState.written, _lost_object(), list[int]()
 
         def lose(self: SharedState, path: str, step: int) -> None:
             written(self, path, step)
             if self.reference is not None:  # or nobody waits for it any more
                 self.reference = lost
+                steps.append(step)
 
         monkeypatch.setattr(SharedState, "written", lose)
         result, sources = search(tmp_path, "lost")
         assert sources == {"storage": 9}
+        assert steps
         monkeypatch.undo()
         assert same_course(result, search(tmp_path, "kept")[0])
 
