@@ -199,6 +199,7 @@ def _show_totals(found: Row) -> None:
                      f"at most {totals['max_concurrent']} trials at a time")  # fmt: skip
     if found["choice"]:
         lines.append(found["choice"]["text"])
+    lines += [point["text"] for point in found["points"]]
     for message in found["warnings"]:
         lines.append(f"warning: {message}")
     typer.echo("\n".join(lines))

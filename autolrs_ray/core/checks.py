@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+SAME_LR = 1e-9
+"""Relative difference up to which two learning rates are one, written with other digits."""
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -63,3 +66,22 @@ def validate_interval(lr_interval: Any) -> tuple[float, float]:
     if not low < high:
         raise ValueError(f"min_lr must be below max_lr, got {low=}, {high=}; widen lr_interval")
     return low, high
+
+
+def validate_points(points: Any, lr_interval: tuple[float, float]) -> list[float]:
+    """`points_to_evaluate`: learning rates, or Tune's {"lr": ...}, each once and inside `lr_interval`, as a list; [] for None.
+
+    Raises TypeError or ValueError, naming the value.
+    """
+    if points is None:
+        return []
+    given = [point["lr"] if isinstance(point, dict) and [*point] == ["lr"] else point
+             for point in require_tuple("points_to_evaluate", points)]  # fmt: skip
+    lrs = [require_float("each of points_to_evaluate", lr, 0.0, math.inf, low_open=True) for lr in given]
+    low, high = lr_interval
+    for i, lr in enumerate(lrs):
+        if not low <= lr <= high:
+            raise ValueError(f"points_to_evaluate: {lr:g} lies outside of lr_interval=({low:g}, {high:g}); widen that")
+        if any(math.isclose(lr, other, rel_tol=SAME_LR) for other in lrs[:i]):
+            raise ValueError(f"points_to_evaluate holds {lr:g} twice, got {points!r}")
+    return lrs

@@ -15,8 +15,8 @@ DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
-                  "envelope", "floor")  # fmt: skip
-_RACE_OPTIONS = ("num_lrs", "envelope", "warmup", "commits", "run_ahead")
+                  "envelope", "floor", "points_to_evaluate")  # fmt: skip
+_RACE_OPTIONS = ("num_lrs", "envelope", "warmup", "commits", "run_ahead", "points_to_evaluate", "keep")
 
 
 def _paper(total_steps: int, options: dict[str, Any], **common: Any) -> Policy:

@@ -44,8 +44,8 @@ class AutoLRSSearch(Searcher):
     train with as many as its resources have bundles for; an AutoLRSTrainable with `workers = None` does.
 
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
-    num_lrs (k), kappa, initial, fit, series, floor, probe_reports, main_reports, promote, envelope.
-    Options of policy="anchored": num_lrs, envelope, warmup, commits, run_ahead.
+    num_lrs (k), kappa, initial, fit, series, floor, probe_reports, main_reports, promote, envelope, points_to_evaluate.
+    Options of policy="anchored": num_lrs, envelope, warmup, commits, run_ahead, points_to_evaluate, keep.
     See :class:`~autolrs_ray.core.paper.policy.PaperPolicy`, :class:`~autolrs_ray.core.race.policy.AnchoredPolicy`.
 
     Raises TypeError or ValueError, naming the value, for anything out of range.

@@ -153,7 +153,7 @@ class RunSettings:
         before, now = ({**config, **config.get("options", {})} for config in (theirs, ours))
         given = {*ours["given"], *theirs.get("given", ())}
         options = {*ours["options"], *theirs.get("options", {}), "lr_interval"}
-        kept = {name for name in options - given if name in before and name in now}
+        kept = {name for name in options - given if name in now}  # one that there was not yet decided nothing
         fixed = {*ours} - {"options", "given", "rule", "slots"} | options
         changed = {name: (before.get(name), now.get(name)) for name in {**now, **before} if name in fixed - kept}
         changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
@@ -161,7 +161,7 @@ class RunSettings:
             return {"policy": changed["policy"]}
         if not changed.keys() - {"total_steps"}:
             self.lr_interval = validate_interval(before["lr_interval"])
-            self.options = {**{name: before[name] for name in kept - {"lr_interval"}}, **self.options}
+            self.options = {**{name: before[name] for name in kept - {"lr_interval"} if name in before}, **self.options}
             self._resolve()
             self._rule, self._kept = theirs.get("rule"), kept
         return changed

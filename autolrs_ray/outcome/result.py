@@ -10,6 +10,7 @@ from typing import Any
 
 from autolrs_ray.core.events import Event
 from autolrs_ray.outcome.history import History
+from autolrs_ray.outcome.points import OwnPoint, own_points
 from autolrs_ray.outcome.schedule import LearnedSchedule
 from autolrs_ray.record.stores import local_copy
 
@@ -37,7 +38,8 @@ class RunResult:
     metric: the final validation metric as it was reported, of the weights named by `weights`. loss: the same as a loss, negated
     for mode "max". main_steps, search_steps: optimizer steps committed,
     and trained beside them.
-    rows: one dict per committed stage (paper) or checkpoint of the winner (anchored). events: the whole journal.
+    rows: one dict per committed stage (paper) or checkpoint of the winner (anchored). points: what became of each of
+    `points_to_evaluate`. events: the whole journal.
     """
 
     folder: Path | str
@@ -51,6 +53,7 @@ class RunResult:
     main_steps: int
     search_steps: int
     timing: Timing
+    points: list[OwnPoint]
     events: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -100,7 +103,8 @@ class RunResult:
         return cls(
             folder=history.folder, done=history.done is not None, policy=history.policy, metric=metric, loss=loss,
             checkpoint=last.get("checkpoint"), schedule=LearnedSchedule.of(history), rows=rows, main_steps=main_steps,
-            search_steps=max(0, trained - main_steps), timing=_timing(history, segments), events=history.events,
+            search_steps=max(0, trained - main_steps), timing=_timing(history, segments), points=own_points(history),
+            events=history.events,
         )  # fmt: skip
 
 

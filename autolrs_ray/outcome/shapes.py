@@ -135,6 +135,10 @@ def complete_config(config: Any, where: str) -> Row:
                 raise TypeError(f"{name} must be the name of a result key, got {_short(config[name])}")
         if not isinstance(whole["options"].get("envelope"), str | None):
             raise TypeError(f"envelope must be a name, got {_short(config['options']['envelope'])}")
+        if not _list_of(_positive)(whole["options"].get("points_to_evaluate") or []):
+            raise TypeError(
+                f"points_to_evaluate must hold learning rates, got {_short(whole['options']['points_to_evaluate'])}"
+            )
         if whole["policy"] == "paper":
             require_int("num_lrs", whole["options"].get("num_lrs", 1), 1)
             require_int("warmup_steps", whole["options"].get("warmup_steps", 0), 0)

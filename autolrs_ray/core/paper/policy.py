@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from autolrs_ray.core.checks import require_bool, require_float, require_int
+from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_points
 from autolrs_ray.core.envelopes import LogInterval, envelope_factor
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.paper.probes import Start, best_of, has_blown_up, judge, next_smaller, opening_loss, series_of
@@ -37,6 +37,7 @@ class PaperPolicy(PaperState):
     floor: lower bound of the loss that is minimised (0, until a loss lies below it; None where it has none, as a density's or
     a metric to be maximised, whose sign is changed).
     envelope: the paper has none; with one, LR(t) = stage LR * envelope(t).
+    points_to_evaluate: LRs of your own that every stage tries first; they count among its `num_lrs`.
     """
 
     def __post_init__(self) -> None:
@@ -47,7 +48,13 @@ class PaperPolicy(PaperState):
             self.floor = require_float("floor", self.floor, -math.inf, math.inf)
         if self.series not in ("authors", "validation"):
             raise ValueError(f'series must be "authors" or "validation", got {self.series!r}')
-        self._rule = ProposalRule(self.num_lrs, self.kappa, self.initial, self.fit, self.seed)
+        own = self.points_to_evaluate = validate_points(self.points_to_evaluate, self.lr_interval)
+        x = tuple(map(LogInterval(*self.lr_interval).x, own))
+        self._rule = ProposalRule(self.num_lrs, self.kappa, self.initial, self.fit, self.seed, x)
+        if len(own) > self.num_lrs:
+            raise ValueError(
+                f"points_to_evaluate are the first of the num_lrs={self.num_lrs} probes of a stage, got {len(own)}"
+            )
         envelope_factor(self.envelope, 0, self.total_steps)
         self._stages = len(self.plan.stages())
         self.interval = self.lr_interval
@@ -141,7 +148,8 @@ class PaperPolicy(PaperState):
                 self.emit(
                     Event.WARNING, stage=self.stage.index, message=f"surrogate failed ({failure}); space-filling LR"
                 )
-            lr, i = LogInterval(*self.interval).lr(x), len(self.probes)
+            i, own = len(self.probes), self.points_to_evaluate or ()
+            lr = own[i] if i < len(own) else LogInterval(*self.interval).lr(x)
             self.probes.append(Probe(lr, x))
             self.emit(Event.PROPOSAL, stage=self.stage.index, probe=i, arm=self._arm(i), lr=lr)
 

@@ -52,6 +52,7 @@ class ProposalRule:
     initial: str
     fit: str
     seed: int
+    points: tuple[float, ...] = ()  # x of those that are tried first
 
     def __post_init__(self) -> None:
         require_int("num_lrs", self.num_lrs, 1)
@@ -74,12 +75,16 @@ class ProposalRule:
         told, pending = probes[: i - i % q], probes[i - i % q :]
         if i >= self.num_lrs or any(probe.status == "open" for probe in told):
             return None
-        if i == 0 and self.initial == "random":
+        own = self.points if attempt == 0 else ()
+        if i < len(own):
+            return own[i], ""
+        if i == len(own) == 0 and self.initial == "random":
             return float(np.random.default_rng([self.seed, stage, attempt]).uniform()), ""
         upper = upper_bound(told)
-        grid = self._grid(q)
-        if self.initial == "grid" and i < len(grid) and grid[i] <= upper:
-            return grid[i], ""
+        grid = [x for x in self._grid(q) if all(abs(x - point) > APART for point in own)]
+        n = i - len(own)
+        if self.initial == "grid" and n < len(grid) and grid[n] <= upper:
+            return grid[n], ""
         observed = [(p.x, p.forecast) for p in told if p.status == "done" and p.forecast is not None]
         # those without a value count as pending: to try their LRs again would be a waste
         waiting = [p.x for p in pending] + [p.x for p in told if p.status != "done" and p.x <= upper]

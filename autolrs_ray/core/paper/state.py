@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class PaperState(Policy):
     promote: bool = True
     floor: float | None = 0.0
     envelope: EnvelopeSpec = None
+    points_to_evaluate: Sequence[float] | None = None
 
     # durable state
     phase: str = "search"

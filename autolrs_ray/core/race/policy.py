@@ -8,16 +8,18 @@ run under one decay envelope and are compared at rungs. Which of them go on is t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autolrs_ray.core.checks import require_bool, require_float, require_int
+from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_points
 from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, bin_centred_grid, envelope_factor
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, finite_or_inf, refuse_ignored_lr, way_on
 from autolrs_ray.core.race.ahead import ahead_of
 from autolrs_ray.core.race.baseline import Baseline, baseline_of
 from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
+from autolrs_ray.core.race.points import arrived, best_at_the_end, field_of, on_the_way
 from autolrs_ray.core.race.readings import final_of, score_of
 from autolrs_ray.core.race.rule import Course, Reading, walk
 from autolrs_ray.core.race.trouble import caveat, fails_everywhere, forgive, none_left
@@ -38,6 +40,8 @@ class AnchoredPolicy(Policy):
     warmup: share of the run over which a linear rise is a factor beside the envelope (0: none). commits: checkpoints of a trunk
     over the whole run, beside those at rungs. run_ahead: slots that the rule leaves over train the next LRs below those in play
     ahead, up to 0.12 T, in case they are needed.
+    points_to_evaluate: LRs of your own that race beside those of the grid. keep: they are trained to the end whatever the rule
+    makes of them, on slots that it leaves over, or after it has come to an end; the best of all that came there wins.
     """
 
     lr_interval: tuple[float, float] = (1e-5, 10.0)
@@ -46,6 +50,8 @@ class AnchoredPolicy(Policy):
     warmup: float = 0.2
     commits: int = 10
     run_ahead: bool = True
+    points_to_evaluate: Sequence[float] | None = None
+    keep: bool = False
 
     # durable state
     trunks: list[Trunk] = field(default_factory=list, init=False)
@@ -64,7 +70,13 @@ class AnchoredPolicy(Policy):
     def __post_init__(self) -> None:
         for name in ("num_lrs", "commits", "concurrency"):
             require_int(name, getattr(self, name), 1)
-        require_bool("run_ahead", self.run_ahead)
+        for name in ("run_ahead", "keep"):
+            require_bool(name, getattr(self, name))
+        own = self.points_to_evaluate = validate_points(self.points_to_evaluate, self.lr_interval)
+        if self.keep and not own:
+            raise ValueError(
+                "keep=True trains the learning rates of points_to_evaluate to the end: give some, got none"
+            )
         rise = require_float("warmup", self.warmup, 0.0, 1.0)
         self.warmup_steps = round(rise * self.total_steps)
         self.plan = RacePlan.of(self.total_steps, rise=rise)
@@ -72,7 +84,7 @@ class AnchoredPolicy(Policy):
             envelope_factor(self.envelope, step, self.total_steps)
         self._boundaries = self._lay_boundaries()
         interval = LogInterval(*self.lr_interval)
-        self.trunks = [Trunk(interval.lr(x)) for x in bin_centred_grid(self.num_lrs)]
+        self.trunks = field_of((interval.lr(x) for x in bin_centred_grid(self.num_lrs)), own)
         for i, trunk in enumerate(self.trunks):
             self.emit(Event.PROPOSAL, stage=0, probe=i, arm=_arm(i), lr=trunk.lr, status=trunk.status)
         self._course = self._walk()
@@ -127,18 +139,19 @@ class AnchoredPolicy(Policy):
 
     @property
     def trials_needed(self) -> int:
-        return self.num_lrs  # the walk may go all the way down
+        return len(self.trunks)  # the walk may go all the way down
 
     @property
     def breadth(self) -> int:
-        in_play = 1 if self.heir is not None else len(self._course.play)
-        return max(1, min(FEW, in_play + len(self._ahead(1))))
+        in_play = {self.heir} if self.heir is not None else self._course.play
+        return max(1, min(FEW, len({*in_play, *self._ahead(1), *self._to_keep()})))
 
     def cost(self, slots: int) -> tuple[float, float]:
-        few, settled = min(FEW, self.num_lrs), self.plan.settled
-        compute = self.num_lrs * settled + few * (1.0 - settled)  # all join, and three go on to the end
-        joining = max(0, self.num_lrs - 2) * settled  # one after another, while the others wait
-        return compute, min(compute, few / min(slots, few) + joining)
+        count, settled = len(self.trunks), self.plan.settled
+        few, kept = min(FEW, count), len(self._kept)
+        compute = count * settled + few * (1.0 - settled) + kept  # all join, and three go on to the end
+        joining = max(0, count - 2) * settled  # one after another, while the others wait
+        return compute, min(compute, few / min(slots, few) + joining + math.ceil(kept / slots))
 
     def _needed(self) -> dict[int, int]:
         """Trunk -> the step to which the rule needs it."""
@@ -146,7 +159,8 @@ class AnchoredPolicy(Policy):
             return {}
         alone = self._course.winner if self.heir is None else self.heir
         if alone is not None:
-            return {alone: self.total_steps} if self.trunks[alone].step < self.total_steps else {}
+            last = [alone] if self.trunks[alone].step < self.total_steps else self._to_keep()
+            return dict.fromkeys(last, self.total_steps)
         return {i: self.plan.step(rung) for i, rung in self._course.missing.items()}
 
     def _ahead(self, slots: int) -> list[int]:
@@ -157,15 +171,29 @@ class AnchoredPolicy(Policy):
 
     def _left_over(self) -> int:
         """Slots beside those of the trunks in play, which are two at least before the race has settled."""
-        return max(0, self.concurrency - max(2, len(self._course.play)))
+        settled = bool(self._course.decisions) and self._course.decisions[-1].rung >= self.plan.settled
+        return max(0, self.concurrency - max(1 if settled else 2, len(self._course.play)))
+
+    @property
+    def _kept(self) -> Sequence[float]:
+        return (self.points_to_evaluate or ()) if self.keep else ()
+
+    def _to_keep(self) -> list[int]:
+        over = self.done or self.heir is not None
+        return [] if over else on_the_way(self.trunks, self._kept, self.total_steps)
+
+    def _spare(self) -> list[int]:
+        """What is trained on slots that the rule leaves over."""
+        slots = self._left_over()
+        return list(dict.fromkeys([*self._ahead(slots), *self._to_keep()]))[:slots]
 
     def wanted(self) -> list[Segment]:
         needed = sorted(self._needed(), key=lambda i: (self.trunks[i].step, i))
-        free = [i for i in (*needed, *self._ahead(self._left_over())) if _arm(i) not in self._issued]
+        free = [i for i in dict.fromkeys([*needed, *self._spare()]) if _arm(i) not in self._issued]
         return [self._segment(i) for i in free]
 
     def demand(self) -> dict[str, int]:
-        ahead = {_arm(i): 0 for i in self._ahead(self._left_over())}
+        ahead = {_arm(i): 0 for i in self._spare()}
         needed = self._needed()
         if len(self._course.play) == 1:  # nobody is left to join it
             needed = dict.fromkeys(needed, self.total_steps)
@@ -235,7 +263,7 @@ class AnchoredPolicy(Policy):
             behind = full and any(self.trunks[j].step < point.step for j in needed if _arm(j) not in self._issued)
             return Verdict.PAUSE if behind else Verdict.SAVE
         urgent = full and any(_arm(j) not in self._issued for j in needed)
-        return Verdict.SAVE if i in self._ahead(self._left_over()) and not urgent else Verdict.PAUSE
+        return Verdict.SAVE if i in self._spare() and not urgent else Verdict.PAUSE
 
     # -- what follows --------------------------------------------------------------------------------------------------
 
@@ -285,7 +313,7 @@ class AnchoredPolicy(Policy):
                 self._turn(i, "open")
             elif trunk.readings and trunk.status != "dropped":
                 passed = winner is not None or (leader is not None and i > leader)
-                self._turn(i, "dropped" if passed else "waiting")
+                self._turn(i, "dropped" if passed and trunk.lr not in self._kept else "waiting")
 
     def _turn(self, i: int, status: str) -> None:
         """Change a trunk's status, and say so."""
@@ -320,13 +348,19 @@ class AnchoredPolicy(Policy):
 
     def _finish_if_won(self) -> None:
         winner = self._course.winner if self.heir is None else self.heir
-        if winner is None or self.done or self.trunks[winner].step < self.total_steps:
+        if winner is None or self.done or self.trunks[winner].step < self.total_steps or self._to_keep():
             return
         trunk = self.trunks[winner]
+        if self.heir is None:
+            came = [trunk, *arrived(self.trunks, self._kept, self.total_steps)]
+            trunk = best_at_the_end(came, self.plan.fractions[-1])
+            for other in {*came} - {trunk}:
+                self._turn(self.trunks.index(other), "dropped")
+            winner = self.trunks.index(trunk)
         self.phase, trunk.status = "done", "won"
         if self.heir is None:
             judged = self._course.decisions[-1].judged
-            if warning := caveat(winner, self.num_lrs, judged, self.lr_interval):
+            if warning := caveat(winner, len(self.trunks), judged, self.lr_interval):
                 self._tell(winner, warning)
         self.emit(Event.DONE, arm=_arm(winner), lr=trunk.lr, step=trunk.step, loss=trunk.saved_loss,
                   checkpoint=trunk.checkpoint)  # fmt: skip
@@ -387,6 +421,7 @@ class AnchoredPolicy(Policy):
         alive = [trunk for trunk in self.trunks if trunk.active or trunk.status == "won"]
         if self.done:
             alive = [trunk for trunk in alive if trunk.status == "won"]
+            alive += arrived(self.trunks, self._kept, self.total_steps)
         return {path for trunk in alive for path in trunk.paths}
 
     # -- what is seen and kept -----------------------------------------------------------------------------------------
@@ -428,7 +463,7 @@ class AnchoredPolicy(Policy):
         if (state["envelope"] == "function") != callable(self.envelope):
             raise ValueError(f"this race began with the envelope {state['envelope']!r}, not {self.envelope!r}")
         self.envelope = self.envelope if callable(self.envelope) else state["envelope"]
-        self.commits, self.num_lrs = state["commits"], len(state["trunks"])
+        self.commits = state["commits"]
         self.phase, self.decided, self.heir = state["phase"], state["decided"], state["heir"]
         self.warmup_steps, self.plan = state["warmup_steps"], RacePlan.from_state(state["plan"])
         self.baseline = Baseline.from_state(state)
