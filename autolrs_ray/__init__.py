@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autolrs_ray.driver.scheduler import AutoLRSScheduler
     from autolrs_ray.driver.searcher import AutoLRSSearch
     from autolrs_ray.lr_range import LRRange, lr_range_test
+    from autolrs_ray.outcome.points import OwnPoint
     from autolrs_ray.outcome.result import RunResult, Timing
     from autolrs_ray.outcome.schedule import LearnedLRScheduler, LearnedSchedule, Piece
     from autolrs_ray.record.journal import read_journal
@@ -35,6 +36,7 @@ _HOMES = {
     "LearnedLRScheduler": "outcome.schedule",
     "LearnedSchedule": "outcome.schedule",
     "LiveProgress": "driver.live",
+    "OwnPoint": "outcome.points",
     "Piece": "outcome.schedule",
     "ReplayScheduler": "driver.replay",
     "RunResult": "outcome.result",
@@ -69,6 +71,7 @@ __all__ = [
     "LearnedLRScheduler",
     "LearnedSchedule",
     "LiveProgress",
+    "OwnPoint",
     "Piece",
     "ReplayScheduler",
     "RunResult",

@@ -124,6 +124,13 @@ def test_every_stage_of_the_papers_policy_tries_them_first():
         assert len({round(math.log10(lr), 3) for lr in lrs}) == PAPER["num_lrs"]
 
 
+def test_the_interval_of_fine_tuning_lies_a_decade_lower_at_the_same_spacing():
+    usual, lower = (make_policy("anchored", 200, lr_interval) for lr_interval in (None, "fine-tuning"))
+    assert [trunk.lr for trunk in lower.trunks] == pytest.approx([trunk.lr / 10 for trunk in usual.trunks])
+    with pytest.raises(ValueError, match=r"lr_interval, .* one of \['fine-tuning'\], got 'finetune'"):
+        make_policy("anchored", 200, "finetune")
+
+
 # -- what is said of them ----------------------------------------------------------------------------------------------
 
 

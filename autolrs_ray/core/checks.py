@@ -9,6 +9,10 @@ from typing import Any
 SAME_LR = 1e-9
 """Relative difference up to which two learning rates are one, written with other digits."""
 
+INTERVALS = {"fine-tuning": (1e-6, 1.0)}
+"""Search intervals by name. Pre-trained weights want smaller learning rates than new ones: as many decades as the race's default,
+a decade lower."""
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -56,7 +60,9 @@ def require_tuple(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def validate_interval(lr_interval: Any) -> tuple[float, float]:
-    """Return (min_lr, max_lr) with 0 < min_lr < max_lr, both finite; raise with the value otherwise."""
+    """Return (min_lr, max_lr), of a name in INTERVALS too; raise with the value unless 0 < min_lr < max_lr, both finite."""
+    if isinstance(lr_interval, str):
+        lr_interval = INTERVALS[require_one_of("lr_interval, if it is a name,", lr_interval, INTERVALS)]
     try:
         low, high = lr_interval
     except (TypeError, ValueError):

@@ -49,7 +49,7 @@ _POLICIES: dict[str, tuple[Callable[..., Policy], tuple[str, ...]]] = {
 def make_policy(
     name: str,
     total_steps: int,
-    lr_interval: tuple[float, float] | None = None,
+    lr_interval: tuple[float, float] | str | None = None,
     seed: int = 0,
     concurrency: int = 1,
     **options: Any,

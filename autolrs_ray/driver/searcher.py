@@ -26,8 +26,9 @@ class AutoLRSSearch(Searcher):
 
     total_steps: optimizer steps of the main training. policy: "anchored" (a race of LRs under a warm-up and a decay
     envelope) or "paper" (Algorithm 1 of AutoLRS, Jin et al. 2021).
-    lr_interval: (min, max); None takes it from ``param_space={"lr": tune.loguniform(min, max)}``, else the policy's own
-    default. metric, mode: the validation metric ("val_loss", "min"); None takes TuneConfig's.
+    lr_interval: (min, max); "fine-tuning": (1e-6, 1), for weights that are already good; None takes it from
+    ``param_space={"lr": tune.loguniform(min, max)}``, else the policy's own default.
+    metric, mode: the validation metric ("val_loss", "min"); None takes TuneConfig's.
     time_attr: result key with the optimizer steps done, restored from checkpoints. train_metric, averaged_metric: result
     keys of the mean training loss and of the metric of averaged weights, used where they are reported (None: the metric's, with
     "averaged_" before it or in place of "val_": of "val_loss" that is "averaged_loss").
@@ -56,7 +57,7 @@ class AutoLRSSearch(Searcher):
         total_steps: int,
         *,
         policy: str = "anchored",
-        lr_interval: tuple[float, float] | None = None,
+        lr_interval: tuple[float, float] | str | None = None,
         metric: str | None = None,
         mode: str | None = None,
         time_attr: str = "step",

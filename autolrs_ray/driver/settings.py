@@ -29,7 +29,7 @@ class RunSettings:
         self,
         total_steps: int,
         policy: str,
-        lr_interval: tuple[float, float] | None,
+        lr_interval: tuple[float, float] | str | None,
         metric: str | None,
         mode: str | None,
         time_attr: str,

@@ -129,7 +129,7 @@ def complete_config(config: Any, where: str) -> Row:
         require_one_of("mode", whole["mode"], ("min", "max"))
         require_int("total_steps", whole.get("total_steps"), 1)
         if whole.get("lr_interval") is not None:
-            validate_interval(whole["lr_interval"])
+            whole["lr_interval"] = list(validate_interval(whole["lr_interval"]))
         for name, kind in (("metric", str), ("time_attr", str), ("averaged_metric", str)):
             if not isinstance(whole.get(name, "x"), kind) or not whole.get(name, "x"):
                 raise TypeError(f"{name} must be the name of a result key, got {_short(config[name])}")
