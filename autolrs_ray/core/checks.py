@@ -10,7 +10,7 @@ SAME_LR = 1e-9
 """Relative difference up to which two learning rates are one, written with other digits."""
 
 INTERVALS = {"fine-tuning": (1e-6, 1.0)}
-"""Search intervals by name. Pre-trained weights want smaller learning rates than new ones: as many decades as the race's default,
+"""Search intervals by name. Pre-trained weights want smaller learning rates than new ones: as many decades as usual in a race,
 a decade lower."""
 
 
