@@ -1,4 +1,4 @@
-"""Runs the Python blocks of a section of docs/integrations.md, and watches the optimizers of the trials meanwhile."""
+"""Runs the Python blocks of a library's page, or of a section of docs/integrations.md, and watches the trials' optimizers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ import pytest
 
 import autolrs_ray
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "integrations.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "integrations.md"
+OWN_PAGES = {"Lightning": "lightning.md", "Hugging Face Trainer": "huggingface.md"}
 
 
 def blocks(section: str) -> list[str]:
+    if section in OWN_PAGES:
+        return re.findall(r"```python\n(.*?)```", (DOCS / OWN_PAGES[section]).read_text(), re.DOTALL)
     (part,) = (part for part in PAGE.read_text().split("\n## ") if part.startswith(f"{section}\n"))
     return re.findall(r"```python\n(.*?)```", part, re.DOTALL)
 
@@ -88,7 +92,7 @@ def run_section(section: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **o
     namespace: dict[str, Any] = {"STORAGE": str(folder)}
     with updates_here() as namespace["replayed"]:
         for block in blocks(section):
-            exec(compile(block, str(PAGE), "exec"), namespace)
+            exec(compile(block, section, "exec"), namespace)
     return namespace
 
 
