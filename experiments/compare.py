@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from autolrs_ray.show.run_data import read_lines
-from experiments.compare_methods import METHODS, Lab, setting
+from experiments.compare_lab import Lab
+from experiments.compare_methods import METHODS, setting
 from experiments.compare_report import RAY, hardware, write_report
 from experiments.compare_tasks import DEFAULT_TASKS, Task, make_task
 

@@ -8,100 +8,26 @@ compute: steps trained in all trials over T, search included. wall_clock: the sa
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from autolrs_ray.core.envelopes import lr_factor
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.core.race.plan import RUNGS, RacePlan
 from autolrs_ray.core.race.policy import AnchoredPolicy
-from autolrs_ray.training.trainer import Trainer
+from experiments.compare_lab import Lab, Outcome, candidates
+from experiments.compare_optimizers import prodigy, schedule_free_default, schedule_free_grid, schedule_free_plus
 from experiments.compare_report import COST_SLOTS
-from experiments.compare_tasks import (
-    DEFAULT_LR,
-    GRID,
-    INTERVALS,
-    SCHEDULE_FREE_DEFAULT,
-    SCHEDULE_FREE_GRID,
-    WEIGHT_DECAY,
-    Task,
-)
-from experiments.memo import Memo, MemoTrainer, PerRunOrderTrainer
-from experiments.schedule_free_plus import ScheduleFreePlus
+from experiments.compare_tasks import DEFAULT_LR, GRID, INTERVALS, Task
+from experiments.memo import MemoTrainer
 from experiments.slots import run_slots
 
 SLOTS = 12
 """k: trials that run at the same time; the size of the race's field."""
-
-
-@dataclass
-class Outcome:
-    """What one method found with one seed. weights: "raw" or "averaged", whichever is the final model."""
-
-    test_loss: float
-    test_accuracy: float | None
-    val_loss: float
-    compute: float
-    wall_clock: float
-    lr: float | None = None
-    weights: str = "raw"
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-class Lab:
-    """One task at one seed, with the memo that all its methods share."""
-
-    def __init__(self, task: Task, seed: int, folder: Path) -> None:
-        self.task, self.seed = task, seed
-        self.memo = Memo(folder / f"{task.name}-{seed}.sqlite")
-        self._trainers: dict[str, MemoTrainer] = {}
-
-    @property
-    def test_data(self) -> tuple[Tensor, Tensor]:
-        return self.task.split(self.seed)["test"]
-
-    def trainer(
-        self,
-        averaging: bool = True,
-        train_losses: bool = False,
-        order: str = "common",
-        averages: int | None = None,
-    ) -> MemoTrainer:
-        """The memo trainer for this data order; its snapshots live as long as the lab."""
-        kind = Trainer if order == "common" else PerRunOrderTrainer
-        if order not in self._trainers:
-            self._trainers[order] = MemoTrainer(
-                lambda: kind(lambda: self.task.build(self.seed), self.seed, averaging=True),
-                self.memo,
-                f"{self.task.name}/{self.seed}/{order}",
-                lambda: self.test_data,
-            )
-        trainer = self._trainers[order]
-        trainer.averaging, trainer.train_losses = averaging, train_losses
-        trainer.averages = averages
-        trainer.reset()
-        return trainer
-
-    def outcome(self, trainer: MemoTrainer, weights: str, compute: float, wall: float, **fields: Any) -> Outcome:
-        """Read the test split for the state `trainer` is in. weights "best": the better on validation."""
-        losses = {name: trainer.evaluate(averaged=name == "averaged")["loss"] for name in _candidates(weights)}
-        chosen = min(losses, key=lambda name: finite_or_inf(losses[name]))
-        test = trainer.evaluate_test(chosen == "averaged")
-        return Outcome(test["loss"], test.get("accuracy"), losses[chosen], compute, wall, weights=chosen, **fields)
-
-
-def _candidates(weights: str) -> tuple[str, ...]:
-    return ("raw", "averaged") if weights == "best" else (weights,)
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------
@@ -143,7 +69,7 @@ def tuned(lab: Lab, shape: str, weights: str = "raw") -> Outcome:
     for lr in grid:
         trainer = _train(lab, shape, lr)
         found.append(
-            (min(finite_or_inf(trainer.evaluate(averaged=w == "averaged")["loss"]) for w in _candidates(weights)), lr)
+            (min(finite_or_inf(trainer.evaluate(averaged=w == "averaged")["loss"]) for w in candidates(weights)), lr)
         )
     lr = min(found)[1]
     edge = lr in (grid[0], grid[-1])
@@ -153,98 +79,6 @@ def tuned(lab: Lab, shape: str, weights: str = "raw") -> Outcome:
 def untuned(lab: Lab, shape: str) -> Outcome:
     lr = DEFAULT_LR[lab.task.optimizer]
     return lab.outcome(_train(lab, shape, lr), "raw", 1.0, 1.0, lr=lr)
-
-
-# -- optimizers that claim to need no schedule -------------------------------------------------------------------------
-
-
-class AveragedPointTrainer(Trainer):
-    """Schedule-Free: evaluated at the averaged point, batch-norm statistics re-estimated there on 50 batches."""
-
-    def train(self, until: int, lr_at: Callable[[int], float]) -> float:
-        self.task.optimizer.train()  # type: ignore[attr-defined]
-        return super().train(until, lr_at)
-
-    def to_averaged_point(self) -> None:
-        self.task.optimizer.eval()  # type: ignore[attr-defined]
-        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        if not norms:
-            return
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-        self.model.train()
-        with torch.no_grad():
-            for step in range(50):
-                self.model(self.batch(step)[0])
-
-
-def _schedule_free(lab: Lab, lr: float) -> AveragedPointTrainer:
-    import schedulefree
-
-    def make(parameters: Any) -> torch.optim.Optimizer:
-        kind, decay = lab.task.optimizer, WEIGHT_DECAY[lab.task.optimizer]
-        warmup = lab.task.steps // 20  # the authors advise a warm-up of about 5 %
-        if kind == "sgd":
-            return schedulefree.SGDScheduleFree(
-                parameters, lr=lr, momentum=0.9, weight_decay=decay, warmup_steps=warmup
-            )
-        return schedulefree.AdamWScheduleFree(parameters, lr=lr, weight_decay=decay, warmup_steps=warmup)
-
-    trainer = AveragedPointTrainer(lambda: lab.task.build(lab.seed, make), lab.seed)
-    trainer.train(lab.task.steps, lambda step: lr)
-    trainer.to_averaged_point()
-    return trainer
-
-
-def schedule_free(lab: Lab, grid: list[float]) -> Outcome:
-    found = {}
-    for lr in grid:
-        key = f"schedule-free/{lr!r}"
-        if lab.memo.get(key) is None:
-            lab.memo.put(key, _schedule_free(lab, lr).evaluate()["loss"])
-        found[lr] = finite_or_inf(lab.memo.get(key))
-    lr = min(found, key=lambda lr: found[lr])
-    trainer = _schedule_free(lab, lr)
-    test = trainer.evaluate(lab.test_data)
-    extra = {"edge": len(grid) > 1 and lr in (grid[0], grid[-1])}
-    return Outcome(test["loss"], test.get("accuracy"), found[lr], float(len(grid)), 1.0, lr, "averaged", extra)
-
-
-def prodigy(lab: Lab) -> Outcome:
-    """LR 1 under cosine decay, as its authors advise."""
-    import prodigyopt
-
-    decay = WEIGHT_DECAY[lab.task.optimizer]
-
-    def make(parameters: Any) -> torch.optim.Optimizer:
-        with redirect_stdout(io.StringIO()):  # it says which weight decay it uses, every time
-            return prodigyopt.Prodigy(parameters, lr=1.0, weight_decay=decay)
-
-    trainer = Trainer(lambda: lab.task.build(lab.seed, make), lab.seed)
-    trainer.train(lab.task.steps, lambda step: SHAPES["cosine"](step / lab.task.steps))
-    val, test = trainer.evaluate(), trainer.evaluate(lab.test_data)
-    return Outcome(test["loss"], test.get("accuracy"), val["loss"], 1.0, 1.0, 1.0)
-
-
-def schedule_free_plus(lab: Lab) -> Outcome:
-    """At its defaults, with a warm-up of 5 % as for Schedule-Free; gradients as they are, since its step goes by their size."""
-    seen: dict[str, Tensor] = {}
-
-    def loss(output: Tensor, targets: Tensor) -> Tensor:
-        seen["loss"] = lab.task.loss(output, targets)
-        return seen["loss"]
-
-    task, warmup = replace(lab.task, loss=loss, clip_norm=None), lab.task.steps // 20
-
-    def make(parameters: Any) -> torch.optim.Optimizer:
-        return ScheduleFreePlus(parameters, lambda: float(seen["loss"]), warmup)
-
-    trainer = AveragedPointTrainer(lambda: task.build(lab.seed, make), lab.seed)
-    trainer.train(task.steps, lambda step: min(1.0, (step + 1) / warmup))
-    trainer.to_averaged_point()
-    val, test = trainer.evaluate(), trainer.evaluate(lab.test_data)
-    return Outcome(test["loss"], test.get("accuracy"), val["loss"], 1.0, 1.0, None, "averaged")
 
 
 # -- our policies ------------------------------------------------------------------------------------------------------
@@ -339,14 +173,6 @@ class Method:
     decades: int | None = None
 
 
-def _schedule_free_grid(lab: Lab) -> Outcome:
-    return schedule_free(lab, SCHEDULE_FREE_GRID[lab.task.optimizer])
-
-
-def _schedule_free_default(lab: Lab) -> Outcome:
-    return schedule_free(lab, [SCHEDULE_FREE_DEFAULT[lab.task.optimizer]])
-
-
 def _anchored(name: str, group: str = "ablation", decades: int = 6, **options: Any) -> Method:
     return Method(f"anchored, {name}", group, partial(anchored, decades=decades, **options), decades=decades)
 
@@ -371,8 +197,8 @@ def _methods() -> list[Method]:
         Method(
             "one-cycle, best of raw and averaged", "main", partial(tuned, shape="one-cycle", weights="best"), tuned=True
         ),
-        Method("Schedule-Free", "main", _schedule_free_grid, tuned=True),
-        Method("Schedule-Free, default LR", "main", _schedule_free_default),
+        Method("Schedule-Free", "main", schedule_free_grid, tuned=True),
+        Method("Schedule-Free, default LR", "main", schedule_free_default),
         Method("ScheduleFree+", "main", schedule_free_plus),
         Method("Prodigy + cosine", "main", prodigy),
         Method("paper, q = 1", "main", partial(paper, slots=1), decades=2),

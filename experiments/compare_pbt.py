@@ -22,7 +22,8 @@ from ray.tune.schedulers.pb2 import PB2
 
 from autolrs_ray.training.trainer import Trainer
 from autolrs_ray.trial.trainable import AutoLRSTrainable, trainable_for
-from experiments.compare_methods import SLOTS, Outcome
+from experiments.compare_lab import Outcome
+from experiments.compare_methods import SLOTS
 from experiments.compare_tasks import INTERVALS, Task
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,16 +17,9 @@ from autolrs_ray.core.policies import make_policy
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.trainer import Trainer
 from experiments import compare, known_answers
-from experiments.compare_methods import (
-    METHODS,
-    Lab,
-    anchored,
-    one_cycle,
-    paper,
-    scaled_rungs,
-    schedule_free_plus,
-    tuned,
-)
+from experiments.compare_lab import Lab
+from experiments.compare_methods import METHODS, anchored, one_cycle, paper, scaled_rungs, tuned
+from experiments.compare_optimizers import schedule_free_plus
 from experiments.compare_report import cost_table, costs, mean_se, summarise, verdict
 from experiments.compare_tasks import GRID, Task, make_task
 from experiments.memo import Memo, MemoTrainer, PerRunOrderTrainer

@@ -87,6 +87,29 @@ def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pyt
     assert shown.rstrip("\n").endswith("\x1b[2K")  # the line is erased
 
 
+def test_what_a_run_will_cost_is_told_before_it_and_what_it_cost_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    for options in (dict(), dict(policy="paper", stage_steps=500, max_stage_steps=500)):
+        search = AutoLRSSearch(1000, slots=2, **options)
+        search.desk.plan_for(2)
+        live, screen = LiveProgress(search), StringIO()
+        monkeypatch.setattr(live, "_console", Console(file=screen, width=200))
+        live.on_step_end(1, [])
+        search.desk.trained(1930, 1.0)
+        live.on_experiment_end([])  # the run was interrupted: it has not cost all that it will
+        monkeypatch.setattr(type(search.policy), "done", True)
+        live.on_experiment_end([])
+        first, *_, last = screen.getvalue().splitlines()
+        told += [first, last]
+    assert told[0] == (
+        "AutoLRS anchored: mostly about 2.0 T of compute and 1.4 T of wall-clock on 2 slots; at most 10.4 and 9.2 T "
+        "(T = 1000 steps)"
+    )
+    assert told[1].startswith("AutoLRS anchored: took 1.9 T of compute, 0:0")
+    assert told[2] == "AutoLRS paper: at most 1.9 T of compute and 1.4 T of wall-clock on 2 slots (T = 1000 steps)"
+    assert told[3].startswith("AutoLRS paper: took 1.9 T of compute, 0:0")
+
+
 def test_an_accuracy_is_shown_as_it_was_reported() -> None:
     search = AutoLRSSearch(1000, num_lrs=4, slots=1, metric="val_accuracy", mode="max")
     search.desk.plan_for(1)

@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autolrs_ray.core.race.cost import bound, usual
 from autolrs_ray.core.race.plan import RUNGS, RacePlan
 from autolrs_ray.core.race.rule import Course, Reading, Untrained, walk
 
@@ -84,6 +86,30 @@ def test_the_rule_is_flat_about_its_numbers(change: dict[str, float]):
         assert course.winner is not None
         regrets.append(regret(untrained, whole, course.winner))
     assert fmean(regrets) < 0.003
+
+
+@given(st.integers(1, 12), st.randoms(use_true_random=False), st.booleans())
+def test_no_race_costs_more_than_its_bound(count: int, random: Random, rough: bool):
+    """Whatever the scores are, as long as they are finite."""
+    whole = [{rung: Reading(random.gauss(0.8, 0.3), random.gauss(0.8, 0.2)) for rung in RUNGS} for _ in range(count)]
+    _, seen = race(Untrained(1.0, 1.0, 0.1, patience=rough), whole)
+    assert compute(seen) <= bound(count, PLAN, 1)[0] + 1e-9
+
+
+def test_a_walk_that_goes_down_late_is_within_the_bound():
+    """Every leader gets worse between .64 and .8 T, one after another."""
+    whole = [{rung: Reading(0.5 + 0.01 * i, 0.5) for rung in RUNGS} for i in reversed(range(12))]
+    for i, trunk in enumerate(whole):
+        trunk[0.64], trunk[0.8] = Reading(0.2, 0.2), Reading(0.4 + 0.001 * i, 0.2)
+        trunk[1.0] = Reading(0.4, 0.2)
+    _, seen = race(Untrained(1.0, 1.0), whole)
+    assert [max(trunk, default=0.0) for trunk in seen].count(0.8) >= 9
+    assert 9.0 < compute(seen) <= bound(12, PLAN, 1)[0] == pytest.approx(10.4)
+    for slots in range(1, 13):
+        most, measured = bound(12, PLAN, slots), usual(12, PLAN, slots, run_ahead=True)
+        assert all(1.0 <= low <= high for low, high in zip(measured, most, strict=True))
+        assert most[1] <= most[0]
+    assert bound(1, PLAN, 4) == usual(1, PLAN, 4, run_ahead=True) == (1.0, 1.0)
 
 
 # -- what must not matter ----------------------------------------------------------------------------------------------

@@ -74,12 +74,12 @@ def test_a_trunk_restarted_from_an_older_checkpoint_goes_over_its_rungs_again_ha
         for i in range(2):
             policy.report(f"t{i:02d}", Point(step, 1.0 - 1e-3 * i * step))
             policy.saved(f"t{i:02d}", step, f"t{i:02d}@{step}")
-    before, decided = dict(policy.trunks[1].readings), policy.decided
+    before, decided = dict(policy.trunks[1].readings), policy.race.decided
     policy.drain_events()
     for step in (10, 20, 25):
         assert policy.report("t01", Point(step, 50.0)) in (Verdict.CONTINUE, Verdict.SAVE)
         policy.saved("t01", step, "again")
-    assert (policy.trunks[1].readings, policy.decided, policy.trunks[1].step) == (before, decided, 30)
+    assert (policy.trunks[1].readings, policy.race.decided, policy.trunks[1].step) == (before, decided, 30)
     assert policy.trunks[1].checkpoint == "t01@30"
     assert [event for event in policy.drain_events() if event["event"] in ("rung", "decision", "commit")] == []
 
@@ -87,7 +87,7 @@ def test_a_trunk_restarted_from_an_older_checkpoint_goes_over_its_rungs_again_ha
 def test_a_rung_passed_again_after_a_lost_checkpoint_is_not_scored_twice():
     whole = Simulation(anchored()).run()
     simulation = Simulation(anchored())
-    while simulation.policy.decided < 3:
+    while simulation.policy.race.decided < 3:
         simulation.act()
     trunk = next(trunk for trunk in simulation.policy.trunks if trunk.status == "open" and trunk.previous)
     index = simulation.policy.trunks.index(trunk)

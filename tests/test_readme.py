@@ -157,5 +157,5 @@ def test_the_costs_named_for_the_example_are_those_it_prints(capsys: pytest.Capt
     execute(page, {})
     printed = re.findall(r"at most (\S+) T of compute", capsys.readouterr().out)
     text = page.read_text().split("```")[2]
-    assert printed == ["5.7", "1.9", "2.7"]
+    assert printed == ["10.4", "1.9", "2.7"]
     assert [cost for cost in printed if f"{cost} T" not in text] == []

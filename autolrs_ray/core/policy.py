@@ -112,6 +112,10 @@ class Policy(ABC):
     def cost(self, slots: int) -> tuple[float, float]:
         """Most compute and most wall-clock on `slots` equal slots, both in full runs, if nothing fails."""
 
+    def usual(self, slots: int) -> tuple[float, float]:
+        """The same as it mostly turns out."""
+        return self.cost(slots)
+
     @abstractmethod
     def wanted(self) -> list[Segment]:
         """Segments that may start now and have not been issued, the most urgent first."""

@@ -366,6 +366,11 @@ class Desk:
         self._trained_steps, self._trained_s = self._trained_steps + max(0, steps), self._trained_s + seconds
 
     @property
+    def trained_steps(self) -> int:
+        """Optimizer steps of all trials since this process began or resumed the run."""
+        return self._trained_steps
+
+    @property
     def step_s(self) -> float | None:
         """Seconds that a step of one trial has taken so far, evaluation included; None before the first report."""
         return self._trained_s / self._trained_steps if self._trained_steps else None

@@ -13,14 +13,13 @@ from ray import tune
 from ray.tune.error import TuneError
 
 from autolrs_ray.core.policy import AutoLRSError
+from autolrs_ray.core.race.cost import measured
 from autolrs_ray.driver.nodes import node_resources, trials_that_fit
 from autolrs_ray.record.journal import read_journal
 from autolrs_ray.record.stores import is_uri, join
 
 FEW, MORE = 4, 24  # steps between two reports of the trials that are timed: their difference is what 20 steps cost
 REPORTS = 3  # of each; the first, in which memory is taken and kernels are chosen, does not count
-# T of wall-clock that a race took on so many slots, measured; on more a little less
-RACE_WALL = {1: 2.0, 2: 1.35, 3: 1.2}
 RACE_REPORTS = 25  # of one trunk: at the race's rungs, and at its commits
 LEAST_STEPS = 50  # a race over fewer goes by noise
 
@@ -134,7 +133,7 @@ def steps_of_hours(
     step_s, report_s = pace.seconds(clock)
     fit = trials_that_fit(pace.resources, node_resources())
     slots = max(1, min(fit, search.get("slots") or fit))
-    wall = RACE_WALL.get(slots, RACE_WALL[max(RACE_WALL)])
+    _, wall = measured(slots, search.get("run_ahead", True))
     total = int((hours * 3600.0 / wall - RACE_REPORTS * report_s) / step_s)
     told = f"a step takes {1000 * step_s:.3g} ms and a report {1000 * report_s:.3g} ms"
     if total < LEAST_STEPS:

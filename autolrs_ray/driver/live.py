@@ -19,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from autolrs_ray.core.race.policy import AnchoredPolicy
-from autolrs_ray.driver.lengths import RACE_WALL
 
 if TYPE_CHECKING:
     from autolrs_ray.driver.searcher import AutoLRSSearch
@@ -80,15 +79,19 @@ class LiveProgress(Callback):  # type: ignore[misc]
         if self._first_step < 0:
             self._first_step = progress["step"]
             name, slots = self._desk.settings.policy_name, self._desk.slots
-            compute, wall = self._desk.policy.cost(slots)
+            usual, most = self._desk.policy.usual(slots), self._desk.policy.cost(slots)
             elastic = self._desk.settings.elastic
-            grown = f", {compute / slots:.1f} T where trials grow into all of them" if elastic else ""
+            grown = f", {usual[0] / slots:.1f} T where trials grow into all of them" if elastic else ""
             if self._desk.told:
                 self._console.print(f"AutoLRS: {self._desk.told}", highlight=False, soft_wrap=True, markup=False)
-            self._console.print(
-                f"AutoLRS {name}: at most {compute:.1f} T of compute and {wall:.1f} T of wall-clock on {slots} slots{grown} "
-                f"(T = {progress['total_steps']} steps)", highlight=False, soft_wrap=True, markup=False,
-            )  # fmt: skip
+            words = f"{usual[0]:.1f} T of compute and {usual[1]:.1f} T of wall-clock on {slots} slots{grown}"
+            told = (
+                f"at most {words}"
+                if usual == most
+                else f"mostly about {words}; at most {most[0]:.1f} and {most[1]:.1f} T"
+            )
+            self._console.print(f"AutoLRS {name}: {told} (T = {progress['total_steps']} steps)",
+                                highlight=False, soft_wrap=True, markup=False)  # fmt: skip
         if self._cell is not None:
             self._cell.show(self.view(progress))
         elif self._console.is_terminal:
@@ -108,13 +111,21 @@ class LiveProgress(Callback):  # type: ignore[misc]
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self._desk.policy.done and self._desk.trained_steps:
+            policy, first = self._desk.policy, max(0, self._first_step)
+            since = f" since it was resumed at step {first}" if first else ""
+            took = f"{self._desk.trained_steps / policy.total_steps:.1f} T of compute{since}"
+            told = (
+                f"AutoLRS {self._desk.settings.policy_name}: took {took}, {_duration(time.monotonic() - self._began)}"
+            )
+            self._console.print(told, highlight=False, soft_wrap=True, markup=False)
 
     def view(self, progress: dict[str, Any]) -> Group:
         """The line, and under the anchored policy the trunks in the race: LR, score at the last rung, steps trained."""
         line, policy = Text(self.line(progress)), self._desk.policy
         if not isinstance(policy, AnchoredPolicy):
             return Group(line)
-        racing = policy.standing()
+        racing = policy.race.standing()
         table = Table.grid(padding=(0, 2))
         for lr, score, reached in racing[:MAX_TRUNKS]:
             table.add_row(f"  lr {lr:.3g}", self._metric(score), ProgressBar(policy.total_steps, reached, width=30))
@@ -151,7 +162,6 @@ class LiveProgress(Callback):  # type: ignore[misc]
         desk, total, step_s = self._desk, progress["total_steps"], self._desk.step_s
         if step_s is None:
             return None
-        race = isinstance(desk.policy, AnchoredPolicy)
-        wall = RACE_WALL[min(desk.slots, max(RACE_WALL))] if race else desk.policy.cost(desk.slots)[1]
+        wall = desk.policy.usual(desk.slots)[1]
         still = wall * (total - max(0, self._first_step)) * step_s - elapsed_s
         return max(still, (total - progress["step"]) * step_s)

@@ -20,12 +20,14 @@ def on_the_way(trunks: list[Trunk], kept: Sequence[float], total_steps: int) -> 
     return [i for i, t in enumerate(trunks) if t.lr in kept and t.active and t.step < total_steps]
 
 
-def arrived(trunks: list[Trunk], kept: Sequence[float], total_steps: int) -> list[Trunk]:
+def arrived(trunks: list[Trunk], kept: Sequence[float], total_steps: int) -> list[int]:
     """Those of the LRs `kept` that have come to the end."""
-    return [t for t in trunks if t.lr in kept and not t.broken and t.step >= total_steps]
+    return [i for i, t in enumerate(trunks) if t.lr in kept and not t.broken and t.step >= total_steps]
 
 
-def best_at_the_end(trunks: Iterable[Trunk], last: float) -> Trunk:
-    """The one with the best reading at the rung `last`, the run's end; of equals, the first."""
-    readings = [(trunk, trunk.readings[last]) for trunk in trunks]
-    return min(((r.score if r.final is None else r.final, i, t) for i, (t, r) in enumerate(readings)))[2]
+def best_at_the_end(trunks: list[Trunk], among: set[int], last: float) -> int:
+    """The one with the best reading at the rung `last`, the run's end; of equals, the rule's own way to tell them."""
+    readings = {i: trunks[i].readings[last] for i in among}
+    return min(
+        sorted(among, reverse=True), key=lambda i: (r.score if (r := readings[i]).final is None else r.final, r.score)
+    )

@@ -41,6 +41,11 @@ class Trunk:
         return self.status in ("untried", "open", "waiting")
 
     @property
+    def racing(self) -> bool:
+        """Whether it is trained to the next rung, or has won."""
+        return self.status in ("open", "won")
+
+    @property
     def broken(self) -> bool:
         return self.status in ("diverged", "failed")
 

@@ -1,0 +1,150 @@
+"""The race itself: its trunks, what has been read of them at the rungs, and what follows from that by the rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autolrs_ray.core.events import Event
+from autolrs_ray.core.policy import Point, finite_or_inf, refuse_ignored_lr
+from autolrs_ray.core.race.baseline import Baseline, baseline_of
+from autolrs_ray.core.race.plan import RacePlan
+from autolrs_ray.core.race.readings import final_of, score_of
+from autolrs_ray.core.race.rule import Course, Reading, walk
+from autolrs_ray.core.race.trouble import caveat, none_left
+from autolrs_ray.core.race.trunk import ENDED, Trunk
+
+
+def arm_of(i: int) -> str:
+    """The arm of trunk number `i`, the smallest learning rate's first."""
+    return f"t{i:02d}"
+
+
+@dataclass
+class Race:
+    """kept: learning rates that are trained to the end whatever comes. decided: how many decisions have been announced."""
+
+    plan: RacePlan
+    trunks: list[Trunk]
+    emit: Callable[..., None] = field(repr=False)
+    kept: Sequence[float] = ()
+    baseline: Baseline = field(default_factory=Baseline)
+    decided: int = 0
+    course: Course = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.follow(self.plan)
+
+    def follow(self, plan: RacePlan) -> None:
+        """Race by `plan`."""
+        self.plan = plan
+        self._walk()
+
+    def _walk(self) -> None:
+        """Ask the rule how far what has been read carries the race."""
+        self.course = walk([trunk.readings for trunk in self.trunks], self.baseline.untrained, self.plan)
+
+    def hear(self, i: int, point: Point, before: int) -> None:
+        """A report of trunk `i`; the report before was at step `before`. Its readings at the rungs in between are noted."""
+        trunk, since = self.trunks[i], 0
+        if not self.baseline.known and i == baseline_of(self.trunks):
+            self.baseline.hear(point)
+        for rung, step in zip(self.plan.fractions, self.plan.steps, strict=True):
+            if before < step <= point.step and rung not in trunk.readings:
+                self._read(i, rung, step, since, point)
+            since = step
+
+    def _read(self, i: int, rung: float, step: int, since: int, point: Point) -> None:
+        """Note what trunk `i` reads at `rung`, at `step`; the rung before lies at step `since`."""
+        trunk = self.trunks[i]
+        final = None if point.guide is None else finite_or_inf(final_of(point))
+        reading = trunk.readings[rung] = Reading(score_of(point), trunk.train_loss(since), final)
+        self.emit(Event.RUNG, arm=arm_of(i), probe=i, lr=trunk.lr, step=step, rung=rung, score=reading.score,
+                  loss=point.loss, averaged_loss=point.averaged_loss, train_loss=reading.train)  # fmt: skip
+        if i == baseline_of(self.trunks):
+            self.baseline.conclude(at_end=rung == self.plan.fractions[-1])
+
+    def give_up(self, i: int, status: str) -> None:
+        """Trunk `i` has come to grief ("diverged" or "failed") past the last rung at which it was read."""
+        trunk, baseline = self.trunks[i], i == baseline_of(self.trunks)
+        rung = next((rung for rung in self.plan.fractions if rung not in trunk.readings), self.plan.fractions[-1])
+        trunk.readings[rung] = Reading(math.inf)
+        self.turn(i, status)
+        if baseline and not self.baseline.known:
+            following = baseline_of(self.trunks)
+            self.baseline.stand_in(None if following is None else self.trunks[following], self.plan)
+
+    def settle(self) -> None:
+        """Draw every conclusion that what is known allows. Raises AutoLRSError where no learning rate is left."""
+        self._walk()
+        self._announce()
+        self.sort_out()
+        if not self.course.missing and self.course.winner is None:
+            raise none_left(self.trunks)
+
+    def _announce(self) -> None:
+        for decision in self.course.decisions[self.decided :]:
+            if self.decided == 0:
+                self._refuse_ignored_lr(decision.rung)
+            leader = self.trunks[decision.leader]
+            self.emit(Event.DECISION, step=self.plan.step(decision.rung), rung=decision.rung,
+                      score=leader.readings[decision.rung].score, leader=leader.lr, judged=decision.judged,
+                      kept=[self.trunks[i].lr for i in sorted(decision.play)])  # fmt: skip
+            self.decided += 1
+
+    def _refuse_ignored_lr(self, rung: float) -> None:
+        read = [(trunk.lr, trunk.readings[rung]) for trunk in self.trunks if rung in trunk.readings]
+        refuse_ignored_lr([(lr, r.score, r.train, self.baseline.moved) for lr, r in read if math.isfinite(r.score)])
+
+    def sort_out(self) -> None:
+        """Every trunk's status: in play, waiting for its turn below, or given up."""
+        play, winner, decisions = self.course.play, self.course.winner, self.course.decisions
+        leader = decisions[-1].leader if decisions else None
+        for i, trunk in enumerate(self.trunks):
+            if trunk.broken or trunk.status == "won":
+                continue
+            if i in play or i in self.course.missing:
+                if trunk.status == "dropped":
+                    trunk.restart()
+                    self._tell(i, "all other learning rates have diverged; it starts again")
+                self.turn(i, "open")
+            elif trunk.readings and trunk.status != "dropped":
+                passed = winner is not None or (leader is not None and i > leader)
+                self.turn(i, "dropped" if passed and trunk.lr not in self.kept else "waiting")
+
+    def turn(self, i: int, status: str) -> None:
+        """Change a trunk's status, and say so."""
+        trunk = self.trunks[i]
+        if trunk.status == status:
+            return
+        trunk.status = status
+        if status in ENDED:
+            trunk.points = []
+        if status == "waiting":
+            trunk.previous = None
+        self.emit(Event.TRUNK, arm=arm_of(i), probe=i, lr=trunk.lr, status=status, step=trunk.step)
+
+    def warn_of(self, winner: int, lr_interval: tuple[float, float]) -> None:
+        """Say what a person should know of the result before using it."""
+        if warning := caveat(winner, len(self.trunks), self.course.decisions[-1].judged, lr_interval):
+            self._tell(winner, warning)
+
+    def _tell(self, i: int, message: str) -> None:
+        self.emit(Event.WARNING, stage=0, arm=arm_of(i), message=f"LR {self.trunks[i].lr:.3g}: {message}")
+
+    def standing(self) -> list[tuple[float, float | None, int]]:
+        """(LR, score at the last rung, steps trained) of those in play, the largest LR first."""
+        racing = [trunk for trunk in reversed(self.trunks) if trunk.racing]
+        return [(t.lr, t.readings[max(t.readings)].score if t.readings else None, t.front(self.plan)) for t in racing]
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(decided=self.decided, plan=self.plan.state_dict(), **self.baseline.state_dict(),
+                    trunks=[trunk.state_dict() for trunk in self.trunks])  # fmt: skip
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], emit: Callable[..., None], kept: Sequence[float] = ()) -> Race:
+        trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]
+        baseline = Baseline.from_state(state)
+        return cls(RacePlan.from_state(state["plan"]), trunks, emit, kept, baseline, state["decided"])
