@@ -7,9 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.fake_tune import Begin
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -37,3 +41,15 @@ def ray_cluster() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
+    """Makes runs on Tune without Ray, all in one folder."""
+    from autolrs_ray.driver import coordinator
+    from tests.fake_tune import Begin
+
+    coordinator._driving.clear()
+    monkeypatch.setattr(coordinator.surrogate, "preload", lambda: None)
+    yield Begin(tmp_path, monkeypatch)
+    coordinator._driving.clear()

@@ -13,6 +13,9 @@ from ray.tune.experiment import Trial
 
 from autolrs_ray import AutoLRSScheduler, AutoLRSSearch
 from autolrs_ray.driver import slots, watchdog
+from autolrs_ray.record.journal import read_journal
+
+RACE: dict[str, Any] = dict(num_lrs=4, lr_interval=(1e-3, 1.0), envelope="constant", warmup=0.0, resume="auto")
 
 
 class Trainable(tune.Trainable):
@@ -119,3 +122,32 @@ class FakeTune:
         self.scheduler.on_trial_complete(self, trial, result)
         self.search_alg.on_trial_complete(trial_id=trial.trial_id, result=result)
         trial.status = Trial.TERMINATED
+
+
+class Begin:
+    """Makes runs in one folder, each as a new process or cell would."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+
+    def __call__(
+        self, cpus: int = 1, trainable: type = Trainable, config: dict[str, Any] | None = None, **options: Any
+    ) -> FakeTune:
+        search = AutoLRSSearch(200, **{**RACE, **options})
+        run = FakeTune(self.folder, self.monkeypatch, search, cpus, **(config or {}))
+        run.trainable = trainable
+        return run
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return read_journal(self.folder / "run")
+
+    def told(self, *words: str) -> list[str]:
+        """Messages in the journal with all of `words`."""
+        messages = [str(event.get("message", "")) for event in self.events]
+        return [message for message in messages if all(word in message for word in words)]
+
+
+def first_step(run: FakeTune, trial: Any) -> int:
+    """Where the trial's first boundary is."""
+    return int(run.search_alg.desk.segment(trial.trial_id).boundaries[0])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
@@ -17,11 +15,13 @@ from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.driver.actors import Actors
 from autolrs_ray.driver.clocks import Clocks
-from autolrs_ray.driver.crashes import Crash, Crashes, crash_of
+from autolrs_ray.driver.crashes import crash_of
 from autolrs_ray.driver.desk import Desk
 from autolrs_ray.driver.elastic import Elastic
+from autolrs_ray.driver.failures import Failures, no_reset
 from autolrs_ray.driver.identity import subject
 from autolrs_ray.driver.keeper import CheckpointKeeper
+from autolrs_ray.driver.reports import too_seldom
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
 from autolrs_ray.driver.slots import Slots
 from autolrs_ray.driver.watchdog import Watchdog
@@ -42,14 +42,6 @@ if TYPE_CHECKING:
 
 MOST_AT_ONE_STEP = 10  # reports in a row of the same step: a trial that does not count its steps trains for ever
 _driving: dict[str, Coordinator] = {}  # run folder -> who has it open in this process
-NO_RESET = "Trainable runner reuse requires reset_config() to be"  # Tune's words
-
-
-def _no_reset(trial: Trial) -> AutoLRSError:
-    return AutoLRSError(
-        f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new config, return "
-        "True) or run with reuse_actors=False."
-    )
 
 
 class Coordinator:
@@ -68,8 +60,7 @@ class Coordinator:
         self._live: dict[str, Trial] = {}
         self._held: dict[str, Trial] = {}  # finished, or to be paused, as soon as their actors are wanted
         self._steps: dict[str, tuple[int, int]] = {}  # since a start: step of the last report, and how often it came
-        self._crashes = Crashes()
-        self._restarts: Counter[str] = Counter()  # arm -> its trials that failed before they ran
+        self._failures = Failures(desk, first.max_failures)
         self._task = ReportsOfOneTask()
         self._said_spacing = False
         self._damage = ""  # of the checkpoint that a trial was to start from
@@ -183,39 +174,10 @@ class Coordinator:
             self._damage = damage
             if trial.status != Trial.ERROR:  # not to be recovered by Tune: it is not the arm that has failed
                 self._desk.forget(trial_id)
-        elif self._desk.knows(trial_id) and not self._judge(trial, crash) and trial.status == Trial.PENDING:
-            # it was given an idle actor, which had died, or which cannot be reset
+        elif self._desk.knows(trial_id) and self._failures.judge(trial, crash, self._steps.get(trial_id, (None, 0))[0]):
             self._actors.lost_one()
-            self._start_again(trial)
         self._actors.lost(trial_id)
         self._drop_traces(trial_id)
-
-    def _judge(self, trial: Trial, crash: Crash) -> bool:
-        """Whether a crash says something by itself: of the code, of the learning rate, or that a further try is no use."""
-        desk, trial_id = self._desk, trial.trial_id
-        arm, step = desk.arm(trial_id), self._steps.get(trial_id, (desk.segment(trial_id).start, 0))[0]
-        hopeless = self._crashes.hopeless(arm, crash, trial.status == Trial.PENDING) if desk.untouched else ""
-        if NO_RESET in crash.error:
-            desk.fail(_no_reset(trial))
-        elif hopeless:
-            desk.fail(AutoLRSError(f"{hopeless}. Mend it, and run the same command again"))
-        elif crash.numeric and trial.status != Trial.PENDING:
-            desk.book_divergence(trial_id, step, str(crash))
-        elif self._crashes.again(arm, crash):
-            desk.book_failure(trial_id, f"{crash}, twice")
-        else:
-            return False
-        return True
-
-    def _start_again(self, trial: Trial) -> None:
-        """Within max_failures, have the arm of a trial that failed before it ran asked for anew: Tune only retries trials
-        that fail while they run."""
-        desk, trial_id = self._desk, trial.trial_id
-        if not desk.knows(trial_id) or 0 <= self._max_failures <= self._restarts[arm := desk.arm(trial_id)]:
-            return
-        self._restarts[arm] += 1
-        desk.warn(f"{arm} failed before it ran, and starts again: {desk.reason(trial_id)}")
-        desk.forget(trial_id)
 
     def report(self, trial: Trial, result: dict[str, Any]) -> str:
         """A trial has reported; what it does next, as one of Tune's verbs."""
@@ -242,26 +204,15 @@ class Coordinator:
             self._keeper.heard(trial, result)
             if warning := self._task.heard(desk.arm(trial_id), result):
                 desk.warn(warning)
-            self._look_at_spacing(trial_id, before, step)
+            if not self._said_spacing and (warning := too_seldom(desk.segment(trial_id), before, step)):
+                self._said_spacing = True
+                desk.warn(warning)
             verdict = desk.report(trial_id, point, self._can_save(result))
             if verdict is Verdict.SAVE and self._elastic.rests(trial_id):
                 verdict = Verdict.PAUSE
             self._clocks.heard(trial_id, step, verdict, result)
             return self._carry_out(trial, verdict, step, result)
         return TrialScheduler.NOOP
-
-    def _look_at_spacing(self, trial_id: str, before: int | None, step: int) -> None:
-        """Say once that reports are further apart than what is to be measured: a value counts for all boundaries it passes."""
-        segment = self._desk.segment(trial_id)
-        passed = [b for b in segment.boundaries if (segment.start if before is None else before) < b <= step]
-        if len(passed) > 1 and not self._said_spacing:
-            self._said_spacing = True
-            self._desk.warn(
-                f"reports come too seldom: {segment.arm} reported at step {step} what was to be measured at steps "
-                f"{', '.join(map(str, passed[:5]))}{', ...' * (len(passed) > 5)}; it counts at all of these. Report at the "
-                "steps that autolrs_ray.integrations.Follower names, or at least every "
-                f"{min(b - a for a, b in pairwise([segment.start, *segment.boundaries]))} steps"
-            )
 
     def _can_save(self, result: dict[str, Any]) -> bool:
         """Class trainables save when asked; function trainables only by what they attached to this report."""
@@ -365,8 +316,8 @@ class Coordinator:
             else:
                 if trial.status == Trial.ERROR:
                     crash = crash_of(trial)
-                    if NO_RESET in crash.error:
-                        raise _no_reset(trial)
+                    if error := no_reset(trial, crash):
+                        raise error
                     desk.book_failure(trial_id, str(crash))
                 else:
                     desk.forget(trial_id)  # Tune ends the experiment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,21 @@ def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) ->
         else:
             wanted = f" in place of {right[0]:.4g}: leave it to AutoLRS, without a scheduler of your own, and "
         raise ValueError(what + wanted + _MEND)
+
+
+def too_seldom(segment: Segment, before: int | None, step: int) -> str:
+    """What is to be said of a report at `step`, after one at `before`, that has passed more than one boundary: its values count
+    at all of them. "" if it has not. before: None for the first since the trial was started or restored."""
+    since = segment.start if before is None else before
+    passed = [boundary for boundary in segment.boundaries if since < boundary <= step]
+    if len(passed) < 2:
+        return ""
+    apart = min(b - a for a, b in pairwise(passed))
+    return (
+        f"reports come too seldom: {segment.arm} reported at step {step} what was to be measured at steps "
+        f"{', '.join(map(str, passed[:5]))}{', ...' * (len(passed) > 5)}; it counts at all of these. Report at the steps that "
+        f"autolrs_ray.integrations.follower.Follower names, or at least every {apart} steps"
+    )
 
 
 def _number(result: dict[str, Any], key: str) -> float:
