@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
-from typing import Any
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+MOST = 2**53
+"""Whole numbers that a float holds."""
 
 SAME_LR = 1e-9
 """Relative difference up to which two learning rates are one, written with other digits."""
@@ -18,12 +25,14 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def require_int(name: str, value: Any, minimum: int) -> int:
-    """Return `value` if it is an int >= `minimum`; raise TypeError or ValueError that names it otherwise."""
+def require_int(name: str, value: Any, minimum: int, most: int = MOST) -> int:
+    """Return `value` if it is an int in [`minimum`, `most`]; raise TypeError or ValueError that names it otherwise."""
     if not _is_int(value):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got one above it")
     return int(value)
 
 
@@ -57,6 +66,62 @@ def require_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a list or tuple, got {value!r} ({type(value).__name__})")
     return tuple(value)
+
+
+def conforming(name: str, value: Any, kind: Any) -> Any:
+    """`value`, out of JSON, as a `kind`: bool, int, float (finite), str, None, Any, a union of these, list[...], tuple[...], a
+    dict of names and kinds, or a dataclass of such. Lists become tuples where the kind says so, dicts dataclasses.
+
+    Raises ValueError that names what is missing, too large or of another kind.
+    """
+    if kind is Any:
+        return value
+    if isinstance(kind, dict):
+        return _members(name, value, kind, set())
+    if is_dataclass(kind) and isinstance(kind, type):
+        optional = {item.name for item in fields(kind) if (item.default, item.default_factory) != (MISSING, MISSING)}
+        hints = get_type_hints(kind)
+        return kind(**_members(name, value, {item.name: hints[item.name] for item in fields(kind)}, optional))
+    if isinstance(kind, UnionType):
+        return _one_of(name, value, get_args(kind))
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        many = origin is list or parts[-1] is Ellipsis
+        if many or len(value) == len(parts):
+            return origin(conforming(f"{name}[{i}]", item, parts[0 if many else i]) for i, item in enumerate(value))
+    elif _is_plain(value, kind):
+        return float(value) if kind is float else value
+    raise ValueError(f"{name} cannot be {_short(value)}")
+
+
+def _members(name: str, value: Any, kinds: dict[str, Any], optional: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} cannot be {_short(value)}")
+    if wrong := sorted({*kinds} - optional - {*value}) or sorted(map(str, {*value} - {*kinds})):
+        raise ValueError(f"{name} {'lacks' if wrong[0] in kinds else 'has an unknown'} {wrong[0]}")
+    return {key: conforming(f"{name}.{key}", item, kinds[key]) for key, item in value.items()}
+
+
+def _one_of(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    for kind in kinds:
+        with suppress(ValueError):
+            return conforming(name, value, kind)
+    raise ValueError(f"{name} cannot be {_short(value)}")
+
+
+def _is_plain(value: Any, kind: Any) -> bool:
+    if kind in (NoneType, None):
+        return value is None
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, int) and abs(value) <= MOST if kind is int else kind is str and isinstance(value, str)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def validate_interval(lr_interval: Any) -> tuple[float, float]:

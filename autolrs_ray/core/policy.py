@@ -153,6 +153,14 @@ class Policy(ABC):
         """Book `arm` as failed for good. Raises AutoLRSError where the run cannot go on without it."""
 
     @abstractmethod
+    def failures(self) -> list[float]:
+        """Learning rates that are out because their trials failed for good."""
+
+    @abstractmethod
+    def try_again(self) -> None:
+        """A run goes on: what failed before anything was read of it is wanted again, where that may still change something."""
+
+    @abstractmethod
     def is_open(self, arm: str) -> bool:
         """True while `arm` still has steps to train, now or after a pause."""
 

@@ -49,7 +49,7 @@ class Desk:
         self._reasons: dict[str, str] = {}  # trial -> the last line of its error
         self._failure: Exception | None = None
         self._subject: dict[str, Any] = {}
-        self._told = ""
+        self._told, self._failed = "", list[float]()  # LRs that had failed when the run went on
         self._trained_steps, self._trained_s = 0, 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,15 +119,12 @@ class Desk:
             raise FileExistsError(
                 f'{record} holds a run already: pass resume="auto" to continue it, or choose another name'
             )
-        self._continue(record, record.load_state())
-        progress = self.policy.progress()
-        step, total = progress["step"], progress["total_steps"]
-        record.append(
-            [{"event": Event.RESUME, "step": step, "environment": environment(), **self._described_subject()}]
-        )
+        with resume.whole(record):
+            self._continue(record, record.load_state())
+        went_on = dict(step=self.policy.progress()["step"], environment=environment(), **self._described_subject())
+        record.append([{"event": Event.RESUME, **went_on}])
         record.write_state(self._state_config(), self.policy.state_dict())
-        done = self.policy.done
-        self._told = f"{record} is finished, {step} steps" if done else f"continuing {record} at step {step} of {total}"
+        self._told = resume.told(record, self.policy, self._failed)
         return True
 
     def _described_subject(self) -> dict[str, Any]:
@@ -162,6 +159,8 @@ class Desk:
             self.policy.extend(settings.total_steps)
         for warning in warnings:
             self.warn(warning)
+        self._failed = self.policy.failures()
+        self.policy.try_again()
         self._clear_book()
 
     def restore(self, state: dict[str, Any]) -> None:

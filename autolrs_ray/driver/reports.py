@@ -34,7 +34,8 @@ def point_of(
     result: dict[str, Any], segment: Segment, keys: ReportKeys, sign: float, before: int | None
 ) -> Point | None:
     """A report of `segment` as a Point; sign: of the metric in the loss. before: step of the trial's last report since it was
-    started or restored, None for the first. None for a report of the very state that was restored: it says nothing new.
+    started or restored, None for the first. None for a report of the very state that was restored, and for one of a new model
+    without a finite loss: they say nothing new.
 
     Raises ValueError for what is missing, does not follow the learning rate, was not restored or goes back, TypeError for no
     number.
@@ -60,6 +61,8 @@ def point_of(
         )
     check_lr(result, segment, step - max(1, (segment.end - segment.start) // 10), step)
     loss = sign * _number(result, keys.loss)
+    if not step and not math.isfinite(loss):
+        return None  # before the first step no learning rate is to blame
     train = _number(result, keys.train) if keys.train in result else None
     averaged = sign * _number(result, keys.averaged) if keys.averaged in result else None
     guides = (VAL_LOSS, AVERAGED_LOSS) if sign < 0 and keys.loss != VAL_LOSS and VAL_LOSS in result else ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from autolrs_ray.core.events import Event
@@ -54,3 +56,35 @@ def refuse_end(record: Record, policy: Policy) -> None:
         f"the run in {record} has nothing left to train: {errors[-1] if errors else policy.progress()} Start anew under "
         "another name"
     )
+
+
+@contextmanager
+def whole(record: Record) -> Iterator[None]:
+    """The state of `record` is read within. Raises ValueError where it is not one that any version has written."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError, AssertionError) as error:
+        raise ValueError(
+            f"cannot resume from {record}: its state makes no sense ({type(error).__name__}: {error}). Move the folder away to "
+            "start anew"
+        ) from error
+
+
+def told(record: Record, policy: Policy, failed: list[float]) -> str:
+    """What the run goes on from, in a line. failed: LRs that were out when it was found; `policy` may try some again."""
+    progress = policy.progress()
+    if policy.done:
+        return f"{record} is finished, {progress['step']} steps"
+    line = f"continuing {record} at step {progress['step']} of {progress['total_steps']}"
+    if not failed:
+        return line
+    still = policy.failures()
+    again = [lr for lr in failed if lr not in still]
+    line += f"; {len(failed)} learning rate{'s' * (len(failed) > 1)} had failed: {_listed(failed)}"
+    if not again:
+        return line
+    return f"{line}; {'all' if not still else _listed(again)} will be tried again"
+
+
+def _listed(lrs: list[float]) -> str:
+    return ", ".join(f"{lr:.3g}" for lr in lrs)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from autolrs_ray.core.checks import require_float, require_int
 
+MOST_STAGES = 100_000
+"""Each has its search: a run of more is a slip of units."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -50,6 +53,11 @@ class StagePlan:
             )
         if self.probe_steps > self.stage_steps:
             raise ValueError(f"probe_steps must be at most stage_steps, got {self.probe_steps=}, {self.stage_steps=}")
+        if self.total_steps > MOST_STAGES * self.max_stage_steps:
+            raise ValueError(
+                f"{self.total_steps} steps in stages of {self.max_stage_steps} are more than {MOST_STAGES} stages: are all "
+                "given in optimizer steps?"
+            )
         if self.warmup_steps >= self.total_steps:
             raise ValueError(f"warmup_steps must be below total_steps, got {self.warmup_steps=}, {self.total_steps=}")
         if self.warmup_steps:

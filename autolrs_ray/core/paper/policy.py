@@ -359,6 +359,15 @@ class PaperPolicy(PaperState):
                 self.emit(Event.WARNING, stage=self.stage.index, message=f"probe {arm} failed: {reason}")
                 self._resolve(i, "failed")
 
+    def failures(self) -> list[float]:
+        return [probe.lr for probe in self.probes if probe.status == "failed"] if self.phase == "search" else []
+
+    def try_again(self) -> None:
+        """As Policy's: the failed probes of the round."""
+        if self.phase == "search":
+            for probe in self.probes[self.rounds * self.num_lrs :]:
+                probe.status = "open" if probe.status == "failed" else probe.status
+
     def is_open(self, arm: str) -> bool:
         if arm == MAIN:
             return not self.done

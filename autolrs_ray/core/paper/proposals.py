@@ -55,7 +55,7 @@ class ProposalRule:
     points: tuple[float, ...] = ()  # x of those that are tried first
 
     def __post_init__(self) -> None:
-        require_int("num_lrs", self.num_lrs, 1)
+        require_int("num_lrs", self.num_lrs, 1, 1000)
         require_float("kappa", self.kappa, 0.0, 1e6)
         for name, value, allowed in (
             ("initial", self.initial, ("random", "grid")),

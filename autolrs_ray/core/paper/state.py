@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from autolrs_ray.core.checks import conforming, require_int, require_one_of, validate_interval
 from autolrs_ray.core.envelopes import EnvelopeSpec
 from autolrs_ray.core.paper.plan import Stage, StagePlan
 from autolrs_ray.core.paper.probes import best_of
@@ -104,14 +105,44 @@ class PaperState(Policy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("policy") != "paper":
             raise ValueError(f"this state belongs to policy {state.get('policy')!r}, not to 'paper'")
-        self.phase, self.stage = state["phase"], Stage(**state["stage"])
-        self.step, self.checkpoint, self.loss, self.q = state["step"], state["checkpoint"], state["loss"], state["q"]
-        self.train_loss, self.first_loss = (
-            state.get("train_loss"),
-            state.get("first_loss"),
-        )  # states of the past have none
-        self.interval, self.rounds, self.rollbacks = tuple(state["interval"]), state["rounds"], state["rollbacks"]
-        self.probes = [Probe(**probe) for probe in state["probes"]]
-        self.chosen, self.previous = state["chosen"], state["previous"]
-        self.concurrency = state["concurrency"]  # it shapes the proposals: a run goes on with what it began with
+        saved = conforming(
+            "the state", {name: state.get(name) for name in _SAVED}, _SAVED
+        )  # those of the past lack some
+        phase, probes, chosen = saved["phase"], saved["probes"], saved["chosen"]
+        require_one_of("phase", phase, ("warmup", "search", "train", "done"))
+        for probe in probes:
+            require_one_of("status", probe.status, ("open", "done", "diverged", "failed"))
+        if chosen is None and phase == "train":
+            raise ValueError("a stage is trained, and no probe is chosen")
+        if chosen is not None:
+            require_int("chosen", chosen, 0, len(probes) - 1)
+        for stage in (saved["stage"], *([back.stage] if (back := saved["previous"]) else [])):
+            if stage.index < 0 or stage.start < 0 or not 1 <= stage.probe_steps <= stage.steps:
+                raise ValueError(f"a stage cannot be {stage}")
+        self.phase, self.probes, self.chosen, self.stage = phase, probes, chosen, saved["stage"]
+        self.step, self.checkpoint, self.loss, self.q = saved["step"], saved["checkpoint"], saved["loss"], saved["q"]
+        self.train_loss, self.first_loss, self.previous = saved["train_loss"], saved["first_loss"], state["previous"]
+        self.interval, self.rounds = validate_interval(saved["interval"]), require_int("rounds", saved["rounds"], 0)
+        self.rollbacks = require_int("rollbacks", saved["rollbacks"], 0)
+        self.concurrency = require_int("concurrency", saved["concurrency"], 1)  # it shapes the proposals: as they began
         self._issued, self._points, self._events, self._end = set(), {}, [], None
+
+
+@dataclass
+class _Previous:
+    """What `_remember_stage` leaves."""
+
+    stage: Stage
+    step: int
+    checkpoint: str | None
+    lr: float
+    forecast: float | None
+    loss: float | None = None
+    train_loss: float | None = None
+
+
+_SAVED: dict[str, Any] = dict(
+    phase=str, stage=Stage, step=int, checkpoint=str | None, previous=_Previous | None, loss=float | None,
+    train_loss=float | None, first_loss=float | None, q=int, interval=tuple[float, float], rounds=int, rollbacks=int,
+    concurrency=int, probes=list[Probe], chosen=int | None,
+)  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autolrs_ray.core.checks import conforming
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
 from autolrs_ray.core.race.readings import score_of, untrained_by
@@ -54,5 +55,12 @@ class Baseline:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Baseline:
-        untrained = None if state["untrained"] is None else Untrained(**state["untrained"])
-        return cls(untrained, [Point(**point) for point in state["early"]])
+        """Raises ValueError, naming it, for what none can be."""
+        untrained: Untrained | None = conforming("untrained", state["untrained"], Untrained | None)
+        return cls(untrained, [_point(early) for early in conforming("early", state["early"], list[Any])])
+
+
+def _point(state: Any) -> Point:
+    """A report out of `state`, which leaves out what was not finite."""
+    point: Point = conforming("early report", {"loss": 0.0, **state} if isinstance(state, dict) else state, Point)
+    return point if "loss" in state else replace(point, loss=math.inf)

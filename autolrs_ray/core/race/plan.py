@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from autolrs_ray.core.checks import require_float, require_int
+from autolrs_ray.core.checks import conforming, require_float, require_int
 
 RUNGS: tuple[float, ...] = (0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.5, 0.64, 0.8, 1.0)
 """Shares of the run at which the race compares its trunks."""
@@ -65,4 +65,9 @@ class RacePlan:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> RacePlan:
-        return cls(**{**state, "fractions": tuple(state["fractions"]), "steps": tuple(state["steps"])})
+        """Raises ValueError for what no plan can be."""
+        plan: RacePlan = conforming("plan", state, cls)
+        for rungs in (plan.fractions, plan.steps):
+            if len(rungs) != len(plan.steps) or list(rungs) != sorted({*rungs}) or not rungs or rungs[0] <= 0:
+                raise ValueError(f"rungs of a race cannot be {rungs}")
+        return plan

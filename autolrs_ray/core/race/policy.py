@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_points
+from autolrs_ray.core.checks import (
+    MOST,
+    conforming,
+    require_bool,
+    require_float,
+    require_int,
+    require_one_of,
+    validate_points,
+)
 from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, bin_centred_grid, envelope_factor
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, way_on
@@ -21,7 +29,7 @@ from autolrs_ray.core.race.baseline import baseline_of
 from autolrs_ray.core.race.cost import bound, usual
 from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
 from autolrs_ray.core.race.points import arrived, best_at_the_end, field_of, on_the_way
-from autolrs_ray.core.race.race import Race, arm_of
+from autolrs_ray.core.race.race import MANY, Race, arm_of
 from autolrs_ray.core.race.readings import score_of
 from autolrs_ray.core.race.trouble import fails_everywhere, forgive, none_left
 from autolrs_ray.core.race.trunk import Trunk
@@ -65,8 +73,8 @@ class AnchoredPolicy(Policy):
     _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_lrs", "commits", "concurrency"):
-            require_int(name, getattr(self, name), 1)
+        for name, most in (("num_lrs", MANY), ("commits", MANY), ("concurrency", MOST)):
+            require_int(name, getattr(self, name), 1, most)
         for name in ("run_ahead", "keep"):
             require_bool(name, getattr(self, name))
         own = self.points_to_evaluate = validate_points(self.points_to_evaluate, self.lr_interval)
@@ -325,6 +333,13 @@ class AnchoredPolicy(Policy):
         self.emit(Event.WARNING, stage=0, message=f"trunk {arm} (LR {trunk.lr:.3g}) failed: {reason}")
         self._give_up(i, "failed")
 
+    def failures(self) -> list[float]:
+        return [trunk.lr for trunk in self.trunks if trunk.status == "failed"]
+
+    def try_again(self) -> None:
+        if not self.done and self.heir is None:
+            self.race.try_again()
+
     def is_open(self, arm: str) -> bool:
         return not self.done and self.trunks[int(arm[1:])].active
 
@@ -376,8 +391,15 @@ class AnchoredPolicy(Policy):
         if (state["envelope"] == "function") != callable(self.envelope):
             raise ValueError(f"this race began with the envelope {state['envelope']!r}, not {self.envelope!r}")
         self.envelope = self.envelope if callable(self.envelope) else state["envelope"]
-        self.commits, self.phase, self.heir = state["commits"], state["phase"], state["heir"]
-        self.warmup_steps = state["warmup_steps"]
+        saved = conforming("the state", {name: state.get(name) for name in _SAVED}, _SAVED)
+        self.phase = require_one_of("phase", saved["phase"], ("race", "done"))
         self.race = Race.from_state(state, self.emit, self._kept)
+        self.commits = require_int("commits", saved["commits"], 1, MANY)
+        self.warmup_steps = require_int("warmup_steps", saved["warmup_steps"], 0)
+        self.heir = None if saved["heir"] is None else require_int("heir", saved["heir"], 0, len(self.trunks) - 1)
+        envelope_factor(self.envelope, 0, self.total_steps)
         self._issued, self._events, self._unsaved = set(), [], set()
         self._boundaries = self._lay_boundaries()
+
+
+_SAVED: dict[str, Any] = dict(phase=str, heir=int | None, commits=int, warmup_steps=int)

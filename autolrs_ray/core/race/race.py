@@ -7,14 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autolrs_ray.core.checks import conforming, require_int
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import Point, finite_or_inf, refuse_ignored_lr
 from autolrs_ray.core.race.baseline import Baseline, baseline_of
 from autolrs_ray.core.race.plan import RacePlan
 from autolrs_ray.core.race.readings import final_of, score_of
 from autolrs_ray.core.race.rule import Course, Reading, walk
-from autolrs_ray.core.race.trouble import caveat, none_left
+from autolrs_ray.core.race.trouble import caveat, forgive, none_left
 from autolrs_ray.core.race.trunk import ENDED, Trunk
+
+
+MANY = 1000
+"""More learning rates, or checkpoints of one, than that nobody means."""
 
 
 def arm_of(i: int) -> str:
@@ -53,15 +58,15 @@ class Race:
             self.baseline.hear(point)
         for rung, step in zip(self.plan.fractions, self.plan.steps, strict=True):
             if before < step <= point.step and rung not in trunk.readings:
-                self._read(i, rung, step, since, point)
+                self._read(i, rung, since, point)
             since = step
 
-    def _read(self, i: int, rung: float, step: int, since: int, point: Point) -> None:
-        """Note what trunk `i` reads at `rung`, at `step`; the rung before lies at step `since`."""
+    def _read(self, i: int, rung: float, since: int, point: Point) -> None:
+        """Note what trunk `i` reads at `rung`; the rung before lies at step `since`."""
         trunk = self.trunks[i]
         final = None if point.guide is None else finite_or_inf(final_of(point))
         reading = trunk.readings[rung] = Reading(score_of(point), trunk.train_loss(since), final)
-        self.emit(Event.RUNG, arm=arm_of(i), probe=i, lr=trunk.lr, step=step, rung=rung, score=reading.score,
+        self.emit(Event.RUNG, arm=arm_of(i), probe=i, lr=trunk.lr, step=point.step, rung=rung, score=reading.score,
                   loss=point.loss, averaged_loss=point.averaged_loss, train_loss=reading.train)  # fmt: skip
         if i == baseline_of(self.trunks):
             self.baseline.conclude(at_end=rung == self.plan.fractions[-1])
@@ -75,6 +80,17 @@ class Race:
         if baseline and not self.baseline.known:
             following = baseline_of(self.trunks)
             self.baseline.stand_in(None if following is None else self.trunks[following], self.plan)
+
+    def try_again(self) -> None:
+        """Trunks that failed before their first rung start anew, as long as trunks may join."""
+        unread = [trunk for trunk in self.trunks if trunk.status == "failed" and not trunk.front(self.plan)]
+        last = self.course.decisions[-1].rung if self.course.decisions else 0.0
+        if not unread or last >= self.plan.settled:
+            return
+        forgive(unread)
+        self._walk()
+        self.decided = min(self.decided, len(self.course.decisions))
+        self.sort_out()
 
     def settle(self) -> None:
         """Draw every conclusion that what is known allows. Raises AutoLRSError where no learning rate is left."""
@@ -145,6 +161,12 @@ class Race:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], emit: Callable[..., None], kept: Sequence[float] = ()) -> Race:
-        trunks = [Trunk.from_state(trunk) for trunk in state["trunks"]]
-        baseline = Baseline.from_state(state)
-        return cls(RacePlan.from_state(state["plan"]), trunks, emit, kept, baseline, state["decided"])
+        """Raises ValueError, naming it, for what no race can be."""
+        saved = conforming("the state", {name: state.get(name) for name in _SAVED}, _SAVED)
+        trunks = [Trunk.from_state(trunk) for trunk in saved["trunks"]]
+        require_int("learning rates", len(trunks), 1, 2 * MANY)
+        decided = require_int("decided", saved["decided"], 0)
+        return cls(RacePlan.from_state(state["plan"]), trunks, emit, kept, Baseline.from_state(state), decided)
+
+
+_SAVED: dict[str, Any] = dict(decided=int, trunks=list[Any])

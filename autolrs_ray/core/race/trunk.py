@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from autolrs_ray.core.checks import conforming, require_one_of
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.race.plan import RacePlan
 from autolrs_ray.core.race.readings import final_of
@@ -15,10 +16,12 @@ from autolrs_ray.core.race.rule import Reading
 ENDED = ("dropped", "diverged", "failed")
 """A trunk that is "dropped" has been given up by the rule; the others have come to grief."""
 
+STATUSES = ("untried", "open", "waiting", *ENDED, "won")
+
 
 @dataclass(eq=False)
 class Trunk:
-    """One LR scale of the race. status: "untried", "open" (in play), "waiting", one of ENDED, or "won".
+    """One LR scale of the race. status: one of STATUSES; "open" is in play.
 
     step, checkpoint: the last commit; previous: the one before it; held: the one at the end of the envelope's hold.
     saved_loss: the score at the last commit. readings: by rung, a nominal share of the run. points: the reports since the last
@@ -112,14 +115,24 @@ class Trunk:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trunk:
-        points = [Point(step, math.nan, train) for step, train in state["since"]]
-        durable = {name: value for name, value in state.items() if name != "since"}
-        pairs = {name: tuple(state[name]) if state[name] else None for name in ("previous", "held")}
-        readings = {rung: Reading(float(s), _number(t), _number(final)) for rung, s, t, final in state["readings"]}
-        return cls(**{**durable, **pairs, "readings": readings, "points": points})
+        """Raises ValueError, naming it, for what no trunk can be."""
+        saved = conforming("trunk", state, _SAVED)
+        require_one_of("status", saved["status"], STATUSES)
+        points = [Point(step, math.nan, train) for step, train in saved.pop("since")]
+        readings = {rung: Reading(*map(_number, read)) for rung, *read in saved.pop("readings")}  # type: ignore[arg-type]
+        return cls(**saved, readings=readings, points=points)
+
+
+_SAVED: dict[str, Any] = dict(
+    lr=float, status=str, step=int, checkpoint=str | None, previous=tuple[int, str] | None, held=tuple[int, str] | None,
+    saved_loss=float | None, since=list[tuple[int, float | None]],
+    readings=list[tuple[float, float | str, float | str | None, float | str | None]],
+)  # fmt: skip
 
 
 def _number(value: float | str | None) -> float | None:
+    if isinstance(value, str) and value != "inf":
+        raise ValueError(f"a reading cannot be {value[:60]!r}")
     return None if value is None else float(value)
 
 
