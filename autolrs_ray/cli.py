@@ -74,7 +74,7 @@ def _load(folder: str) -> RunData:
 
 @contextmanager
 def _telling() -> Iterator[None]:
-    """What goes wrong with files is one line, and damage to the journal, which `_load` has told, is not told again."""
+    """What goes wrong with files is one line; what libraries warn of while they draw is not the user's matter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -239,11 +239,11 @@ def plot(
     ] = None,
 ) -> None:
     """Draw loss, learning rate, accuracy and the search, as PNG and SVG, and print the files written."""
-    _load(run_dir)
     from autolrs_ray.show.plots import save_plots
 
+    data = _load(run_dir)
     with _telling():
-        files = save_plots(run_dir, output, steps_per_epoch)
+        files = save_plots(data, output, steps_per_epoch)
     if not files:
         _fail(f"nothing to plot yet in {run_dir}: no loss has been reported")
     for file in files:
@@ -264,11 +264,11 @@ def report(
 
     What it found, its figures and tables, its cost, its settings, and how to replay the schedule. It fetches nothing.
     """
-    _load(run_dir)
     from autolrs_ray.show.page import save_report
 
+    data = _load(run_dir)
     with _telling():
-        typer.echo(save_report(run_dir, output, steps_per_epoch))
+        typer.echo(save_report(data, output, steps_per_epoch))
 
 
 @app.command()
@@ -277,11 +277,11 @@ def tensorboard(
     output: Annotated[str | None, typer.Option(help="Local folder to write to (default: RUN_DIR/tensorboard).")] = None,
 ) -> None:
     """Write the run for TensorBoard: one curve of the main run, what was tried in groups under it; print the folder."""
-    _load(run_dir)
     from autolrs_ray.show.tensorboard import save_tensorboard
 
+    data = _load(run_dir)
     with _telling():
-        typer.echo(str(save_tensorboard(run_dir, output)))
+        typer.echo(str(save_tensorboard(data, output)))
 
 
 @app.command()

@@ -170,6 +170,23 @@ def test_a_folder_that_is_no_run_costs_one_line_and_status_1(command: str, tmp_p
     assert f"no journal at {tmp_path}/autolrs.jsonl" in refused(command, tmp_path)
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The runs that were read from disk."""
+    from autolrs_ray.outcome.history import History
+
+    found: list[Any] = []
+    read = History.read
+    monkeypatch.setattr(History, "read", lambda folder: found.append(folder) or read(folder))
+    return found
+
+
+@pytest.mark.parametrize("command", ["plot", "report", "tensorboard", "show"])
+def test_a_run_is_read_once(command: str, paper: Path, reads: list[Any]) -> None:
+    invoke(command, paper)
+    assert reads == [str(paper)]
+
+
 def test_plot_prints_the_files_it_wrote(paper: Path, tmp_path: Path) -> None:
     files = [Path(line) for line in invoke("plot", paper, "--output", tmp_path / "out").splitlines()]
     assert {file.name for file in files} >= {"loss.png", "learning_rate.svg", "surrogate.png", "forecast.svg"}

@@ -10,7 +10,7 @@ import pytest
 
 from autolrs_ray import AutoLRSSearch
 from autolrs_ray.driver import coordinator
-from tests.fake_tune import Begin, FakeTune, Trainable, first_step
+from tests.fake_tune import RACE, Begin, FakeTune, Trainable, first_step
 
 # -- one run, one process, one search ----------------------------------------------------------------------------------
 
@@ -25,6 +25,31 @@ def test_a_cell_that_was_interrupted_goes_on_in_the_same_process(begin: Begin) -
     run.search_alg.desk.warn("from the grave")
     run.search_alg.desk.persist()
     assert not begin.told("from the grave")
+
+
+@pytest.mark.parametrize("policy", ["anchored", "paper"])
+def test_it_says_what_it_continues_and_what_had_failed_and_tries_that_again(begin: Begin, policy: str) -> None:
+    options: dict[str, Any] = {}
+    if policy == "paper":
+        for name in ("envelope", "warmup"):
+            begin.monkeypatch.delitem(RACE, name)
+        options = dict(policy="paper", stage_steps=100, probe_steps=20)
+    run = begin(cpus=2, **options)
+    run.report(run.start(), 1, 1.0)
+    lost = run.start()
+    arm, lr = run.search_alg.desk.arm(lost.trial_id), run.search_alg.desk.segment(lost.trial_id).lr
+    run.crash(lost, "RuntimeError: no such data set", again=False)
+    assert run.search_alg.policy.failures() == [lr]
+    run.search_alg.desk.persist()
+    run.search_alg.close()
+    again = begin(cpus=2, **options)
+    again.start()
+    again.start()
+    desk = again.search_alg.desk
+    found = f"continuing {begin.folder}/run at step 0 of 200; 1 learning rate had failed: {lr:.3g}"
+    assert desk.told == f"{found}; all will be tried again"
+    assert arm in {desk.arm(trial_id) for trial_id in desk.trials}
+    assert again.search_alg.policy.failures() == []
 
 
 def test_a_run_that_another_thread_drives_is_refused_in_these_words(begin: Begin) -> None:

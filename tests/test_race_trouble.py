@@ -68,6 +68,40 @@ def test_a_cause_that_fails_all_trunks_at_the_start_can_be_mended_and_the_whole_
     assert all(trunk.active for trunk in restored.trunks)
 
 
+def interrupted_with_its_best_failed(until):
+    """A race whose best learning rate failed at its start, interrupted at the rung `until`; and the arm of that one."""
+
+    def race():
+        return anchored(num_lrs=4, lr_interval=(0.01, 1.0))
+
+    best = Simulation(race()).run().of("done")[0]["arm"]
+    simulation = Simulation(race())
+    trunk = simulation.policy.trunks[int(best[1:])]
+    simulation.change = lambda arm, point: "fail" if arm == best and not trunk.readings else None
+    while simulation.policy.plan.fractions[simulation.policy.decided] < until:
+        simulation.act()
+    assert simulation.policy.failures() == [trunk.lr]
+    simulation.change = lambda arm, point: None
+    simulation.interrupt(race())
+    simulation.policy.try_again()
+    return simulation, best
+
+
+def test_what_failed_before_its_first_rung_is_tried_again_when_the_race_goes_on_and_may_win():
+    for until in (0.04, 0.16):
+        simulation, best = interrupted_with_its_best_failed(until)
+        assert simulation.policy.failures() == []
+        simulation.run()
+        assert simulation.of("done")[0]["arm"] == best
+
+
+def test_nothing_is_tried_again_once_the_race_has_settled():
+    simulation, best = interrupted_with_its_best_failed(0.4)
+    assert len(simulation.policy.failures()) == 1
+    simulation.run()
+    assert simulation.of("done")[0]["arm"] != best
+
+
 def test_a_trunk_restarted_from_an_older_checkpoint_goes_over_its_rungs_again_harmlessly():
     policy = anchored(1000, num_lrs=2, concurrency=2)
     for step in (20, 30):

@@ -39,6 +39,7 @@ def test_a_report_is_a_point_and_a_metric_to_maximise_is_negated() -> None:
             ValueError,
             r'"step" is 201, far past the 100 steps .*, not samples',
         ),
+        ({"step": 130, "val_loss": 1.0, "lr": 9.0}, ValueError, "used the learning rate 9"),
         ({"step": 30, "val_loss": 10**400}, TypeError, '"val_loss" must be a float, got an int that no float holds'),
         (
             {"step": 30, "val_loss": 1.0, "lr": 0.5},
@@ -70,6 +71,12 @@ def test_steps_are_whole_numbers(step: Any) -> None:
         step_of({"step": step}, "step")
 
 
+def test_a_loss_that_is_not_finite_before_the_first_step_is_no_learning_rates_fault() -> None:
+    for loss in (math.nan, math.inf, -math.inf):
+        assert point_of({"step": 0, "val_loss": loss, "lr": 1.0}, DECAY, KEYS, 1.0, before=None) is None
+    assert point_of({"step": 0, "val_loss": 2.0, "lr": 1.0}, DECAY, KEYS, 1.0, before=None) == Point(0, 2.0)
+
+
 @pytest.mark.parametrize("lr", [0.5, 0.55, 0.6, np.float32(0.495)])
 def test_an_lr_that_the_envelope_had_since_the_report_before_is_taken(lr: float) -> None:
     check_lr({"lr": lr}, DECAY, since=40, step=50)
@@ -95,7 +102,7 @@ def test_where_there_is_nothing_to_hold_an_lr_against_any_is_taken() -> None:
     check_lr({}, FLAT, since=20, step=40)
     check_lr({"lr": 1.001}, FLAT, since=20, step=40)
     check_lr({"lr": None}, FLAT, since=20, step=40)
-    check_lr({"lr": 9.0}, DECAY, since=100, step=130)  # a report that comes late
+    check_lr({"lr": 0.0}, DECAY, since=100, step=130)  # a report that comes late: its last update was past the end
     check_lr({"lr": 9.0}, DECAY, since=60, step=40)  # the trial was restored from an older checkpoint
 
 

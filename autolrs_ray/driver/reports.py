@@ -88,8 +88,8 @@ def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) ->
     """Refuse a report, at `step`, of an LR that the envelope did not have between `since` and `step`.
 
     A trainable that reads config["lr"] once would never decay, and one with a scheduler of its own would not train at what is
-    being tried. Where the LR stays the same, it need not be reported. Past the segment's end, and where a trial has gone back
-    to before `since`, there is nothing to hold the LR against. Raises ValueError, or TypeError if the LR is no number.
+    being tried. Where the LR stays the same, it need not be reported. Where a trial has gone back to before `since`, there
+    is nothing to hold the LR against. Raises ValueError, or TypeError if the LR is no number.
     """
     constant = segment.envelope is None or segment.envelope == "constant"
     if result.get("lr") is None:
@@ -97,10 +97,11 @@ def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) ->
             return
         raise ValueError(f"the learning rate follows an envelope, but the trainable reports no lr: {_MEND}")
     used, since = _number(result, "lr"), max(segment.start, since)
-    if not since < step <= segment.end:
+    if not since < step:
         return
     turn = min(max(since, segment.warmup_steps), step)  # where the LR is highest, if a warm-up ends in between
-    right = [segment.lr_at(at) for at in (since, turn, step)]
+    last = segment.total_steps or step  # nobody has asked what a function of the user's gives past the end
+    right = [segment.lr_at(min(at, last)) for at in (since, turn, step)]
     if not min(right) * (1.0 - _TOLERANCE) <= used <= max(right) * (1.0 + _TOLERANCE):
         what = f"at step {step} the trainable used the learning rate {used:.4g}"
         if min(right) < max(right):
@@ -130,7 +131,8 @@ def _number(result: dict[str, Any], key: str) -> float:
         raise ValueError(f'the trainable does not report the metric "{key}". Reported: {sorted(result)}')
     value = result[key]
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise TypeError(f'"{key}" must be a float, got {value!r} ({type(value).__name__}); call .item() on tensors')
+        mend = "; call .item() on tensors" if hasattr(value, "item") else ""
+        raise TypeError(f'"{key}" must be a float, got {value!r:.200} ({type(value).__name__}){mend}')
     try:
         return float(value)
     except OverflowError:

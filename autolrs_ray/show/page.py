@@ -54,21 +54,22 @@ Caption = Callable[[RunData], str]
 
 
 def save_report(
-    folder: str | os.PathLike[str],
+    run: str | os.PathLike[str] | RunData,
     output: str | os.PathLike[str] | None = None,
     steps_per_epoch: float | None = None,
 ) -> str:
-    """Write the report of the run in `folder` (or at its URI), finished or not; returns the file's path or URI.
+    """Write the report of `run`, a folder or its URI, finished or not; returns the file's path or URI.
 
-    output: file to write, or its URI (default: `folder`/report.html). steps_per_epoch: optimizer steps per epoch, for the
-    accuracy's axis, where the trials do not report "epoch".
+    output: file to write, or its URI (default: report.html in the run's folder). steps_per_epoch: optimizer steps per epoch,
+    for the accuracy's axis, where the trials do not report "epoch".
 
     Raises FileNotFoundError where there is no journal, ValueError if the run never started or steps_per_epoch <= 0.
     """
     if steps_per_epoch is not None and not steps_per_epoch > 0:
         raise ValueError(f"steps_per_epoch must be positive, got {steps_per_epoch}")
-    target = join(os.fspath(folder), REPORT_FILE) if output is None else os.fspath(output)
-    write_bytes(target, render(RunData.load(folder), steps_per_epoch).encode())
+    data = RunData.of(run)
+    target = join(os.fspath(data.history.folder), REPORT_FILE) if output is None else os.fspath(output)
+    write_bytes(target, render(data, steps_per_epoch).encode())
     return target
 
 

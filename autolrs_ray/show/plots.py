@@ -26,22 +26,21 @@ from autolrs_ray.show.style import show_names_as_they_are, style
 
 
 def save_plots(
-    folder: str | os.PathLike[str],
+    run: str | os.PathLike[str] | RunData,
     output: str | os.PathLike[str] | None = None,
     steps_per_epoch: float | None = None,
 ) -> list[Path] | list[str]:
-    """Draw every plot that the run in `folder` (or at its URI) has data for; returns the files written, a PNG and an SVG of
-    each.
+    """Draw every plot that `run`, a folder or its URI, has data for; returns the files written, a PNG and an SVG of each.
 
-    output: folder to write to, or its URI, made if need be (default: `folder`/plots). steps_per_epoch: optimizer
+    output: folder to write to, or its URI, made if need be (default: plots in the run's). steps_per_epoch: optimizer
     steps per epoch, for the accuracy's axis, where the trials do not report "epoch".
 
     Raises FileNotFoundError where there is no journal, ValueError if the run never started or steps_per_epoch <= 0.
     """
     if steps_per_epoch is not None and not steps_per_epoch > 0:
         raise ValueError(f"steps_per_epoch must be positive, got {steps_per_epoch}")
-    data = RunData.load(folder)
-    target = join(os.fspath(folder), "plots") if output is None else os.fspath(output)
+    data = RunData.of(run)
+    target = join(os.fspath(data.history.folder), "plots") if output is None else os.fspath(output)
     if is_uri(target):
         with tempfile.TemporaryDirectory(prefix="autolrs-") as local:
             _draw(data, Path(local), steps_per_epoch)

@@ -83,6 +83,11 @@ class RunData:
     reports: dict[str, list[Row]] = field(repr=False)
 
     @classmethod
+    def of(cls, run: RunData | str | os.PathLike[str]) -> RunData:
+        """The run itself, or what lies in its folder or at its URI; raises what `load` raises."""
+        return run if isinstance(run, RunData) else cls.load(run)
+
+    @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunData:
         """Raises what History.read raises."""
         history = History.read(folder)

@@ -19,19 +19,20 @@ FOLDER = "tensorboard"
 _HIDDEN = {*AUTO_RESULT_KEYS, "stage", "epoch", "durable_step"}
 
 
-def save_tensorboard(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
-    """Write the run in `folder` (or at its URI), finished or not, for `tensorboard --logdir`; returns that folder.
+def save_tensorboard(run: str | os.PathLike[str] | RunData, output: str | os.PathLike[str] | None = None) -> Path:
+    """Write `run`, a folder or its URI, finished or not, for `tensorboard --logdir`; returns that folder.
 
     main: the main run from its first step to its last, with the steps of winning probes. trunks/lr_LR (anchored) and
     probes/stage_NNN/lr_LR (paper): the others. Events of an earlier call in these folders are replaced.
 
-    output: a local folder (default: `folder`/tensorboard). Raises FileNotFoundError where there is no journal, ValueError
+    output: a local folder (default: tensorboard in the run's). Raises FileNotFoundError where there is no journal, ValueError
     if the run never started, or is at a URI and no output is given.
     """
+    data = RunData.of(run)
+    folder = data.history.folder
     if output is None and is_uri(folder):
         raise ValueError(f"give a local folder as output: TensorBoard's events are not written to {folder}")
     target = Path(normal(folder)) / FOLDER if output is None else Path(output)
-    data = RunData.load(folder)
     for name, rows in _curves(data):
         for old in (target / name).glob("events.out.tfevents.*"):
             old.unlink()
