@@ -13,6 +13,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from autolrs_ray.record.record import Record
     from tests.fake_tune import Begin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,3 +54,13 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
     monkeypatch.setattr(coordinator.surrogate, "preload", lambda: None)
     yield Begin(tmp_path, monkeypatch)
     coordinator._driving.clear()
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Iterator[Record]:
+    """An open record of a new run."""
+    from autolrs_ray.record.record import Record
+
+    record = Record(tmp_path / "run")
+    yield record
+    record.close()

@@ -235,5 +235,7 @@ def test_what_ends_a_trial_early_is_refused_by_name(tmp_path: Path, monkeypatch:
     TrialStub(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="EarlyStoppingCallback is not possible here"):
         fit(trainer_with(tmp_path, callbacks=[EarlyStoppingCallback()]), trunk(0, 4))
-    with pytest.raises(RuntimeError, match="stopped at step 2, before the trial's end at 4"):
+    with pytest.raises(
+        RuntimeError, match=r"stopped at step 2, before the trial's end at 4: one of its callbacks \(Stop\w*\)"
+    ):
         fit(trainer_with(tmp_path, callbacks=[Stopping()]), trunk(0, 4))

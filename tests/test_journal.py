@@ -16,30 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autolrs_ray.record.journal import JOURNAL_FILE, RecordWarning, read_journal, sealed
-from autolrs_ray.record.record import STATE_FILE, Record
-
-EVENTS = [
-    {"event": "start", "n": 1},
-    {"event": "probe", "lr": 0.1, "losses": [1.0, 2.0]},
-    {"event": "done", "ok": True},
-]
+from autolrs_ray.record.record import STATE_FILE
+from tests.records import EVENTS, without_time
 
 UNREADABLE = (  # with checksums that fit
     b'{"event":"commit","lr":NaN}', b'{"event":"commit","lr":-Infinity}', b'{"event":"commit","lr":1e999}',
     b'{"event":"commit","end":1%s}' % (b"0" * 400), b'{"event":"commit","end":1%s}' % (b"0" * 5000),
     b'{"event":"warning","message":"\\ud800"}', b'{"event":%s}' % (b"[" * 100_000 + b"]" * 100_000), b'{"event":["commit"]}',
 )  # fmt: skip
-
-
-def without_time(events):
-    return [{key: value for key, value in event.items() if key not in ("time", "line")} for event in events]
-
-
-@pytest.fixture
-def record(tmp_path):
-    record = Record(tmp_path / "run")
-    yield record
-    record.close()
 
 
 def python(code, *args):

@@ -21,23 +21,7 @@ from autolrs_ray.record.journal import FORMAT, JOURNAL_FILE, RecordWarning, read
 from autolrs_ray.record.mirror import LOCK_FILE, Mirror
 from autolrs_ray.record.record import PREVIOUS_STATE_FILE, STATE_FILE, Record
 from tests.crashes import dies_after_renames
-
-EVENTS = [
-    {"event": "start", "n": 1},
-    {"event": "probe", "lr": 0.1, "losses": [1.0, 2.0]},
-    {"event": "done", "ok": True},
-]
-
-
-def without_time(events):
-    return [{key: value for key, value in event.items() if key not in ("time", "line")} for event in events]
-
-
-@pytest.fixture
-def record(tmp_path):
-    record = Record(tmp_path / "run")
-    yield record
-    record.close()
+from tests.records import EVENTS, without_time
 
 
 def python(code, *args):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from autolrs_ray.integrations import missing
+from autolrs_ray.integrations import missing, stopped
 from autolrs_ray.integrations.follower import Follower
 
 try:
@@ -105,6 +105,7 @@ def fit(trainer: Trainer, config: Mapping[str, Any]) -> None:
     if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("EarlyStoppingCallback is not possible here: AutoLRS decides which trials stop, and the winner trains "
                          "to the end; leave it out of the Trainer's callbacks")  # fmt: skip
+    own = [c for c in trainer.callback_handler.callbacks if not type(c).__module__.startswith("transformers.")]
     callback = AutoLRSCallback(config, len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else 1)
     trainer.callback_handler.callbacks.insert(0, callback)
     end = callback.follower.end
@@ -120,5 +121,4 @@ def fit(trainer: Trainer, config: Mapping[str, Any]) -> None:
         folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
         trainer.train(resume_from_checkpoint=folder)
     if end is not None and trainer.state.global_step < end:
-        raise RuntimeError(f"training stopped at step {trainer.state.global_step}, before the trial's end at {end}: a callback "
-                           "stops it, or the training data are empty; AutoLRS decides where trials stop")  # fmt: skip
+        raise stopped(trainer.state.global_step, end, own, "the training data are empty")

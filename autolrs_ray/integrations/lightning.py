@@ -12,12 +12,12 @@ from typing import Any
 
 from ray import tune
 
-from autolrs_ray.integrations import missing
+from autolrs_ray.integrations import missing, stopped
 from autolrs_ray.integrations.follower import Follower
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-    from lightning.pytorch.callbacks import EarlyStopping
+    from lightning.pytorch.callbacks import EarlyStopping, ModelSummary, ProgressBar
 except ModuleNotFoundError as error:
     raise missing(error, "lightning") from error
 
@@ -120,6 +120,7 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
     if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
         raise ValueError("EarlyStopping is not possible here: AutoLRS decides which trials stop, and the winner trains "
                          "to the end; leave it out of the Trainer's callbacks")  # fmt: skip
+    own = [other for other in trainer.callbacks if not isinstance(other, (ProgressBar, ModelSummary))]
     callback = AutoLRSCallback(config)
     trainer.callbacks.insert(0, callback)
     end = callback.follower.end
@@ -133,5 +134,4 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
         path = os.path.join(folder, FILE) if folder else None
         trainer.fit(module, ckpt_path=path, **{"weights_only": True, **data})
     if end is not None and trainer.global_step < end:
-        raise RuntimeError(f"training stopped at step {trainer.global_step}, before the trial's end at {end}: a callback or "
-                           "max_time stops it, or the training data are empty; AutoLRS decides where trials stop")  # fmt: skip
+        raise stopped(trainer.global_step, end, own, "max_time does, or the training data are empty")
