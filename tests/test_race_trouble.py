@@ -78,7 +78,7 @@ def interrupted_with_its_best_failed(until):
     simulation = Simulation(race())
     trunk = simulation.policy.trunks[int(best[1:])]
     simulation.change = lambda arm, point: "fail" if arm == best and not trunk.readings else None
-    while simulation.policy.plan.fractions[simulation.policy.decided] < until:
+    while simulation.policy.plan.fractions[simulation.policy.race.decided] < until:
         simulation.act()
     assert simulation.policy.failures() == [trunk.lr]
     simulation.change = lambda arm, point: None

@@ -12,15 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autolrs_ray.core.checks import (
-    MOST,
-    conforming,
-    require_bool,
-    require_float,
-    require_int,
-    require_one_of,
-    validate_points,
-)
+from autolrs_ray.core.checks import conforming, require_bool, require_float, require_int, validate_points
 from autolrs_ray.core.envelopes import EnvelopeSpec, LogInterval, bin_centred_grid, envelope_factor
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, way_on
@@ -73,8 +65,8 @@ class AnchoredPolicy(Policy):
     _unsaved: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, most in (("num_lrs", MANY), ("commits", MANY), ("concurrency", MOST)):
-            require_int(name, getattr(self, name), 1, most)
+        for name in ("num_lrs", "commits", "concurrency"):
+            require_int(name, getattr(self, name), 1, MANY)
         for name in ("run_ahead", "keep"):
             require_bool(name, getattr(self, name))
         own = self.points_to_evaluate = validate_points(self.points_to_evaluate, self.lr_interval)
@@ -392,7 +384,7 @@ class AnchoredPolicy(Policy):
             raise ValueError(f"this race began with the envelope {state['envelope']!r}, not {self.envelope!r}")
         self.envelope = self.envelope if callable(self.envelope) else state["envelope"]
         saved = conforming("the state", {name: state.get(name) for name in _SAVED}, _SAVED)
-        self.phase = require_one_of("phase", saved["phase"], ("race", "done"))
+        self.phase = "done" if saved["phase"] == "done" else "race"
         self.race = Race.from_state(state, self.emit, self._kept)
         self.commits = require_int("commits", saved["commits"], 1, MANY)
         self.warmup_steps = require_int("warmup_steps", saved["warmup_steps"], 0)

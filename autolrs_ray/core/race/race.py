@@ -17,7 +17,6 @@ from autolrs_ray.core.race.rule import Course, Reading, walk
 from autolrs_ray.core.race.trouble import caveat, forgive, none_left
 from autolrs_ray.core.race.trunk import ENDED, Trunk
 
-
 MANY = 1000
 """More learning rates, or checkpoints of one, than that nobody means."""
 
