@@ -151,14 +151,24 @@ def own_plans(folder: Path, **options: Any) -> Any:
     from transformers import TrainerCallback
 
     class Extra(TrainerCallback):  # type: ignore[misc]
+        trainer: Any = None
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.trainer.evaluate(metric_key_prefix="own")
+            self.trainer.evaluate()
+            control.should_evaluate = control.should_save = True
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_evaluate = control.should_save = True
 
     arguments = dict(
-        eval_on_start=True, save_strategy="best", eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_loss",
+        eval_on_start=True, save_strategy="best", ignore_data_skip=True,
+        eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_loss",
         logging_steps=1, lr_scheduler_type="reduce_lr_on_plateau",
     )  # fmt: skip
-    return trainer_with(folder, arguments, callbacks=[Extra()], **options)
+    extra = Extra()
+    extra.trainer = trainer_with(folder, arguments, callbacks=[extra], **options)
+    return extra.trainer
 
 
 def test_evaluations_and_saves_that_the_pair_did_not_ask_for_are_no_reports(
@@ -171,7 +181,7 @@ def test_evaluations_and_saves_that_the_pair_did_not_ask_for_are_no_reports(
     trial.source = trial.checkpoint(2)
     fit(own_plans(tmp_path / "unused"), trunk(2, 5))
     assert [report["step"] for report in trial.reports] == [2, 5, 5]
-    assert all("val_loss" in report for report in trial.reports)
+    assert all({"val_loss", "train_loss"} <= set(report) for report in trial.reports)
     assert trial.reports[1]["val_loss"] == trial.reports[2]["val_loss"]
 
 
@@ -213,7 +223,7 @@ def test_its_log_has_the_lr_in_use_and_its_schedule_the_whole_run(
     assert set(lengths) == {8}
 
 
-@pytest.mark.parametrize("name", ["load_best_model_at_end", "save_only_model", "auto_find_batch_size"])
+@pytest.mark.parametrize("name", ["load_best_model_at_end", "save_only_model", "auto_find_batch_size", "push_to_hub"])
 def test_plans_that_the_pair_cannot_keep_are_refused_by_name(name: str, tmp_path: Path) -> None:
     from autolrs_ray.integrations.huggingface import fit
 

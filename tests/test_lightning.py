@@ -142,6 +142,13 @@ def test_no_validation_data_and_two_optimizers_are_refused(tmp_path: Path, monke
     with pytest.raises(ValueError, match="one optimizer is supported, got 2"):
         fit(trainer, TwoOptimizers(), {"lr": 0.1}, train_dataloaders=train, val_dataloaders=train)
 
+    class NoOptimizer(parts["Classifier"]):
+        def configure_optimizers(self) -> None:
+            return None
+
+    with pytest.raises(ValueError, match="no optimizer to write learning rates into"):
+        fit(quiet_trainer(parts), NoOptimizer(), {"lr": 0.1}, train_dataloaders=train, val_dataloaders=train)
+
 
 @pytest.mark.parametrize("written", [True, False])
 def test_a_restored_trial_trains_at_its_own_lr_and_without_us_at_the_checkpoints(
@@ -248,18 +255,20 @@ def test_schedulers_are_built_for_the_whole_run_and_one_that_waits_for_a_metric_
             if self.kind == "plateau":
                 plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
                 return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
-            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=lengths[-1][0])
+            once = {"total_steps": lengths[-1][0]} if self.kind == "onecycle" else {}
+            once = once or {"epochs": self.trainer.max_epochs, "steps_per_epoch": 8}
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, **once)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
-    for start, end, kind in ((0, 3, "onecycle"), (3, 20, "onecycle"), (0, 20, "plateau")):
+    for start, end, kind in ((0, 3, "onecycle"), (3, 20, "onecycle"), (0, 20, "plateau"), (0, 20, "epochs")):
         trial.source = trial.checkpoint(start) if start else None
         module = Scheduled()
         module.kind = kind
         with updates_here() as seen:
             fit(quiet_trainer(parts), module, trunk(start, end, lr=0.7, total_steps=20), **data_of(parts))
         assert seen == [0.7] * (end - start)
-    assert lengths == [(20, 20)] * 3
-    assert [report["step"] for report in trial.reports] == [3, 20, 20]
+    assert lengths == [(20, 20)] * 4
+    assert [report["step"] for report in trial.reports] == [3, 20, 20, 20]
 
 
 @pytest.mark.parametrize("manual", [False, True])
@@ -326,28 +335,32 @@ def test_a_group_that_is_unfrozen_later_keeps_its_share_of_the_lr_also_after_a_r
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.2, momentum=0.9)
 
+    class Monitor(parts["L"].Callback):  # as LearningRateMonitor reads it
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            assert trainer.optimizers[0].param_groups[0]["lr"] == 0.6
+
     for start, end in ((0, 5), (5, 12), (12, 20)):  # an epoch has 8 steps
         trial.source = trial.checkpoint(start) if start else None
-        trainer = quiet_trainer(parts, callbacks=[BackboneFinetuning(unfreeze_backbone_at_epoch=1)])
+        trainer = quiet_trainer(parts, callbacks=[BackboneFinetuning(unfreeze_backbone_at_epoch=1), Monitor()])
         fit(trainer, Backbone(), trunk(start, end, lr=0.6, total_steps=20), **data_of(parts))
         lrs = [group["lr"] for group in trainer.optimizers[0].param_groups]
         assert lrs == pytest.approx([0.6] if end == 5 else [0.6, 0.06])
 
 
 def test_what_ends_a_trial_early_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.callbacks import EarlyStopping
+    from lightning.pytorch import callbacks
 
     from autolrs_ray.integrations.lightning import fit
 
     parts = lightning_parts()
     TrialStub(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match="EarlyStopping is not possible here"):
-        fit(
-            quiet_trainer(parts, callbacks=[EarlyStopping("val_loss")]),
-            parts["Classifier"](),
-            trunk(0, 9),
-            **data_of(parts),
-        )
+    for kind, options in (("EarlyStopping", {"monitor": "val_loss"}), ("StochasticWeightAveraging", {"swa_lrs": 0.01}),
+                          ("LearningRateFinder", {}), ("BatchSizeFinder", {})):  # fmt: skip
+        trainer = quiet_trainer(parts, callbacks=[getattr(callbacks, kind)(**options)])
+        with pytest.raises(ValueError, match=f"{kind} is not possible here"):
+            fit(trainer, parts["Classifier"](), trunk(0, 9), **data_of(parts))
+    with pytest.raises(ValueError, match="barebones=True is not possible here"):
+        fit(parts["L"].Trainer(accelerator="cpu", barebones=True), parts["Classifier"](), trunk(0, 9))
 
     class Stopping(parts["L"].Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:

@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 _REFUSED = {
     "load_best_model_at_end": "what a run leaves is the state at its end, which the learning rates were chosen for",
     "save_only_model": "trials go on from checkpoints, which must hold the optimizer too",
+    "push_to_hub": "every trial would push its checkpoints; push the final one, result.checkpoint, after the run",
     "auto_find_batch_size": "trials would train with batches of different sizes, and could not be compared",
 }
 
@@ -37,7 +38,7 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, config: Mapping[str, Any], sets: int = 1) -> None:
         self.follower = Follower(config)
-        self._sets, self._awaited = sets, 0
+        self._sets, self._awaited, self._logged, self._to_save = sets, 0, False, False
         self._metrics: dict[str, float] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -45,15 +46,19 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         due, end = self.follower.report_due(state.global_step), self.follower.end
-        self._awaited = self._sets if due else 0
+        self._awaited, self._logged = self._sets if due else 0, False
+        self._to_save = due and self.follower.checkpoint_due(state.global_step)
         control.should_evaluate = control.should_evaluate or due
-        control.should_save = control.should_save or (due and self.follower.checkpoint_due(state.global_step))
+        control.should_save = control.should_save or self._to_save
         control.should_log = control.should_log or due
         control.should_training_stop = control.should_training_stop or (end is not None and state.global_step >= end)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self._metrics["train_loss"] = float(logs["loss"])
+            self._logged = True
+        elif self._awaited and not self._logged:  # a callback's own evaluation, before the Trainer's turn
+            control.should_log = True
         for line in (logs, state.log_history[-1] if state.log_history else None):
             if line and "learning_rate" in line:
                 line["learning_rate"] = self.follower.lr_at(max(0, state.global_step - 1))
@@ -61,6 +66,11 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
+        if (
+            self._awaited and not self._logged
+        ):  # a callback's own; the Trainer takes it for the one that it was asked for
+            control.should_evaluate = True
+            return
         if not self._awaited or not any(name.startswith("eval_") for name in metrics or {}):
             return
         for name, value in (metrics or {}).items():
@@ -70,10 +80,10 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
             tune.report(self._report(state))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        if not (self.follower.report_due(step) and self.follower.checkpoint_due(step)):
+        if not self._to_save:
             return
-        folder = os.path.join(args.output_dir, f"checkpoint-{step}")
+        self._to_save = False
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         try:
             tune.report(self._report(state), checkpoint=tune.Checkpoint.from_directory(folder))
         finally:
@@ -93,8 +103,8 @@ def fit(trainer: Trainer, config: Mapping[str, Any]) -> None:
     the strategies and intervals of evaluation and saving, eval_on_start, output_dir) are not used: the trial's segment decides.
     To schedulers and callbacks max_steps is that of the whole run.
 
-    Raises ValueError where there is no eval_dataset, and for load_best_model_at_end, save_only_model, auto_find_batch_size and
-    EarlyStoppingCallback; RuntimeError where something else stops the training.
+    Raises ValueError where there is no eval_dataset, and for load_best_model_at_end, save_only_model, auto_find_batch_size,
+    push_to_hub and EarlyStoppingCallback; RuntimeError where something else stops the training.
     """
     args = trainer.args
     if not trainer.eval_dataset:
@@ -113,6 +123,9 @@ def fit(trainer: Trainer, config: Mapping[str, Any]) -> None:
         args.max_steps = callback.follower.total_steps
     args.eval_strategy = args.save_strategy = "no"
     args.eval_on_start, args.metric_for_best_model = False, None
+    args.ignore_data_skip = (
+        False  # or every trial that goes on from a checkpoint would train on the first batches again
+    )
     args.lr_scheduler_type = "constant"  # others may want a metric, or the length of the run
     args.logging_nan_inf_filter = False  # a diverged trial must be seen to diverge
     checkpoint = tune.get_checkpoint()

@@ -17,11 +17,24 @@ from autolrs_ray.integrations.follower import Follower
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-    from lightning.pytorch.callbacks import EarlyStopping, ModelSummary, ProgressBar
+    from lightning.pytorch.callbacks import (
+        BatchSizeFinder,
+        EarlyStopping,
+        LearningRateFinder,
+        ModelSummary,
+        ProgressBar,
+        StochasticWeightAveraging,
+    )
 except ModuleNotFoundError as error:
     raise missing(error, "lightning") from error
 
 FILE = "trainer.ckpt"
+_REFUSED = {
+    EarlyStopping: "AutoLRS decides which trials stop, and the winner trains to the end",
+    StochasticWeightAveraging: "it sets learning rates of its own; WeightAveraging averages without",
+    LearningRateFinder: "it sets the learning rate, which is searched here; lr_range_test can be run before",
+    BatchSizeFinder: "trials would train with batches of different sizes, and could not be compared",
+}
 NEVER = sys.maxsize
 
 
@@ -32,7 +45,7 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
     `trainer.global_step`), epoch (passes over the training data, where their length is known), lr, stage and role.
     Checkpoints are Lightning's own, attached where they are needed.
 
-    Raises ValueError where there is no validation data, or more than one optimizer.
+    Raises ValueError where there is no validation data, or another number of optimizers than one.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -52,6 +65,8 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
                 "learning rates are chosen on validation data: give fit() val_dataloaders (or a datamodule that has them) "
                 "and the module a validation_step that logs the metric"
             )
+        if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+            raise ValueError("there is no optimizer to write learning rates into: configure_optimizers returned none")
         if len(trainer.optimizers) != 1:
             raise ValueError(
                 f"one optimizer is supported, got {len(trainer.optimizers)}: global_step counts the steps of all"
@@ -64,6 +79,10 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Callbacks that unfreeze a part of the model give it a share of the LR they find, at the start of an epoch."""
         self.follower.write_built_lrs(trainer.optimizers[0])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A LearningRateMonitor reads it now."""
+        self.follower.write_lr(trainer.optimizers[0], trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self.follower.write_lr(optimizer, trainer.global_step)
@@ -114,19 +133,21 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
     enable_checkpointing=False`: Tune keeps reports and checkpoints. They are loaded with `weights_only=True`; a module that
     saves objects of other kinds needs `weights_only=False` here, which executes what they hold.
 
-    Raises ValueError where there is no validation data, more than one optimizer, or an EarlyStopping; RuntimeError where
-    something else stops the training.
+    Raises ValueError where there is no validation data, none or more than one optimizer, or a callback that stops trials, sets
+    learning rates or changes the batch; RuntimeError where something else stops the training.
     """
-    if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
-        raise ValueError("EarlyStopping is not possible here: AutoLRS decides which trials stop, and the winner trains "
-                         "to the end; leave it out of the Trainer's callbacks")  # fmt: skip
+    for kind, why in _REFUSED.items():
+        if any(isinstance(callback, kind) for callback in trainer.callbacks):
+            raise ValueError(f"{kind.__name__} is not possible here: {why}; leave it out of the Trainer's callbacks")
+    if trainer.barebones:
+        raise ValueError("barebones=True is not possible here: nothing is logged then, and the metric has to be")
     own = [other for other in trainer.callbacks if not isinstance(other, (ProgressBar, ModelSummary))]
     callback = AutoLRSCallback(config)
     trainer.callbacks.insert(0, callback)
     end = callback.follower.end
     if end is not None:
         loop = trainer.fit_loop
-        loop.max_epochs, loop.epoch_loop.max_steps = -1, callback.follower.total_steps
+        loop.max_epochs = loop.epoch_loop.max_steps = callback.follower.total_steps  # an epoch has a step, or more
         loop.min_epochs = loop.epoch_loop.min_steps = None
     checkpoint = tune.get_checkpoint()
     with ExitStack() as stack:
