@@ -114,6 +114,11 @@ class MemoTrainer:
         return len(self._lrs)
 
     @property
+    def val_batches(self) -> float:
+        self._real = self._real or self._make()
+        return self._real.val_batches
+
+    @property
     def _mark(self) -> bytes:
         return self._marks[-1]
 

@@ -56,7 +56,8 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
         train_loss = trainer.train(next_report(segment, step), segment.lr_at)
         run.steps += trainer.step - step
         averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
-        point = Point(trainer.step, trainer.evaluate()["loss"], train_loss, averaged)
+        size = getattr(trainer, "val_batches", None)
+        point = Point(trainer.step, trainer.evaluate()["loss"], train_loss, averaged, val_batches=size)
         verdict = policy.report(segment.arm, point)
         state = copy.deepcopy(trainer.state_dict())
         if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):

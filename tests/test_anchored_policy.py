@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -52,6 +53,7 @@ def test_the_smallest_lr_says_what_an_untrained_model_reads():
         policy.report("t00", Point(step, loss, train))
     assert policy.race.baseline.untrained.score == 2.1
     assert policy.race.baseline.untrained.train == pytest.approx(2.0)
+    assert policy.race.baseline.untrained.sampling is None  # the size of the validation data was not reported
     assert policy.race.baseline.untrained.noise == pytest.approx(3.18 * math.sqrt(0.02 / 3) * math.sqrt(1.25))
 
 
@@ -59,6 +61,8 @@ def test_noise_is_that_of_means_over_quarters_however_often_a_trainable_reports(
     rng = np.random.default_rng(0)
     losses = [Point(step, 1.0, float(loss)) for step, loss in enumerate(rng.normal(1.0, 0.1, 400), start=1)]
     assert 0.01 < untrained_by(losses).noise < 0.06  # means over 100 steps, not single ones
+    known = untrained_by([replace(point, val_batches=25.0) for point in losses])
+    assert known.sampling == pytest.approx(2.0 * known.noise)  # a quarter of the rows of a part
     assert untrained_by(losses[:1]).noise == 0.0
     assert untrained_by([Point(1, 3.0)]).train is None
 

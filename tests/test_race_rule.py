@@ -214,6 +214,21 @@ def test_while_nothing_has_been_learned_nothing_is_judged():
     assert max(seen[1], default=0.0) <= 0.64
 
 
+def test_batches_that_scatter_more_than_all_there_is_to_learn_hide_neither_the_learning_nor_the_order():
+    """A regression with outliers: at .03 T the batches of all LRs hold some; their training losses say nothing."""
+    untrained, whole = field_of(0.9, 0.7, 0.3, 0.6)
+    for trunk in whole:
+        for n, rung in enumerate(RUNGS):
+            trunk[rung] = Reading(trunk[rung].score, 1.2 + 3.0 * (n == 1))
+    for sampling in (None, 0.05):
+        course, seen = race(replace(untrained, noise=1.0, sampling=sampling), whole)
+        assert max(seen[0], default=0.0) <= 0.02
+        assert {d.judged for d in course.decisions[4:]} == {sampling is not None}
+    assert course.winner == 2
+    course, _ = race(replace(untrained, noise=1.0, sampling=0.9), whole)
+    assert {d.judged for d in course.decisions} == {False}  # three quarters of a progress that chance may have made
+
+
 def test_after_a_plateau_that_ends_late_the_one_below_has_as_long_again_to_catch_up():
     """A deep network without normalisation: the larger LR starts to learn at .32 T, the better one at .4 T."""
     untrained, whole = field_of(1.0, 0.2, 0.5)

@@ -25,6 +25,16 @@ def test_a_report_is_a_point_and_a_metric_to_maximise_is_negated() -> None:
     assert point_of(result, FLAT, KEYS, -1.0, before=None) == Point(30, -0.5, None, -math.inf)
 
 
+def test_how_many_validation_rows_there_are_counts_where_they_are_scored_by_the_loss() -> None:
+    result = {"step": 30, "val_loss": 0.5, "val_accuracy": 0.9, "val_batches": 12.5}
+    by = {name: ReportKeys("step", name, "train_loss", "averaged_loss") for name in ("val_loss", "val_accuracy")}
+    assert point_of(result, FLAT, by["val_loss"], 1.0, before=None) == Point(30, 0.5, val_batches=12.5)
+    guided = Point(30, -0.9, guide=0.5, val_batches=12.5)
+    assert point_of(result, FLAT, by["val_accuracy"], -1.0, before=None) == guided
+    del result["val_loss"]
+    assert point_of(result, FLAT, by["val_accuracy"], -1.0, before=None) == Point(30, -0.9)
+
+
 @pytest.mark.parametrize(
     ("result", "error", "message"),
     [

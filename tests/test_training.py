@@ -206,6 +206,7 @@ def test_reports_on_a_fraction_of_the_validation_data_use_the_same_rows_in_every
                 for data, seed in ((pairs, 3), (TensorDataset(*pairs), 3), (pairs, 4))]  # fmt: skip
     rows = [torch.stack([x for x, _ in t.val_data]) if t is trainers[1] else t.val_data[0] for t in trainers]
     assert [len(found) for found in rows] == [7, 7, 7]  # of 16
+    assert {trainer.val_batches for trainer in trainers} == {7 / trainers[0].task.batch_size}
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0], rows[2])
     places = [int((pairs[0] == row).all(1).nonzero()) for row in rows[0]]

@@ -12,6 +12,7 @@ import numpy as np
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.segments import Segment
 
+VAL_BATCHES = "val_batches"  # key of the rows of the validation data, in training batches
 _MEND = 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
 _TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
 VAL_LOSS, AVERAGED_LOSS = "val_loss", "averaged_loss"  # keys of the loss where the metric is another, to be maximised
@@ -65,8 +66,11 @@ def point_of(
         return None  # before the first step no learning rate is to blame
     train = _number(result, keys.train) if keys.train in result else None
     averaged = sign * _number(result, keys.averaged) if keys.averaged in result else None
-    guides = (VAL_LOSS, AVERAGED_LOSS) if sign < 0 and keys.loss != VAL_LOSS and VAL_LOSS in result else ()
-    return Point(step, loss, train, averaged, *(_number(result, key) for key in guides if key in result))
+    keys_of_guides = (VAL_LOSS, AVERAGED_LOSS) if sign < 0 and keys.loss != VAL_LOSS and VAL_LOSS in result else ()
+    guide, averaged_guide = (_number(result, key) if key in result else None for key in keys_of_guides or ("", ""))
+    by_loss = bool(keys_of_guides) or keys.loss == VAL_LOSS
+    size = _number(result, VAL_BATCHES) if by_loss and VAL_BATCHES in result else None
+    return Point(step, loss, train, averaged, guide, averaged_guide, size)
 
 
 def step_of(result: dict[str, Any], key: str) -> int:

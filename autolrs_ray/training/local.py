@@ -60,7 +60,8 @@ def _train(policy: Policy, trainer: Trainer, segment: Segment, store: dict[str, 
         train_loss = trainer.train(next_report(segment, before), segment.lr_at)
         run.trained_steps += trainer.step - before
         averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
-        point = Point(trainer.step, trainer.evaluate()["loss"], train_loss, averaged)
+        size = getattr(trainer, "val_batches", None)  # a stand-in for a Trainer need not have it
+        point = Point(trainer.step, trainer.evaluate()["loss"], train_loss, averaged, val_batches=size)
         verdict = policy.report(segment.arm, point)
         if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
             path = f"{segment.arm}@{trainer.step}"

@@ -125,6 +125,11 @@ class Trainer:
         """Optimizer steps per pass over the training data."""
         return self._rows.steps_per_epoch
 
+    @property
+    def val_batches(self) -> float:
+        """The rows of the validation data that reports are taken on, in training batches."""
+        return length(self.val_data) / self.task.batch_size
+
     def _own(self) -> slice:
         """This process's rows of a batch."""
         return slice(self.rank, None, self.world)

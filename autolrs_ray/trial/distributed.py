@@ -122,9 +122,9 @@ class _Worker:
         backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world)
 
-    def build(self, build: Callable[[], TrainingTask], seed: int, averaging: bool) -> tuple[int, bool, str]:
-        self.trainer = DistributedTrainer(build, seed, averaging)
-        return self.trainer.steps_per_epoch, self.trainer.averaging, self.trainer.held_out
+    def build(self, build: Callable[[], TrainingTask], seed: int, averaging: bool) -> tuple[int, float, bool, str]:
+        trainer = self.trainer = DistributedTrainer(build, seed, averaging)
+        return trainer.steps_per_epoch, trainer.val_batches, trainer.averaging, trainer.held_out
 
     def train(self, until: int, lrs: list[float]) -> float:
         first = self.trainer.step
@@ -176,8 +176,8 @@ class WorkerGroup:
         address = ray.get(self._workers[0].serve.remote(near))
         self._all("join", address, backend)
         built = self._all("build", build, seed, averaging)
-        self.steps_per_epoch, self.averaging, self.held_out = built[0]
-        if len({held_out for _, _, held_out in built}) > 1:
+        self.steps_per_epoch, self.val_batches, self.averaging, self.held_out = built[0]
+        if len({held_out for *_, held_out in built}) > 1:
             raise RuntimeError(
                 f"build holds out other rows in every one of the {workers} workers: seed generators of your own with a fixed "
                 "number; those of random, NumPy and torch are seeded before build is called"

@@ -196,6 +196,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         if self.workers is None and isinstance(trainer, Trainer):
             result["batch_size"] = trainer.task.batch_size  # more workers than rows there cannot be
         result.update(epoch=trainer.step / trainer.steps_per_epoch, held_out=trainer.held_out)
+        result["val_batches"] = trainer.val_batches
         if segment:
             result.update(stage=segment.stage, role=segment.role)
         result.update({f"val_{name}": value for name, value in trainer.evaluate().items()})

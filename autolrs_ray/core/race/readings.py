@@ -36,7 +36,8 @@ def untrained_by(points: list[Point]) -> Untrained:
     """What an untrained model reads, by the first reports of the smallest LR: the largest score, the mean of training losses.
 
     Noise is how far off the next would be in 95 of 100 cases (Student's t): of training losses by means over FIRST_READINGS
-    parts, since they are means themselves, of scores as they are. Readings are rough without training losses or averages.
+    parts, since they are means themselves, of scores as they are. What rows scatter by in batches they do in the validation data.
+    Readings are rough without training losses or averages.
     """
     scores = [score_of(point) for point in points if math.isfinite(score_of(point))]
     raw = max(
@@ -49,7 +50,11 @@ def untrained_by(points: list[Point]) -> Untrained:
             part = (point.step * FIRST_READINGS - 1) // points[-1].step
             parts.setdefault(part, []).append((point.step - before, point.train_loss))
     means = [sum(steps * loss for steps, loss in part) / sum(steps for steps, _ in part) for part in parts.values()]
-    return Untrained(raw, fmean(means) if means else None, _scatter(means), _scatter(scores), rough)
+    noise, val_batches = _scatter(means), next((point.val_batches for point in points if point.val_batches), None)
+    sampling = None
+    if val_batches and noise > 0.0:
+        sampling = noise * math.sqrt(points[-1].step / FIRST_READINGS / val_batches)
+    return Untrained(raw, fmean(means) if means else None, noise, _scatter(scores), rough, sampling)
 
 
 def _scatter(values: list[float]) -> float:

@@ -22,13 +22,15 @@ class Reading:
 @dataclass(frozen=True)
 class Untrained:
     """The same of a model that has learned nothing yet. noise, score_noise: by how much training losses and scores scatter.
-    patience: readings are rough, and the leader of the rung before is to stay in play."""
+    patience: readings are rough, and the leader of the rung before is to stay in play. sampling: by how much scores would scatter
+    over other validation data of the same size; None where that is not known."""
 
     score: float
     train: float | None = None
     noise: float = 0.0
     score_noise: float = 0.0
     patience: bool = False
+    sampling: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
     has got worse by more than the margin since the rung before, the walk goes on.
 
     None leads that has not learned: its training loss must have fallen by more than its noise, and its score too, since running
-    statistics lag behind. While none has (a plateau), the largest LR whose training loss has not risen by more than the noise
-    stands in for the leader, and it and the next below go on, whatever their scores, until learning has lasted as long
-    as the plateau. Where no training losses are reported, the score speaks for them.
+    statistics lag behind. A score that has fallen by more than its sampling noise will do alone: batches may scatter by more
+    than all that there is to learn. While none has learned (a plateau), the largest LR that has not got worse, its training
+    loss by more than the noise and its score too, stands in for the leader, and it and the next below go on, whatever their
+    scores, until learning has lasted as long as the plateau. Where no training losses are reported, the score speaks for them.
 
     Only ratios of differences of losses count, so that neither their scale matters nor a constant that is added to them. Of
     equal scores the lower training loss leads, then the better reading at the rung before, and so on.
@@ -156,7 +159,7 @@ class _Level:
         learned = [i for i in level if self._has_learned(i)]
         if learned:
             return self.best(learned), True
-        calm = [i for i in level if self._fall(i) >= -self._noise(i)]
+        calm = [i for i in level if self._fall(i) >= -self._noise(i) or self._gain(i) > self._untrained.score_noise]
         return (max(calm) if calm else min(level, default=None)), False
 
     def _fall(self, i: int) -> float:
@@ -170,8 +173,13 @@ class _Level:
         return self._untrained.score_noise if scored else self._untrained.noise
 
     def _has_learned(self, i: int) -> bool:
-        better = self._untrained.score - self._score(i)
-        return better > self._untrained.score_noise and self._fall(i) > self._noise(i)
+        gain, sampling = self._gain(i), self._untrained.sampling
+        beyond_chance = sampling is not None and gain > sampling
+        return gain > self._untrained.score_noise and (beyond_chance or self._fall(i) > self._noise(i))
+
+    def _gain(self, i: int) -> float:
+        """By how much the score has got better."""
+        return self._untrained.score - self._score(i)
 
     def next_below(self, leader: int | None, play: set[int]) -> int | None:
         bound = min(play) if leader is None else leader
