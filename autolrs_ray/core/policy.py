@@ -72,8 +72,8 @@ class Point:
 
     loss: validation loss of the weights. train_loss: mean training loss since the last report. averaged_loss: validation
     loss of the averaged weights. guide, averaged_guide: the validation losses where `loss` and `averaged_loss` are of a metric
-    to be maximised (negated), which says less early on. val_batches: the rows of the validation data, in training batches, where
-    they are scored by the loss that is trained. None where the training does not report it.
+    to be maximised (negated), which says less early on. val_batches: the rows of the validation data, in training batches,
+    where they are scored by the loss that is trained. None where the training does not report it.
     """
 
     step: int

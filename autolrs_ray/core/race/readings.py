@@ -36,8 +36,8 @@ def untrained_by(points: list[Point]) -> Untrained:
     """What an untrained model reads, by the first reports of the smallest LR: the largest score, the mean of training losses.
 
     Noise is how far off the next would be in 95 of 100 cases (Student's t): of training losses by means over FIRST_READINGS
-    parts, since they are means themselves, of scores as they are. What rows scatter by in batches they do in the validation data.
-    Readings are rough without training losses or averages.
+    parts, since they are means themselves, of scores as they are. The validation data are
+    taken to scatter as batches do. Readings are rough without training losses or averages.
     """
     scores = [score_of(point) for point in points if math.isfinite(score_of(point))]
     raw = max(

@@ -22,8 +22,8 @@ class Reading:
 @dataclass(frozen=True)
 class Untrained:
     """The same of a model that has learned nothing yet. noise, score_noise: by how much training losses and scores scatter.
-    patience: readings are rough, and the leader of the rung before is to stay in play. sampling: by how much scores would scatter
-    over other validation data of the same size; None where that is not known."""
+    patience: readings are rough, and the leader of the rung before is to stay in play. sampling: by how much scores would
+    scatter over other validation data of the same size; None where that is not known."""
 
     score: float
     train: float | None = None
