@@ -19,6 +19,7 @@ from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict, way_on
 from autolrs_ray.core.race.ahead import ahead_of
 from autolrs_ray.core.race.baseline import baseline_of
 from autolrs_ray.core.race.cost import bound, usual
+from autolrs_ray.core.race.longer import back_to_hold, hold_end, only_racing
 from autolrs_ray.core.race.plan import FIRST_READINGS, RacePlan
 from autolrs_ray.core.race.points import arrived, best_at_the_end, field_of, on_the_way
 from autolrs_ray.core.race.race import MANY, Race, arm_of
@@ -26,9 +27,6 @@ from autolrs_ray.core.race.readings import score_of
 from autolrs_ray.core.race.trouble import fails_everywhere, forgive, none_left
 from autolrs_ray.core.race.trunk import Trunk
 from autolrs_ray.core.segments import Segment
-
-HOLDS = {"wsd": 0.4, "constant": 1.0}
-"""Envelopes that begin with a hold at 1, and the fraction of the run it lasts: runs under them can be extended."""
 
 FEW = 3
 """Trunks side by side at which a race does not wait for slots: those in play, and one that runs ahead."""
@@ -104,12 +102,12 @@ class AnchoredPolicy(Policy):
         """Steps at which checkpoints are due: rungs, commits, the end of the envelope's hold, the end."""
         spaced = {round(self.total_steps * i / self.commits) for i in range(1, self.commits + 1)}
         steps = (self.total_steps,) if self.heir is not None else self.plan.steps
-        late = {step for step in (*spaced, self._hold_end()) if step > (0 if self.heir is not None else steps[0])}
+        late = {
+            step
+            for step in (*spaced, hold_end(self.envelope, self.total_steps))
+            if step > (0 if self.heir is not None else steps[0])
+        }
         return tuple(sorted({*steps, *late}))
-
-    def _hold_end(self) -> int:
-        """Last step up to which the envelope is 1 whatever the total is; 0 where it falls from the start."""
-        return int(HOLDS.get(self.envelope, 0.0) * self.total_steps) if isinstance(self.envelope, str) else 0
 
     def extend(self, total_steps: int) -> None:
         """Lengthen a run whose race is over, finished or not, to `total_steps`.
@@ -117,24 +115,12 @@ class AnchoredPolicy(Policy):
         The steps trained while the envelope held stay; what came after is trained again at the longer envelope. Raises
         ValueError if the envelope does not hold first, the race is still on, or `total_steps` is not larger.
         """
-        alive = [i for i, trunk in enumerate(self.trunks) if trunk.racing]
-        if not self._hold_end():
-            raise ValueError(
-                f"envelope {self.envelope!r} falls from the start: only {' and '.join(HOLDS)} can be extended"
-            )
-        if total_steps <= self.total_steps:
-            raise ValueError(f"total_steps must be larger than {self.total_steps}, got {total_steps}")
-        if len(alive) != 1 or not self.race.course.decisions:
-            raise ValueError(f"{len(alive)} learning rates are still in the race: let it come to one before extending")
-        trunk = self.trunks[alive[0]]
-        if trunk.step > self._hold_end():
-            if trunk.held is None:
-                raise ValueError("the checkpoint at the end of the hold is lost: the run cannot be extended")
-            (trunk.step, trunk.checkpoint), trunk.previous = trunk.held, None
-        trunk.status, trunk.saved_loss, trunk.points = "open", None, []
-        self.total_steps, self.phase, self.heir = total_steps, "race", alive[0]
+        decided = len(self.race.course.decisions)
+        heir = only_racing(self.trunks, self.envelope, self.total_steps, total_steps, decided)
+        back_to_hold(self.trunks[heir], hold_end(self.envelope, self.total_steps))
+        self.total_steps, self.phase, self.heir = total_steps, "race", heir
         self._boundaries = self._lay_boundaries()
-        self.emit(Event.EXTEND, total_steps=total_steps, step=trunk.step, lr=trunk.lr)
+        self.emit(Event.EXTEND, total_steps=total_steps, step=self.trunks[heir].step, lr=self.trunks[heir].lr)
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
@@ -296,7 +282,7 @@ class AnchoredPolicy(Policy):
         if not trunk.active or step <= trunk.step:
             return
         point = trunk.commit(step, path, max((rung for rung in self.plan.steps if rung <= step), default=0))
-        if step == self._hold_end():
+        if step == hold_end(self.envelope, self.total_steps):
             trunk.held = (step, path)
         self.emit(
             Event.COMMIT, stage=0, arm=arm, end=step, lr=trunk.lr, warmup_steps=self.warmup_steps, checkpoint=path,
