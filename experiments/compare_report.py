@@ -49,7 +49,8 @@ def mean_se(values: list[float | None]) -> Number:
 def summarise(
     cached: list[dict[str, Any]], methods: Mapping[str, Any], earlier: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """Rows of compare.json: one per task, setting and method. test_losses, lrs: by seed. minus_anchored: paired over the
+    """Rows of compare.json: one per task, setting and method. test_losses, lrs: by seed (lrs of the
+    paper's policy: of its stages). minus_anchored: paired over the
     seeds both have. slots: number of slots -> [compute, wall-clock] there.
 
     A method that has run on at most half of anchored's seeds is left out: its mean would not compare with the others'.
@@ -82,7 +83,8 @@ def summarise(
                 compute=round(sum(o["compute"] for o in outcomes) / len(rows), 3),
                 wall_clock=round(sum(o["wall_clock"] for o in outcomes) / len(rows), 3),
                 slots=costs([o.get("extra", {}).get("slots") for o in outcomes], outcomes[0]["compute"]),
-                test_losses=[o["test_loss"] for o in outcomes], lrs=[o["lr"] for o in outcomes],
+                test_losses=[o["test_loss"] for o in outcomes],
+                lrs=[o.get("extra", {}).get("lrs") or o["lr"] for o in outcomes],
                 hardware=rows[-1]["hardware"], date=max(row["date"] for row in rows),
             ))  # fmt: skip
     fresh = {(row["task"], row["method"]) for row in result}

@@ -112,7 +112,10 @@ def test_show_prints_a_stage_a_line_and_the_cost_of_a_paper_run(paper: Path) -> 
     assert "steps: 60 main + 2 search; compute 1.03 T" in text
     assert "wall-clock: 10.0 s = 6.0 s training + 1.5 s probing + 2.5 s overhead; at most 2 trials at a time" in text
     assert "warning: surrogate failed" in text
-    assert "warning: stage 1: the main trial diverged at step 40 with LR 0.5; done again with 0.125" in text
+    assert (
+        "warning: stage 1: at step 40 the main trial was above the stage's start, with LR 0.5; trained again with 0.125"
+        in text
+    )
 
 
 def test_show_prints_every_trunk_and_its_fate_for_an_anchored_run(anchored: Path) -> None:

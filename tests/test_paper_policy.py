@@ -67,8 +67,11 @@ def test_probes_come_in_rounds_of_as_many_as_run_at_once():
     assert len(policy.wanted()) == 2
 
 
-def test_more_slots_than_learning_rates_propose_all_at_once():
-    assert len(paper(concurrency=99).wanted()) == 4
+@pytest.mark.parametrize(("num_lrs", "at_once"), [(1, 1), (4, 4), (6, 4), (10, 5), (13, 7)])
+def test_however_many_slots_half_of_a_stages_learning_rates_know_of_the_others(num_lrs, at_once):
+    """Or all but the grid that it starts with."""
+    policy = paper(concurrency=99, num_lrs=num_lrs)
+    assert len(policy.wanted()) == policy.breadth == at_once
 
 
 def test_slots_that_turn_up_late_leave_the_proposals_made_before_as_they_are():
@@ -205,10 +208,46 @@ def test_after_a_warm_up_the_first_loss_is_its_first():
     assert statuses(policy, 7.9, 8.1) == ["done", "diverged"]
 
 
-def test_a_metric_without_a_floor_has_no_wall():
-    policy = paper(floor=None, num_lrs=1)
-    finish_probe(policy, policy.wanted()[0], decaying(1.0))
-    assert policy.report("main", Point(20, 1e9)) is Verdict.PAUSE
+@pytest.mark.parametrize("floor", [0.0, None])
+@pytest.mark.parametrize("first", [1.5, -0.5])
+def test_losses_below_zero_have_a_wall_by_what_has_been_gained(floor, first):
+    """A density's: from `first` to -3, so that 3 times the fall above `first` is a divergence, whatever the floor of others."""
+    policy = paper(initial="grid", promote=False, floor=floor, num_lrs=4)
+    while policy.phase == "search":
+        (segment,) = policy.wanted()
+        finish_probe(policy, segment, [first, *decaying(-4.0 - segment.lr, 4)])
+    again = [policy.report("main", Point(20, 1e6)) for _ in range(2)]  # a mere rise is trained again once
+    assert again == [Verdict.ROLLBACK] * 2
+    policy.report("main", Point(20, -4.0))
+    policy.saved("main", 20, "main@20")
+    wall = first + 3.0 * (first + 4.0)
+    assert statuses(policy, wall - 0.1, wall + 0.1) == ["done", "diverged"]
+
+
+def test_in_a_first_stage_of_negative_losses_an_explosion_is_one_in_whatever_order_probes_end():
+    def found(order):
+        policy = paper(initial="grid", floor=None, concurrency=4)
+        segments = policy.wanted()
+        for segment in segments:
+            policy.issue(segment.arm)
+        for i in order:
+            finish_probe(
+                policy, segments[i], [-2.0, *([-2.5 - i, -3.0 - i, -3.0 - i, -3.1 - i] if i < 3 else [40.0] * 4)]
+            )
+        return [(probe.status, probe.forecast) for probe in policy.probes]
+
+    assert [status for status, _ in found((0, 1, 2, 3))] == ["done"] * 3 + ["diverged"]
+    assert found((3, 2, 1, 0)) == found((3, 0, 2, 1)) == found((0, 1, 2, 3))
+
+
+def test_no_accuracy_is_so_low_that_training_has_diverged():
+    policy = paper(floor=None, initial="grid", promote=False)
+    while policy.phase == "search":
+        (segment,) = policy.wanted()
+        finish_probe(policy, segment, [-0.1, *[-2.0 * segment.lr if segment.lr > 0.01 else 0.0] * 4])
+    assert [probe.status for probe in policy.probes] == ["done"] * 4
+    assert policy.report("main", Point(20, 0.0)) is Verdict.ROLLBACK  # below where it began: once
+    assert policy.report("main", Point(20, 0.0)) is Verdict.PAUSE
 
 
 def test_a_training_loss_that_is_not_finite_is_a_divergence_though_the_validation_loss_is_fine():
@@ -652,6 +691,35 @@ def test_a_trainable_that_reports_rarely_overshoots_and_nothing_is_lost():
     policy.report("main", Point(25, 1.0))
     policy.saved("main", 25, "c")
     assert policy.stage.start == 25
+
+
+@pytest.mark.parametrize("slots", [1, 3, 12])
+@pytest.mark.parametrize("trouble", ["none", "rise", "divergence", "all"])
+def test_a_run_costs_no_more_than_was_said_whatever_is_trained_again(slots, trouble):
+    """Stages that rise once, stages that diverge as often as they may, and probes that all diverge in their first round too."""
+    policy = paper(total_steps=140, num_lrs=6, concurrency=slots)
+    often = {"none": 0, "rise": 1}.get(trouble, 3)
+
+    def change(arm, point):
+        lr, trained = simulation.running[arm][0].lr, policy.stage.index
+        if arm == "main":
+            return Point(point.step, 3.0 - trained if policy.rollbacks >= often else 4.0 if trouble == "rise" else 1e3)
+        return Point(
+            point.step, math.nan if trouble == "all" and not policy.rounds else 3.0 - trained - 0.01 * math.log(lr)
+        )
+
+    simulation = Simulation(policy, slots=slots)
+    simulation.change = change
+    simulation.run()
+    stages = len(simulation.of("commit"))
+    assert len(simulation.of("rollback")) == often * stages
+    (compute, wall_clock), usual = policy.cost(slots), policy.usual(slots)
+    assert simulation.trained <= 140 * compute
+    assert usual[1] <= usual[0] < compute >= wall_clock
+    if trouble == "none":
+        assert simulation.trained == pytest.approx(140 * usual[0])
+    if trouble == "all":  # all but the last report of each attempt, at which it is found out
+        assert simulation.trained > 0.8 * 140 * compute
 
 
 def test_progress_says_where_the_run_stands():

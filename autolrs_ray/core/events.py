@@ -27,7 +27,7 @@ class Event(StrEnum):
     STAGE = "stage"  # a stage begins: stage, start, steps, probe_steps, concurrency
     PROBE = "probe"  # one has ended: stage, probe, arm, lr, status, forecast, stderr, method, series, steps, losses
     SAVED = "saved"  # the leading probe's end state is durable: stage, arm, step, checkpoint
-    ROLLBACK = "rollback"  # the main trial diverged: stage, step, lr, new_lr
+    ROLLBACK = "rollback"  # a stage that diverged or rose is trained again: stage, step, lr, new_lr
     # of the race
     RUNG = (
         "rung"  # a trunk has come to one: arm, probe, lr, step, rung (a share), score, loss, averaged_loss, train_loss

@@ -69,8 +69,8 @@ def _warnings(data: RunData) -> list[str]:
         if event["event"] == Event.WARNING:
             told.append(event["message"])
         elif event["event"] == Event.ROLLBACK:
-            told.append(f"stage {event['stage']}: the main trial diverged at step {event['step']} with LR "
-                        f"{event['lr']:.3g}; done again with {event['new_lr']:.3g}")  # fmt: skip
+            told.append(f"stage {event['stage']}: at step {event['step']} the main trial was above the stage's start, with LR "
+                        f"{event['lr']:.3g}; trained again with {event['new_lr']:.3g}")  # fmt: skip
         else:
             told.append(f"the run was interrupted, and resumed from step {event['step']}")
     at_edge = edge(data)

@@ -9,7 +9,17 @@ from typing import Any
 from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_points
 from autolrs_ray.core.envelopes import LogInterval, envelope_factor
 from autolrs_ray.core.events import Event
-from autolrs_ray.core.paper.probes import Start, best_of, has_blown_up, judge, next_smaller, opening_loss, series_of
+from autolrs_ray.core.paper.forecast import Forecast
+from autolrs_ray.core.paper.probes import (
+    Start,
+    best_of,
+    half_is_left,
+    has_blown_up,
+    judge,
+    next_smaller,
+    opening_loss,
+    series_of,
+)
 from autolrs_ray.core.paper.proposals import Probe, ProposalRule
 from autolrs_ray.core.paper.state import PaperState
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
@@ -18,10 +28,6 @@ from autolrs_ray.core.segments import Segment
 MAIN = "main"
 MAX_ROUNDS = 2  # rounds of probes in a stage whose probes all diverged; each round lies two decades lower
 MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the run ends
-
-
-RISE = 0.01
-"""A stage that ends above its start by no more than this share of what the run had gained by then has stood still."""
 
 
 @dataclass
@@ -81,12 +87,21 @@ class PaperPolicy(PaperState):
     def breadth(self) -> int:
         return self.q
 
-    def cost(self, slots: int) -> tuple[float, float]:
-        stages, q = self.plan.stages(), max(1, min(slots, self.num_lrs))
+    def usual(self, slots: int) -> tuple[float, float]:
+        """Compute and wall-clock on `slots` slots, in full runs, where no stage is trained again."""
+        stages, q = self.plan.stages(), self._rule.round_of(max(1, slots))
         probed = sum(stage.probe_steps for stage in stages) / self.total_steps
         again = sum(stage.probe_steps for stage in stages if self.promote and stage.probe_steps < stage.steps)
         given = again / self.total_steps
         return 1.0 + self.num_lrs * probed - given, 1.0 + -(-self.num_lrs // q) * probed - given
+
+    def cost(self, slots: int) -> tuple[float, float]:
+        """As if every stage were trained as often, and its probes were tried as often, as a stage may be."""
+        stages, q = self.plan.stages(), self._rule.round_of(max(1, slots))
+        probed = (MAX_ROUNDS - 1) * sum(stage.probe_steps for stage in stages) / self.total_steps
+        trained = MAX_ROLLBACKS * sum(stage.steps for stage in stages) / self.total_steps
+        compute, wall_clock = self.usual(slots)
+        return compute + trained + self.num_lrs * probed, wall_clock + trained + -(-self.num_lrs // q) * probed
 
     def wanted(self) -> list[Segment]:
         if self.phase == "search":
@@ -131,10 +146,10 @@ class PaperPolicy(PaperState):
     def set_concurrency(self, slots: int, later: int | None = None) -> None:
         super().set_concurrency(max(slots, later or 0))
         if self.phase == "search" and len(self.probes) <= 1:  # the first proposal is the same for every q
-            self.q = min(self.concurrency, self.num_lrs)
+            self.q = self._rule.round_of(self.concurrency)
 
     def _open_stage(self) -> None:
-        self.phase, self.q = "search", min(self.concurrency, self.num_lrs)
+        self.phase, self.q = "search", self._rule.round_of(self.concurrency)
         self.interval, self.rounds, self.rollbacks, self.probes, self.chosen = self.lr_interval, 0, 0, [], None
         self._points = {}
         self.emit(Event.STAGE, stage=self.stage.index, start=self.stage.start, steps=self.stage.steps,
@@ -189,7 +204,11 @@ class PaperPolicy(PaperState):
             probe.steps, probe.losses = steps, losses
             probe.loss, probe.train_loss = points[-1].loss, points[-1].train_loss
             probe.moved = len({self.loss, *(point.loss for point in points)} - {None}) > 1
-            method = self._judge(probe)
+            found = self._judge(probe)
+            method = found.method
+            if found.failure:
+                message = f"forecaster failed ({found.failure}); the mean of the last losses instead"
+                self.emit(Event.WARNING, stage=self.stage.index, message=message)
         elif status == "done":
             probe.status = "diverged"
         self._emit_probe(index, method, steps, losses)
@@ -198,26 +217,22 @@ class PaperPolicy(PaperState):
         self._keep_leading()
         self._choose_if_complete()
 
-    def _judge(self, probe: Probe) -> str:
-        """Forecast a probe with finite losses from where the stage began, or call it diverged; returns how it was had."""
+    def _judge(self, probe: Probe) -> Forecast:
+        """Forecast a probe with finite losses from where the stage began, or call it diverged."""
         start = Start(self.loss, self.train_loss, self.first_loss)
         found = judge(probe, self.probes, start, self.stage.steps, self.floor)
-        if found.failure:
-            message = f"forecaster failed ({found.failure}); the mean of the last losses instead"
-            self.emit(Event.WARNING, stage=self.stage.index, message=message)
         fine = math.isfinite(found.value)
         probe.status = "done" if fine else "diverged"
         probe.forecast, probe.stderr = (found.value, found.stderr) if fine else (None, None)
-        return found.method
+        return found
 
     def _judge_again(self) -> None:
-        """In a stage whose start nobody has measured, every probe tells more of it: a round is judged by what all of it, and
-        those before it, tell."""
+        """A round is judged by what all of it, and those before it, tell: of where a stage began that nobody has measured, and
+        of what can be gained at all, where nothing else says when a probe has diverged."""
         for i, probe in enumerate(self.probes):
-            start = self.train_loss if probe.series == "training" else self.loss
-            if start is None and probe.losses:
+            if probe.losses:
                 before = probe.status, probe.forecast
-                method = self._judge(probe)
+                method = self._judge(probe).method
                 if (probe.status, probe.forecast) != before:
                     self._emit_probe(i, method, probe.steps, probe.losses)
 
@@ -287,15 +302,15 @@ class PaperPolicy(PaperState):
     def _went_wrong(self, point: Point) -> bool:
         """Whether a stage that ends so is to be trained again at a smaller LR: its probe, a tenth as long, saw nothing of it.
 
-        Where it diverged, and once where it only loses more than RISE of what the run had gained, if a smaller LR was tried.
-        Never in the warm-up, which has no other LR, or with a state from before first losses were kept.
+        Where it diverged, and once where it only ends above its start, if an LR of half its own was tried. Never in the
+        warm-up, which has no other LR, or with a state from before first losses were kept.
         """
         if self.phase == "warmup" or self.chosen is None or self.first_loss is None:
             return False
         start = self.first_loss if self.loss is None else self.loss
-        risen = point.loss - start > RISE * max(0.0, self.first_loss - start)
-        again = not self.rollbacks and next_smaller(self.probes, self.chosen) is not None
-        return has_blown_up(point, (self.loss, self.first_loss), self.floor) or (risen and again)
+        again = not self.rollbacks and half_is_left(self.probes, self.chosen)
+        blown_up = has_blown_up(point, (self.loss, self.first_loss), self.probes, self.floor)
+        return blown_up or (point.loss > start and again)
 
     def _roll_back(self, point: Point) -> Verdict:
         """The chosen LR diverged, or rose, after its probe ended: forbid it and take the best of the smaller ones."""

@@ -11,7 +11,7 @@ from autolrs_ray.core.paper.forecast import Forecast, forecast
 from autolrs_ray.core.paper.proposals import Probe
 from autolrs_ray.core.policy import Point
 
-WALL = 4.0  # times the loss that training began from: above it, it has diverged
+WALL = 4.0  # times the height above the floor that training began from: above it, it has diverged
 
 
 def series_of(points: list[Point], start: int, by_training: bool) -> tuple[str, list[int], list[float]]:
@@ -50,12 +50,13 @@ class Start:
 def judge(probe: Probe, probes: Sequence[Probe], start: Start, horizon: int, floor: float | None) -> Forecast:
     """The forecast of a probe that has come to its end with finite losses: "diverged" if that lies above the wall.
 
-    probes: all of the stage that have ended; they tell where it began if `start` does not.
+    probes: all of the stage that have ended; they tell where it began if `start` does not, and what can be gained.
     """
     loss = first_report(probes, "validation") if start.loss is None else start.loss
     train_loss = first_report(probes, "training") if start.train_loss is None else start.train_loss
     own = probe.first_loss if start.loss is None else None  # others' first reports may lie far below the start already
-    if probe.loss is not None and probe.loss > divergence_wall((loss, own, start.first_loss), floor):
+    starts = (loss, own, start.first_loss)
+    if probe.loss is not None and probe.loss > divergence_wall(starts, [p.loss for p in [*probes, probe]], floor):
         return Forecast(math.inf, math.inf, "diverged")
     began = train_loss if probe.series == "training" else loss
     return forecast(probe.steps, probe.losses, horizon, floor, began)
@@ -70,9 +71,18 @@ def best_of(probes: Sequence[Probe]) -> int | None:
 def next_smaller(probes: Sequence[Probe], chosen: int) -> int | None:
     """Index of the lowest forecast among LRs of half the chosen one's at most, or among all below it if there are none."""
     lr, done = probes[chosen].lr, [probe for probe in probes if probe.status == "done"]
-    below = [probe for probe in done if probe.lr <= lr / 2.0] or [probe for probe in done if probe.lr < lr]
+    below = _half(probes, chosen) or [probe for probe in done if probe.lr < lr]
     best = best_of(below)
     return None if best is None else next(i for i, probe in enumerate(probes) if probe is below[best])
+
+
+def half_is_left(probes: Sequence[Probe], chosen: int) -> bool:
+    """Whether an LR of half the chosen one's at most has been tried, and did not diverge."""
+    return bool(_half(probes, chosen))
+
+
+def _half(probes: Sequence[Probe], chosen: int) -> list[Probe]:
+    return [probe for probe in probes if probe.status == "done" and probe.lr <= probes[chosen].lr / 2.0]
 
 
 def opening_loss(probes: Sequence[Probe], best: int) -> float | None:
@@ -86,18 +96,25 @@ def opening_loss(probes: Sequence[Probe], best: int) -> float | None:
     return max(median_high(first), own) if own is not None else None
 
 
-def divergence_wall(starts: Iterable[float | None], floor: float | None) -> float:
-    """The loss above which training has diverged: WALL times the largest of `starts`, losses that it began from as far as they
-    are known. One start near 0 is no yardstick: every harmless rise is many times as much.
+def divergence_wall(starts: Iterable[float | None], seen: Iterable[float | None], floor: float | None) -> float:
+    """The loss above which training has diverged. starts: losses that it began from, as far as they are known; `seen`: others
+    that the run has come to.
 
-    Infinite where there is no positive loss to measure by, or no `floor`: a metric without one has no scale.
+    WALL times the largest of the starts, above the floor. (One start near 0 is no yardstick: every harmless rise is many times
+    as much.) Where the loss has no floor, or has come to lie below it, the larger of two stands for the height: the size of
+    that loss, and what the run has gained at most. Infinite where there is nothing to measure by.
     """
-    yardstick = max((value for value in starts if value is not None), default=0.0)
-    return WALL * yardstick if yardstick > 0 and floor is not None else math.inf
+    known = [value for value in starts if value is not None]
+    if not known:
+        return math.inf
+    start = max(known)
+    low = min([*known, *(value for value in seen if value is not None)])
+    height = max(start - low, abs(start)) if floor is None or low < floor else start - floor
+    return start + (WALL - 1.0) * height if height > 0.0 else math.inf
 
 
-def has_blown_up(point: Point, starts: Iterable[float | None], floor: float | None) -> bool:
+def has_blown_up(point: Point, starts: Iterable[float | None], probes: Sequence[Probe], floor: float | None) -> bool:
     """Whether training that ends so is above the wall, by the training loss too, where there is one: batch norm's running
-    statistics can make a validation loss huge after a few steps at a high LR, and the model is well."""
+    statistics can make a validation loss huge after a few steps at a high LR, and the model is well. probes: the stage's."""
     loss = point.loss if point.train_loss is None else min(point.loss, point.train_loss)
-    return loss > divergence_wall(starts, floor)
+    return loss > divergence_wall(starts, [probe.loss for probe in probes], floor)

@@ -64,6 +64,11 @@ class ProposalRule:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
+    def round_of(self, slots: int) -> int:
+        """Probes in a round, on `slots` slots: no more than half of the stage's, or than the grid that it starts with. What the
+        others know nothing of cannot be better than a grid."""
+        return min(slots, self.num_lrs, max(GRID_START, (self.num_lrs + 1) // 2))
+
     def next_x(self, stage: int, attempt: int, probes: list[Probe], q: int) -> tuple[float, str] | None:
         """x of the next probe of a stage's `attempt`, and why the surrogate failed ("" if it did not); None while it must wait.
 
