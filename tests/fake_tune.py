@@ -112,6 +112,8 @@ class FakeTune:
         self.scheduler.on_trial_error(self, trial)
         if again:
             trial.status = Trial.PENDING
+            self.scheduler.on_trial_add(self, trial)
+            assert trial.status == Trial.PENDING, "Tune counts it as one of these"
         else:
             self.search_alg.on_trial_complete(trial_id=trial.trial_id, error=True)
             trial.status = Trial.ERROR

@@ -115,8 +115,10 @@ class Coordinator:
 
     def add(self, trial: Trial) -> None:
         """A trial waits to be started."""
-        if not self._desk.knows(trial.trial_id):  # of an earlier life of this run: its arm gets a new trial
-            if not trial.is_finished():
+        if not self._desk.knows(trial.trial_id):
+            # of an earlier life of this run: its arm gets a new trial. One that Tune means to start again, though its arm has
+            # been booked as failed, is in Tune's tables, and is stopped in the next loop
+            if trial.trial_id not in self._live and not trial.is_finished():
                 trial.set_status(Trial.TERMINATED)
             return
         if trial.placement_group_factory != self._resources:
