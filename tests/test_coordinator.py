@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import ray
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
+from ray.tune.search import ConcurrencyLimiter, Repeater
 
-from autolrs_ray import AutoLRSError
+from autolrs_ray import AutoLRSError, AutoLRSScheduler
 from autolrs_ray.core.events import Event
 from autolrs_ray.driver import actors, coordinator
 from tests.fake_tune import RACE, Begin, first_step
@@ -129,6 +131,16 @@ def test_a_trial_that_says_done_at_its_segments_end_is_saved_and_counts(
             run.start()
 
 
+def test_a_function_that_returns_without_a_report_is_told_so(begin: Begin) -> None:
+    run = begin(num_lrs=1)
+    trial = run.start()
+    made_up = {"done": True, "trial_id": trial.trial_id}  # Tune's
+    run.scheduler.on_trial_complete(run, trial, made_up)
+    run.search_alg.on_trial_complete(trial_id=trial.trial_id, result=made_up)
+    with pytest.raises(AutoLRSError, match="it ended early, before its first report: by returning"):
+        run.start()
+
+
 def test_trials_that_tune_ends_with_the_experiment_have_not_failed(begin: Begin) -> None:
     run = begin(cpus=2)
     one, two = run.start(), run.start()
@@ -166,3 +178,14 @@ def test_a_slot_that_another_job_has_is_not_waited_for(
     now[0] += 30.0
     run.scheduler.choose_trial_to_run(run)
     assert one.status == Trial.TERMINATED  # in any case after a while
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeater_around_the_search_is_refused_and_a_limiter_is_looked_through(begin: Begin) -> None:
+    search = begin(num_lrs=2).search_alg
+    with pytest.raises(ValueError, match="a Repeater trains every learning rate several times"):
+        AutoLRSScheduler()._find_search(SimpleNamespace(search_alg=Repeater(search, repeat=2)))  # type: ignore[arg-type]
+    limited = SimpleNamespace(search_alg=ConcurrencyLimiter(search, max_concurrent=1))
+    assert AutoLRSScheduler()._find_search(limited) is search  # type: ignore[arg-type]

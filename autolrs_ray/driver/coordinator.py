@@ -148,6 +148,8 @@ class Coordinator:
         """A report that the trial ended itself with (done=True, or a stop criterion): if its segment ends there too, all is
         well. Tune has told nobody of it, and the actor is there until we return."""
         desk, trial_id = self._desk, trial.trial_id
+        if desk.settings.time_attr not in result:
+            return  # of a function that has returned without a report Tune makes one up
         point = desk.point(result, trial_id, self._steps.get(trial_id, (None, 0))[0])
         if point is None or point.step < desk.segment(trial_id).end:
             return

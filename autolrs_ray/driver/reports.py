@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from ray.tune.result import AUTO_RESULT_KEYS
 
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.segments import Segment
@@ -17,6 +18,7 @@ _MEND = 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it a
 _TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
 VAL_LOSS, AVERAGED_LOSS = "val_loss", "averaged_loss"  # keys of the loss where the metric is another, to be maximised
 _MOST_STEPS = 2**53  # whole numbers that a float holds
+_TUNES = {*AUTO_RESULT_KEYS, "done", "should_checkpoint", "trial_id"}
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -78,7 +80,7 @@ def step_of(result: dict[str, Any], key: str) -> int:
     if key not in result:
         raise ValueError(
             f'the trainable does not report "{key}" (optimizer steps done, restored from checkpoints); add it to every '
-            f"report or name another key by time_attr. Reported: {sorted(result)}"
+            f"report or name another key by time_attr. Reported: {_own(result)}"
         )
     step = result[key]
     if isinstance(step, bool) or not isinstance(step, _NUMBERS) or not 0 <= step < math.inf or step != int(step):
@@ -130,9 +132,14 @@ def too_seldom(segment: Segment, before: int | None, step: int) -> str:
     )
 
 
+def _own(result: dict[str, Any]) -> list[str]:
+    """The keys of a report that Tune has not added."""
+    return sorted(str(key) for key in result if key not in _TUNES and not str(key).startswith("config/"))
+
+
 def _number(result: dict[str, Any], key: str) -> float:
     if key not in result:
-        raise ValueError(f'the trainable does not report the metric "{key}". Reported: {sorted(result)}')
+        raise ValueError(f'the trainable does not report the metric "{key}". Reported: {_own(result)}')
     value = result[key]
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         mend = "; call .item() on tensors" if hasattr(value, "item") else ""

@@ -10,6 +10,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any
 
 from ray import tune
@@ -74,7 +75,9 @@ def run(
             "autolrs_ray.run does not go through Ray Client (ray://): the run's folder has to be seen from where it is called. "
             "Run the script on the cluster, with `ray job submit`, or on a node of it with ray.init()"
         )
-    storage = normal(storage_path)
+    storage, name = normal(storage_path), _run_name(name)
+    if not isinstance(config, (dict, type(None))):
+        raise TypeError(f"config must be a dict, got {config!r:.200}")
     config = dict(config or {})
     refuse_search_spaces(config)
     config["seed"] = seed = _seed(config, seed)
@@ -132,6 +135,22 @@ def run(
             f"interrupted at step {state['step']} of {state['total_steps']}; the same command continues"
         )
     return RunResult.load(join(storage, name))
+
+
+def _run_name(name: Any) -> str:
+    """The run's name, if it names a folder below the storage path. Raises TypeError or ValueError with the value."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r} ({type(name).__name__})")
+    parts = PurePosixPath(name).parts
+    if (
+        not parts
+        or name != name.strip()
+        or parts[0] == "/"
+        or ".." in parts
+        or any(len(os.fsencode(p)) > 255 for p in parts)
+    ):
+        raise ValueError(f"name must name a folder below storage_path, got {name!r:.300}")
+    return name
 
 
 def _seed(config: dict[str, Any], seed: int | None) -> int:

@@ -143,8 +143,9 @@ class AutoLRSSearch(Searcher):
             reason = self.desk.reason(trial_id) or "it raised an error"
         else:
             step = (result or {}).get(self.desk.settings.time_attr)
+            when = "before its first report" if step is None else f"at step {step} of {self.policy.total_steps}"
             reason = (
-                f"it ended early, at step {step} of {self.policy.total_steps}: by returning or reporting done, a stop "
+                f"it ended early, {when}: by returning or reporting done, a stop "
                 "criterion of Tune's, or an early-stopping callback or limit of its own"
             )
         self.desk.book_failure(trial_id, reason)

@@ -1,0 +1,71 @@
+"""What `run` says before it begins, and when Tune has been interrupted; Tune itself is not started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+
+import autolrs_ray
+from autolrs_ray.driver import runner
+from tests.fake_tune import Trainable
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"config": "abc"}, TypeError, "config must be a dict, got 'abc'"),
+        (
+            {"config": {"wd": tune.choice([1, 2])}},
+            ValueError,
+            r"config\['wd'\] = Categorical \[1, 2\]: only the learning",
+        ),
+        ({"config": {"seed": 1}, "seed": 2}, ValueError, r'two seeds: config\["seed"\] = 1 and seed=2'),
+        ({"config": {"seed": 1.5}}, TypeError, "seed must be an int, got 1.5"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"name": None}, TypeError, "name must be a string, got None"),
+        ({"name": 7}, TypeError, "name must be a string, got 7"),
+        ({"name": ""}, ValueError, "name must name a folder below storage_path, got ''"),
+        ({"name": "../up"}, ValueError, "name must name a folder below"),
+        ({"name": "/tmp/x"}, ValueError, "name must name a folder below"),
+        ({"name": "n" * 300}, ValueError, "name must name a folder below"),
+        ({"total_steps": 2.5}, TypeError, "total_steps must be an int, got 2.5"),
+        ({"total_steps": 2**53 + 1}, ValueError, "total_steps must be at most 9007199254740992"),
+        (
+            {"total_steps": 10**15, "policy": "paper", "stage_steps": 10},
+            ValueError,
+            "are more than 100000 stages: are all",
+        ),
+        ({"num_lrs": 10**6}, ValueError, "num_lrs must be at most 1000"),
+        ({"num_lr": 4}, TypeError, "has no option num_lr"),
+        ({"storage_path": "s3://me:secret@bucket/x"}, ValueError, "holds a secret"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(tune, "run", lambda *_, **__: pytest.fail("Tune was started"))
+    with pytest.raises(error, match=message):
+        autolrs_ray.run(Trainable, **{"total_steps": 20, "storage_path": tmp_path, **options})
+
+
+def test_a_ray_client_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.client, "is_connected", lambda: True)
+    with pytest.raises(RuntimeError, match=r"does not go through Ray Client \(ray://\).*`ray job submit`"):
+        autolrs_ray.run(Trainable, 20)
+
+
+def test_a_home_folder_is_meant_by_a_tilde_and_an_interruption_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "run", lambda _, **options: given.update(options))  # Tune swallows a Ctrl-C, and returns
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 0 of 20; the same command continues"):
+        autolrs_ray.run(Trainable, 20, storage_path="~/runs", progress=False)
+    assert given["storage_path"] == f"{tmp_path}/runs"
+    assert given["config"]["seed"] == 0
+    assert "TUNE_DISABLE_STRICT_METRIC_CHECKING" not in os.environ
