@@ -124,3 +124,15 @@ def test_the_same_crash_of_an_arm_twice_is_enough_unless_a_machine_was_lost() ->
         False, False, False, True,
     ]  # fmt: skip
     assert not any(crashes.again("c", Crash("ActorDiedError: it")) for _ in range(3))
+
+
+def test_a_function_that_was_left_by_an_exit_is_told_so_and_is_tried_twice_at_most() -> None:
+    text = (
+        "RuntimeError: Should not have reached here. The TuneController should not have scheduled another `train` call."
+    )
+    left = parse(traceback(text, (RAY, 131, "step", "raise RuntimeError(")))
+    assert "the function was left by sys.exit() or StopIteration" in str(left)
+    assert left.kind == "SystemExit"
+    crashes = Crashes()
+    assert [crashes.again("a", left) for _ in range(2)] == [False, True]
+    assert [bool(crashes.hopeless(arm, left, False)) for arm in ("a", "b")] == [False, True]

@@ -36,6 +36,10 @@ _NOT_THE_USERS = (
 _MISSING = re.compile(r"No such file or directory: '(?P<path>[^']+)'")
 _LONGEST = 300
 _UNKNOWN = "it raised an error"
+_LEFT = (
+    "Should not have reached here. The TuneController"  # Ray's words for a function that is gone, and has not returned
+)
+_EXIT = "SystemExit: the function was left by sys.exit() or StopIteration; it is to return, or to raise what is wrong"
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def parse(text: str) -> Crash:
         return Crash(_UNKNOWN)
     message = " ".join(line.strip() for line in rest[begin:] if line.strip())
     message = re.sub(r"^[\w.]*\((\w+)\):", r"\1:", message)
+    if _LEFT in message:
+        return Crash(_EXIT)
     error = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
     for i, frame in reversed(frames):
         if not frame["file"].startswith(_NOT_THE_USERS) and not frame["file"].startswith("<"):
@@ -138,4 +144,4 @@ class Crashes:
     def again(self, arm: str, crash: Crash) -> bool:
         """Whether `arm` has ended just so before: then a third try is no use. Lost processes and machines do not count."""
         before, self._last[arm] = self._last.get(arm), crash.place
-        return before == crash.place and bool(crash.file) and not crash.of_the_cluster
+        return before == crash.place and bool(crash.file or crash.error == _EXIT) and not crash.of_the_cluster
