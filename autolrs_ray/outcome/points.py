@@ -35,8 +35,8 @@ class OwnPoint:
     chosen: int = 0
     stages: int = 0
 
-    def sentence(self, metric: str, total_steps: int) -> str:
-        """What to think of it."""
+    def sentence(self, metric: str, total_steps: int, done: bool = True) -> str:
+        """What to think of it. done: the run is over."""
         told = f"{self.lr:.3g}, yours, "
         if self.stages:
             told += f"was chosen in {self.chosen} of the {self.stages} stages that tried it"
@@ -52,7 +52,8 @@ class OwnPoint:
             way = "was not compared yet" if self.step else "was not trained, for the race did not walk down to it"
             return f"{told}{way}{self._cost(total_steps)}."
         side = "worse" if self.behind > 0 else "better"
-        by = f"{abs(self.behind):.3g} {side} in {metric} than {self.found:.3g}, the one found"
+        which = "the one found" if done else "which leads so far"
+        by = f"{abs(self.behind):.3g} {side} in {metric} than {self.found:.3g}, {which}"
         where = "at the end" if self.compared >= total_steps else f"at step {self.compared:,} of {total_steps:,}"
         what = f"{by}, {where}: {self.value:.4g} against {self.best:.4g}"
         if self.behind < 0 and self.compared < total_steps and self.lr > self.found:

@@ -26,6 +26,7 @@ class Choice:
     share: float  # of the run
     margin: float
     scatter: float | None
+    final: bool = True  # the run is over
 
     @property
     def clear(self) -> bool | None:
@@ -35,13 +36,14 @@ class Choice:
     def sentence(self, metric: str) -> str:
         """What to think of it."""
         when = f"At step {self.step:,}, {self.share:.0%} of the run and the last at which both were compared,"
-        what = f"{when} {self.lr:.3g} was"
+        what = f"{when} {self.lr:.3g}{'' if self.final else ', which leads so far,'} was"
         by = f"ahead of {self.runner_up:.3g}, the runner-up, by {self.margin:.3g} in {metric}"
         if self.margin < 0:
-            by = f"behind {self.runner_up:.3g} by {-self.margin:.3g} in {metric}; it was chosen for what came before or after"
+            reason = "; it was chosen for what came before or after" if self.final else ""
+            by = f"behind {self.runner_up:.3g} by {-self.margin:.3g} in {metric}{reason}"
         if self.scatter is None:
             return f"{what} {by}."
-        noise = f"The difference of two reports scatters by {self.scatter:.2g} there"
+        noise = f"The difference between two reports scatters by {self.scatter:.2g} there"
         return f"{what} {by}. {noise}: " + (
             "the choice is clear." if self.clear else "that is within the noise, and either may have done."
         )
@@ -50,6 +52,10 @@ class Choice:
 def choice(data: RunData) -> Choice | None:
     """The choice that the race in `data` made, or makes so far; None where nothing was compared."""
     scores, lrs = data.scores(), data.history.lrs
+    options = data.config["options"]
+    if options.get("keep"):  # was trained to the end whatever the race had made of it, and is no runner-up for that
+        kept = options.get("points_to_evaluate") or ()
+        scores = {arm: points for arm, points in scores.items() if arm == data.arm or lrs.get(arm) not in kept}
     own = scores.get(data.arm, {}) if data.anchored else {}
     shared = {arm: max(set(points) & set(own), default=0) for arm, points in scores.items() if arm in lrs}
     shared = {arm: step for arm, step in shared.items() if step and arm != data.arm}
@@ -65,6 +71,7 @@ def choice(data: RunData) -> Choice | None:
         shared[arm] / data.history.total_steps,
         ahead[arm],
         None if spread is None else math.sqrt(2.0) * spread,
+        data.result.done,
     )
 
 

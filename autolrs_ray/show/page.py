@@ -128,7 +128,8 @@ def _headline(data: RunData, found: Row) -> list[tuple[str, str, str]]:
         f"{when}, of {data.result.weights} weights" if _averaged(data) else when,
     )
     totals = found["totals"]
-    compute = ("–" if totals["compute"] is None else f"{totals['compute']:.2f} T", "compute", "T: one plain training")
+    compute = ("–" if totals["compute"] is None else f"{totals['compute']:.2f} T", "compute",
+               "T: one plain training" if found["done"] else "T: the main run's steps so far")  # fmt: skip
     wall = (seconds(totals["wall_s"]), "wall-clock", f"{number(totals['main_steps'])} steps")
     return [lr, value, compute, wall]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from autolrs_ray.core.events import Event
 from autolrs_ray.outcome.history import History
-from autolrs_ray.show.main_figures import NAMES
+from autolrs_ray.show.main_figures import name_of
 from autolrs_ray.show.run_data import RunData
 from autolrs_ray.show.style import LR, STEPS, colours_of_lr, legend_below, mark_steps, new_figure, plain_log, scale_loss
 
+YOURS = "yours (points_to_evaluate)"
 _ENDS = {"dropped": "X", "diverged": "^", "failed": "s"}
 
 
@@ -30,6 +31,7 @@ def race_figure(data: RunData) -> Any | None:
     figure = new_figure(8.0, 6.6)
     axes, rows = figure.subplots(2, 1, sharex=True, height_ratios=(3.0, 1.7))
     shades = colours_of_lr(*data.interval)
+    yours = data.config["options"].get("points_to_evaluate") or ()
     ends = []
     for arm, points in scores.items():
         steps = list(points)
@@ -38,6 +40,10 @@ def race_figure(data: RunData) -> Any | None:
         axes.plot(steps, values, color=colour, linewidth=3.2 if won else 1.4, zorder=1 if won else 2,
                   label=f"winner (LR {lrs[arm]:.3g})" if won else None)  # fmt: skip
         ends.append((float(steps[-1]), values[-1], lrs[arm]))
+        if lrs[arm] in yours:
+            named = any(line.get_label() == YOURS for line in axes.lines)
+            axes.plot(steps, values, "D", color=colour, markersize=5, markeredgecolor="0.1", markeredgewidth=0.6, zorder=4,
+                      label=None if named else YOURS)  # fmt: skip
         if fates[arm] in _ENDS:
             axes.plot(steps[-1], values[-1], _ENDS[fates[arm]], color=colour, markersize=9, markeredgecolor="0.1",
                       markeredgewidth=0.8, zorder=5, clip_on=False)  # fmt: skip
@@ -51,7 +57,7 @@ def race_figure(data: RunData) -> Any | None:
         axes.set_ylim(top=edge + 0.1 * abs(edge))
     mark_steps(axes, data.history.boundaries, "")
     averaged = any(event.get("averaged_loss") is not None for event in data.history.named(Event.RUNG))
-    score = NAMES.get(data.metric, data.metric) + (", raw or averaged weights" if averaged else "")
+    score = name_of(data.metric) + (", raw or averaged weights" if averaged else "")
     axes.set_xscale("log")
     axes.set_xlim(right=2.0 * max(step for step, _, _ in ends))  # room for the names
     axes.set_ylabel(score + added, fontsize="small")
@@ -112,14 +118,17 @@ def _draw_rows(rows: Any, data: RunData, scores: dict[str, dict[int, float]], sh
 def in_play(history: History) -> dict[str, list[tuple[int, int]]]:
     """Anchored: arm -> the stretches of the race in which it was in play, from the last rung decided before to the last one."""
     now, since, spans = 0, dict[str, int](), dict[str, list[tuple[int, int]]]()
-    for event in history.named(Event.TRUNK, Event.DECISION, Event.DONE):
-        if event["event"] == Event.DECISION:
+    reached: dict[str, int] = {}
+    for event in history.named(Event.TRUNK, Event.DECISION, Event.DONE, Event.RUNG):
+        if event["event"] == Event.RUNG:
+            reached[event["arm"]] = event["step"]
+        elif event["event"] == Event.DECISION:
             now = event["step"]
         elif event["event"] == Event.DONE or event["status"] != "open":
             arms = [event["arm"]] if event["event"] == Event.TRUNK else list(since)
             for arm in arms:
                 if arm in since:
-                    spans.setdefault(arm, []).append((since.pop(arm), now))
+                    spans.setdefault(arm, []).append((since.pop(arm), max(now, reached.get(arm, 0))))
         else:
             since.setdefault(event["arm"], now)
     for arm, low in since.items():  # the run is under way

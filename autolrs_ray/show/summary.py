@@ -85,7 +85,7 @@ def summary(data: RunData) -> Row:
         folder=str(data.history.folder), policy=data.config["policy"], done=data.result.done, metric=data.metric,
         mode=data.config["mode"], value=data.result.metric, checkpoint=data.result.checkpoint, **rows,
         choice=None if chosen is None else {**asdict(chosen), "clear": chosen.clear, "text": chosen.sentence(data.metric)},
-        points=[{**asdict(point), "text": point.sentence(data.metric, data.history.total_steps)}
+        points=[{**asdict(point), "text": point.sentence(data.metric, data.history.total_steps, data.result.done)}
                 for point in data.result.points],
         totals=_totals(data), warnings=_warnings(data),
     )  # fmt: skip
