@@ -248,7 +248,7 @@ def classify(
         data = relabelled(digits(), noise) if noise else digits()
         train, val = split((scale * data[0], data[1]), seed, *rows)
         net = model()
-        metrics = {} if loss is of_both else {"accuracy": accuracy}
+        metrics = {} if loss in (of_both, matching) else {"accuracy": accuracy}
         return TrainingTask(net, optimizer(net), loss, train, val, batch, metrics=metrics, **options)
 
     return Kind(build, steps, SGD if optimizer is sgd else ADAM)

@@ -200,7 +200,7 @@ def accuracies(field: Field) -> list[float]:
 
 def read(path: Path) -> list[Field]:
     rows = read_lines(path) if path.exists() else []
-    return [Field(**{**row, "interval": tuple(row["interval"])}) for row in rows]
+    return [Field(**{**row, "interval": tuple(row["interval"])}) for row in rows if row["kind"] in KINDS]
 
 
 def write(path: Path, field: Field) -> None:
@@ -238,7 +238,7 @@ def tables(fields: list[Field]) -> str:
     common = set.intersection(set(FEW_KINDS), *(found for found in kinds.values() if found))
     envelopes = [(e, [f for f in fields if f.envelope == e and f.kind in common and not f.seed]) for e in ENVELOPES]
     default = [field for field in fields if field.envelope == ENVELOPES[0]]
-    scored = [field for field in default if math.isfinite(field.rows[0][0][6])]
+    scored = [field for field in default if "accuracy" in KINDS[field.kind].build(field.seed).metrics]
     by_envelope = [line(told(e), map(race, found)) for e, found in envelopes if found]
     by_variant = [line(name, (race(f, **options) for f in default)) for name, options in VARIANTS.items()]
     by_metric = [line(name, (race(f, metric=metric) for f in scored)) for name, metric in METRICS.items()]
