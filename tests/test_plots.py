@@ -366,7 +366,7 @@ def test_the_race_shows_every_trunk_the_winner_thickest_and_marks_the_lost(ancho
     assert spans[data.history.arm][-1][1] == 200
     thick = [line for line in figure.axes[1].lines if line.get_linewidth() == 4.0 and len(line.get_xdata())]
     assert len(thick) == sum(map(len, spans.values()))
-    assert {"in play", "joined the race here, from step 0"} < labels(figure)
+    assert {"in play", "joined here, from step 0"} < labels(figure)
     named = [text.get_text() for text in figure.axes[0].texts if text.get_gid() == "lr"]
     assert f"{data.history.lrs[data.arm]:.3g}" in named
     assert len(named) <= len(curves)

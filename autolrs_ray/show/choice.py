@@ -45,7 +45,11 @@ class Choice:
             return f"{what} {by}."
         noise = f"The difference between two reports scatters by {self.scatter:.2g} there"
         return f"{what} {by}. {noise}: " + (
-            "the choice is clear." if self.clear else "that is within the noise, and either may have done."
+            "the choice is clear."
+            if self.clear
+            else "that is within the noise, and either may have done."
+            if self.final
+            else "so far that is within the noise."
         )
 
 

@@ -11,7 +11,6 @@ from autolrs_ray.show.main_figures import name_of
 from autolrs_ray.show.run_data import RunData
 from autolrs_ray.show.style import LR, STEPS, colours_of_lr, legend_below, mark_steps, new_figure, plain_log, scale_loss
 
-YOURS = "yours (points_to_evaluate)"
 _ENDS = {"dropped": "X", "diverged": "^", "failed": "s"}
 
 
@@ -37,13 +36,10 @@ def race_figure(data: RunData) -> Any | None:
         steps = list(points)
         values = [min(value, edge) if data.sign > 0 else value for value in points.values()]
         won, colour = fates[arm] == "won", shades.to_rgba(lrs[arm])
-        axes.plot(steps, values, color=colour, linewidth=3.2 if won else 1.4, zorder=1 if won else 2,
+        own = (0, (3, 1)) if lrs[arm] in yours else "-"
+        axes.plot(steps, values, color=colour, linewidth=3.2 if won else 1.4, zorder=1 if won else 2, linestyle=own,
                   label=f"winner (LR {lrs[arm]:.3g})" if won else None)  # fmt: skip
         ends.append((float(steps[-1]), values[-1], lrs[arm]))
-        if lrs[arm] in yours:
-            named = any(line.get_label() == YOURS for line in axes.lines)
-            axes.plot(steps, values, "D", color=colour, markersize=5, markeredgecolor="0.1", markeredgewidth=0.6, zorder=4,
-                      label=None if named else YOURS)  # fmt: skip
         if fates[arm] in _ENDS:
             axes.plot(steps[-1], values[-1], _ENDS[fates[arm]], color=colour, markersize=9, markeredgecolor="0.1",
                       markeredgewidth=0.8, zorder=5, clip_on=False)  # fmt: skip
@@ -51,6 +47,8 @@ def race_figure(data: RunData) -> Any | None:
         axes.plot(
             [], [], _ENDS[fate], color="0.7", markersize=9, markeredgecolor="0.1", markeredgewidth=0.8, label=fate
         )
+    if set(yours) & {lrs[arm] for arm in scores}:
+        axes.plot([], [], color="0.5", linewidth=1.4, linestyle=(0, (3, 1)), label="yours")
     drawn = [value for points in scores.values() for value in points.values()]
     added = scale_loss(axes, [min(value, edge) for value in drawn]) if data.sign > 0 else ""
     if data.sign > 0 and max(drawn) > edge:
@@ -110,7 +108,7 @@ def _draw_rows(rows: Any, data: RunData, scores: dict[str, dict[int, float]], sh
             rows.plot(max(first, min(joined)), lr, "|", color="0.1", markersize=10, zorder=5)
     rows.plot([], [], color="0.5", linewidth=4.0, label="in play")
     rows.plot([], [], color="0.5", linewidth=1.0, label="trained, but not in play")
-    rows.plot([], [], "|", color="0.1", markersize=10, label="joined the race here, from step 0")
+    rows.plot([], [], "|", color="0.1", markersize=10, label="joined here, from step 0")
     mark_steps(rows, data.history.boundaries, "")
     plain_log(rows.yaxis)
 
