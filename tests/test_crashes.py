@@ -54,6 +54,15 @@ def test_the_last_of_several_exceptions_and_of_several_failures_counts() -> None
     assert parse(first + "\n" + traceback("OSError: two", USERS)).error == "OSError: two"
 
 
+def test_of_a_lost_process_it_is_told_why_and_not_what_ray_calls_it() -> None:
+    text = (
+        "Failure # 1 (occurred)\nThe actor died unexpectedly before finishing this task.\n\tclass_name: T\n"
+        "\tactor_id: 87c3\n\tpid: 1810\n\tnamespace: 2341\n\tip: 127.0.0.1\nThe actor is dead because it was killed."
+    )
+    told = "The actor died unexpectedly before finishing this task. The actor is dead because it was killed."
+    assert parse(text).error == told
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "Failure # 1 (occurred)\n", "no traceback at all"])
 def test_a_file_without_an_exception_is_one_too(text: str) -> None:
     assert parse(text).of_the_cluster

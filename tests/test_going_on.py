@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,11 @@ def test_a_search_is_used_once(begin: Begin, tmp_path: Path) -> None:
 
 
 def test_tunes_own_resume_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r'Tuner.restore: run the same command .*resume="auto"'):
-        AutoLRSSearch(100, num_lrs=2).restore_from_dir(str(tmp_path))
+    search = AutoLRSSearch(100, num_lrs=2)
+    with pytest.raises(RuntimeError, match=r'Tuner.restore: run the same command .*resume="auto"') as refused:
+        search.restore_from_dir(str(tmp_path))
+    with pytest.raises(RuntimeError, match=re.escape(str(refused.value))):
+        search.suggest("a")  # Tune has logged the first one, and begins anew
 
 
 # -- another run of the same name ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ctrl-C, sent to a real process, and what continues the run: the same command, and never Tune's own resume."""
+"""Ctrl-C, sent to a real process, and what continues the run: the same command, and not Tune's own resume."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ config = {"pause_s": 0.2, "seed": 0}
 try:
     autolrs_ray.run(Enveloped, int(sys.argv[2]), name="run", storage_path=sys.argv[1], config=config, progress=False, **options)
 except KeyboardInterrupt as interruption:
-    print(interruption, flush=True)
-search = AutoLRSSearch(int(sys.argv[2]), resume="auto", **options)
-tune.run(Enveloped, name="run", storage_path=sys.argv[1], config=config, search_alg=search, scheduler=AutoLRSScheduler(),
-         metric="val_loss", mode="min", num_samples=-1, reuse_actors=True, verbose=0, resume=True)
-print(autolrs_ray.RunResult.load(sys.argv[1] + "/run").done)
+    print("#", interruption, flush=True)
+for resume in (True, False):
+    search = AutoLRSSearch(int(sys.argv[2]), resume="auto", **options)
+    try:
+        tune.run(Enveloped, name="run", storage_path=sys.argv[1], config=config, search_alg=search, verbose=0, resume=resume,
+                 scheduler=AutoLRSScheduler(), metric="val_loss", mode="min", num_samples=-1, reuse_actors=True)
+    except RuntimeError as refusal:
+        print("#", refusal, flush=True)
+print("#", autolrs_ray.RunResult.load(sys.argv[1] + "/run").done)
 """
 
 
@@ -43,7 +47,7 @@ def committed(folder: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::autolrs_ray.record.journal.RecordWarning")  # read while it is written
-def test_ctrl_c_says_where_the_run_stands_and_tunes_resume_sets_nothing_back(tmp_path: Path) -> None:
+def test_ctrl_c_says_where_the_run_stands_and_what_continues_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(STEPS)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(committed(tmp_path / "run")) < 3:
@@ -51,9 +55,10 @@ def test_ctrl_c_says_where_the_run_stands_and_tunes_resume_sets_nothing_back(tmp
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=240)
-    lines = output.splitlines()
+    lines = [line.removeprefix("# ") for line in output.splitlines() if line.startswith("# ")]  # others are Tune's
     assert lines[-1] == "True", errors[-3000:]
-    (interrupted,) = [line for line in lines if line.startswith("interrupted")]
+    interrupted, refusal, _ = lines
+    assert "is not continued by resume=True of tune.run" in refusal
     assert interrupted.endswith(f"of {STEPS}; the same command continues")
     events, found = read_journal(tmp_path / "run"), committed(tmp_path / "run")
     assert [event["event"] for event in events].count("resume") == 1

@@ -109,6 +109,7 @@ def parse(text: str) -> Crash:
         return Crash(_UNKNOWN)
     message = " ".join(line.strip() for line in rest[begin:] if line.strip())
     message = re.sub(r"^[\w.]*\((\w+)\):", r"\1:", message)
+    message = re.sub(r" class_name: .*? ip: \S+", "", message)  # of a lost process: what Ray calls it, and where it was
     if _LEFT in message:
         return Crash(_EXIT)
     error = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."

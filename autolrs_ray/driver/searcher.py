@@ -80,6 +80,7 @@ class AutoLRSSearch(Searcher):
         self.desk = Desk(settings)
         self._coordinator: Coordinator | None = None  # once the scheduler has found us
         self._finished = False  # Tune has been told
+        self._refused = ""  # why nothing is to be begun
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coordinator": None}
@@ -118,6 +119,8 @@ class AutoLRSSearch(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._refused:
+            raise RuntimeError(self._refused)
         if self._coordinator is not None:  # with no trial left alive Tune calls nothing but suggest()
             self._coordinator.look()
         if self.desk.failure is not None:
@@ -164,11 +167,13 @@ class AutoLRSSearch(Searcher):
         self.desk.restore(saved["state"])
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
-        """Refuse Tune's own resume: it would copy old files of the run over newer ones. Raises RuntimeError."""
-        raise RuntimeError(
+        """Refuse Tune's own resume: it would copy old files of the run over newer ones. Raises RuntimeError, which Tune logs,
+        and so does every call of `suggest`, as Tune then begins anew with half of the old state."""
+        self._refused = (
             "a run of AutoLRS is not continued by resume=True of tune.run or by Tuner.restore: run the same command without "
             'them, with AutoLRSSearch(..., resume="auto")'
         )
+        raise RuntimeError(self._refused)
 
     def debug_string(self) -> str:
         progress, desk = self.policy.progress(), self.desk
