@@ -19,7 +19,7 @@ from tests.races import start
 def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
     search = AutoLRSSearch(1000, num_lrs=10, slots=4)
     search.desk.plan_for(4)
-    search.desk.count_busy(3)
+    search.desk.capacity.busy = 3
     policy = search.policy
     assert isinstance(policy, AnchoredPolicy)
     policy.issue("t00"), policy.issue("t09")

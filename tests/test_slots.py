@@ -92,13 +92,13 @@ def begun(trial: Any = None, **options: Any) -> tuple[Desk, Slots]:
 
 def test_a_cluster_that_does_not_grow_is_asked_for_nothing(cluster: Cluster) -> None:
     desk, found = begun()
-    assert desk.slots == 1
+    assert desk.capacity.slots == 1
     cluster.nodes = [ONE, ONE]
     assert cluster.look(found) == 1
-    assert desk.slots == 2
+    assert desk.capacity.slots == 2
     cluster.nodes = []
     assert cluster.look(found) == -1
-    assert desk.slots == 1
+    assert desk.capacity.slots == 1
     found.withdraw()
     assert cluster.asked == []
 
@@ -132,7 +132,7 @@ def test_the_papers_policy_plans_for_the_slots_that_may_come(cluster: Cluster) -
         desk = AutoLRSSearch(100, policy="paper", stage_steps=50, num_lrs=4, **options).desk
         found = Slots(desk, PlacementGroupFactory([{"CPU": 1}]))
         cluster.look(found)
-        return desk.slots, desk.policy.breadth
+        return desk.capacity.slots, desk.policy.breadth
 
     assert planned() == (1, 1)
     cluster.starting = 0

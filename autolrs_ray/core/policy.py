@@ -124,8 +124,8 @@ class Policy(ABC):
 
     @abstractmethod
     def demand(self) -> dict[str, int]:
-        """Arms that may train now, or do, and the steps that each is sure to train from its last report on while as many train
-        beside it: 0 for probes, and for what runs ahead of its time."""
+        """Arms that may train now, or do, and the steps that each is sure to train from its last report on while the others are
+        in play too: 0 for what runs ahead of its time."""
 
     def set_concurrency(self, slots: int, later: int | None = None) -> None:
         """Note how many trials can run at the same time. Proposals made before stay as they are.

@@ -1,17 +1,17 @@
-"""How many workers a trial trains with: shares of the slots, and whether a change is worth the restart that it takes.
+"""How many workers the trials of a run train with: side by side on shares of the slots, or in turns on all of them.
 
 A unit is the least number of workers that a trial trains with; a slot has room for one unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from autolrs_ray.core.checks import require_int
 
 RESTARTS = 2
-"""Restarts that a change has to earn: the one that makes it, and the one that takes it back."""
+"""Restarts that a change of size has to earn: the one that makes it, and the one that takes it back."""
 
 
 def parse_workers(workers: int | str | tuple[int, int]) -> tuple[int, int | None]:
@@ -37,31 +37,25 @@ def parse_workers(workers: int | str | tuple[int, int]) -> tuple[int, int | None
     return require_int("workers", workers, 1), workers
 
 
-def fair_units(demand: Mapping[str, int], slots: int, most: int | None) -> dict[str, int]:
-    """Units of every arm on `slots` slots, `most` at most: the slots in equal shares.
-
-    demand: arm -> the steps that it is sure to train from here on. Where these are 0 (probes, and what runs ahead) it gets one.
-    """
-    alone = [arm for arm, steps in demand.items() if steps <= 0]
-    growing = [arm for arm, steps in demand.items() if steps > 0]
-    share = (slots - len(alone)) // max(1, len(growing))
-    share = max(1, share if most is None else min(share, most))
-    return {**dict.fromkeys(alone, 1), **dict.fromkeys(growing, share)}
-
-
 @dataclass
 class Pace:
     """What has been measured of a run: seconds per optimizer step by units, and seconds that a restart takes."""
 
     step_s: dict[int, float] = field(default_factory=dict)
+    _rough: set[int] = field(default_factory=set)
     _start_s: float | None = None
     _restarts: list[float] = field(default_factory=list)
 
-    def trained(self, units: int, steps: int, seconds: float) -> None:
-        """A trial with so many units has taken `seconds` for `steps`. Half the weight is the latest stretch's."""
-        if steps > 0:
-            now = seconds / steps
-            self.step_s[units] = (now + self.step_s.get(units, now)) / 2.0
+    def trained(self, units: int, steps: int, seconds: float, first: bool = False) -> None:
+        """A trial with so many units has taken `seconds` for `steps`. Half the weight is the latest stretch's.
+
+        first: since its actor was started; memory is taken and kernels are chosen then, so that the next one replaces it.
+        """
+        if steps <= 0 or (first and units in self.step_s):
+            return
+        now = seconds / steps
+        self.step_s[units] = now if units in self._rough else (now + self.step_s.get(units, now)) / 2.0
+        (self._rough.add if first else self._rough.discard)(units)
 
     def started(self, seconds: float, again: bool) -> None:
         """A trial has begun to train so long after it was to; again: with other units than before."""
@@ -70,30 +64,51 @@ class Pace:
         elif self._start_s is None:
             self._start_s = seconds
 
+    def knows(self, units: int) -> bool:
+        """Whether it has been measured, with all warmed up."""
+        return units in self.step_s and units not in self._rough
+
     @property
     def restart_s(self) -> float | None:
         """Mean over the changes so far; before the first one, what the run's first start took. None if nothing is known."""
         return sum(self._restarts) / len(self._restarts) if self._restarts else self._start_s
 
     def predicted_s(self, units: int) -> float:
-        """Seconds per step with `units`: as measured, or in proportion to the nearest measured."""
-        if units in self.step_s:
-            return self.step_s[units]
+        """Seconds per step with `units`: as measured, or in proportion to the nearest measured; to one unit's if none is."""
+        if not self.step_s:
+            return 1.0 / units
         near = min(self.step_s, key=lambda known: (abs(known - units), known))
         return self.step_s[near] * near / units
 
 
-def units_for(now: int, fair: int, steps: int, pace: Pace) -> int:
-    """Units for a trial that has `now` and `steps` steps ahead: `fair`, fewer if that many are slower, or `now`.
+def makespan(steps: Collection[int], lanes: int) -> int:
+    """Steps after which trials with so many `steps` ahead are all through, on `lanes` lanes, the longest first."""
+    load = [0] * min(lanes, max(1, len(steps)))
+    for ahead in sorted(steps, reverse=True):
+        load[load.index(min(load))] += ahead
+    return max(load)
 
-    More than is fair is given back, whatever it costs: others need it. Any other change must save more time than RESTARTS
-    restarts take.
+
+def best_units(now: int | None, steps: Collection[int], slots: int, most: int | None, pace: Pace) -> int:
+    """Units with which the trials in play are through soonest on `slots` slots, side by side or in turns.
+
+    now: what they train with; None if none has begun, or if actors have to be started in any case. steps: that each is sure to
+    train from here on, with the others. most: units that one can use at most.
+
+    With as many units as slots they take turns, and no slot idles; with fewer, slots // units train side by side, which is
+    sooner where workers hold each other up. A change must save more time than RESTARTS restarts take, and of sizes that are
+    equal the smallest is taken.
     """
-    if now > fair:
-        return fair
-    if not pace.step_s or pace.restart_s is None:
-        return now
-    options = sorted({now, fair, *(units for units in pace.step_s if units < fair)})
-    best = min(options, key=lambda units: (pace.predicted_s(units), units))
-    saved_s = steps * (pace.predicted_s(now) - pace.predicted_s(best))
-    return best if saved_s > RESTARTS * pace.restart_s else now
+    limit = slots if most is None else min(slots, most)
+    stays = now is not None and now <= limit
+    if stays and (not steps or not pace.knows(now or 0) or pace.restart_s is None):
+        return now or 1
+    shares = {min(limit, slots // lanes) for lanes in range(1, len(steps) + 1) if lanes <= slots}
+    known = {units for units in (*pace.step_s, now or 1) if units <= limit}
+    restart_s = RESTARTS * (pace.restart_s or 0.0) if stays else 0.0
+
+    def seconds(units: int) -> float:
+        taken = makespan(steps, slots // units) * pace.predicted_s(units)
+        return taken if units == now else taken + restart_s
+
+    return min(sorted(shares | known), key=lambda units: (float(f"{seconds(units):.9g}"), units != now, units))

@@ -51,7 +51,7 @@ class Actors:
         count = (len(pending), len(self._last))
         if count != self._counts[:2]:
             self._counts = (*count, time.monotonic())
-        if len(self._last) >= min(self._desk.places, self._desk.policy.breadth):
+        if len(self._last) >= min(self._desk.capacity.places, self._desk.policy.breadth):
             return True
         alone = all(self._desk.segment(trial.trial_id).role == "main" for trial in pending)
         if (alone and not self._desk.policy.wanted()) or time.monotonic() - self._counts[2] > HOLD_S:

@@ -53,7 +53,9 @@ class Coordinator:
 
     def __init__(self, desk: Desk, controller: TuneController, first: Trial) -> None:
         self._desk, self._controller = desk, controller
-        check_first_trial(first.get_trainable_cls(), first.config, first.placement_group_factory.bundles[-1])
+        rows = check_first_trial(first.get_trainable_cls(), first.config, first.placement_group_factory.bundles[-1])
+        if rows:  # more workers than rows there cannot be
+            desk.settings.cap_units(rows // desk.settings.least_workers)
         self._resources, self._max_failures = first.placement_group_factory, first.max_failures
         trainable, storage = first.get_trainable_cls(), first.storage
         self._function_api = issubclass(trainable, FunctionTrainable)
@@ -81,7 +83,7 @@ class Coordinator:
             self._keeper.adopt(folder)
         _driving[self._place] = self
         self._slots.ask()
-        self._elastic = Elastic(desk, controller, self._resources, self._live)
+        self._elastic = Elastic(desk, controller, self._resources, self._live, rows is None)
         self._elastic.settle()
         use_idle_workers(controller, trainable)
         if desk.settings.policy_name == "paper":  # the race proposes none
@@ -289,9 +291,8 @@ class Coordinator:
 
     def _count_busy(self) -> None:
         active = [t for t, trial in self._live.items() if trial.status in (Trial.RUNNING, Trial.PENDING)]
-        units = {trial_id: self._desk.units(trial_id) for trial_id in active}
-        busy = sum(held for trial_id, held in units.items() if trial_id not in self._held)
-        self._desk.count_busy(busy, self._desk.slots - sum(held - 1 for held in units.values()))
+        self._desk.capacity.count({trial_id: trial_id not in self._held for trial_id in active})
+        self._elastic.choose()
 
     def _go_back(self) -> None:
         """A checkpoint was damaged after it had been found whole: as often as a trial may fail, end all trials, and go on
@@ -360,7 +361,7 @@ class Coordinator:
     def _resume(self) -> Trial | None:
         """Give the most urgent segment of a paused trial to it, if a slot is free."""
         desk = self._desk
-        if not desk.room or desk.promoting:
+        if not desk.capacity.room or desk.promoting:
             return None
         for segment in desk.policy.wanted():
             trial_id = desk.trial_of(segment.arm)
@@ -368,8 +369,7 @@ class Coordinator:
             if trial is None:
                 return None  # an arm without a trial comes first: suggest() gives it one
             if trial.status == Trial.PAUSED and not trial.is_saving:
-                if not self._elastic.begin(trial, segment):
-                    return None
+                self._elastic.begin(trial, segment)
                 desk.hand_over(trial.trial_id, segment)
                 self._configure(trial, segment)
                 self._steps.pop(trial.trial_id, None)

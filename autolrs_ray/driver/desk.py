@@ -15,6 +15,7 @@ from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict
 from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.driver import resume
+from autolrs_ray.driver.capacity import Capacity
 from autolrs_ray.driver.environment import environment
 from autolrs_ray.driver.nodes import require_shared
 from autolrs_ray.driver.reports import point_of
@@ -41,11 +42,10 @@ class Desk:
         self._restored = False
         self._named: set[str] = set()  # folders of trials that the journal names
         self._work: dict[str, Segment] = {}  # trial -> what it trains
-        self._slots, self._busy, self._places = 1, 0, 1
-        self._units: dict[str, int] = {}  # trial -> the slots that it holds when it trains
-        self._begun, self._untouched = False, True
+        self.capacity = Capacity()
+        self._untouched = True
         self._later_slots: int | None = None
-        self._promoting = False
+        self.promoting = False  # a probe's end state, which main may be about to start from, is still being written
         self._reasons: dict[str, str] = {}  # trial -> the last line of its error
         self._failure: Exception | None = None
         self._subject: dict[str, Any] = {}
@@ -60,7 +60,7 @@ class Desk:
     @property
     def policy(self) -> Policy:
         if self._policy is None:
-            self._policy = self.settings.build(self._slots)
+            self._policy = self.settings.build(self.capacity.slots)
         return self._policy
 
     def take_metric(self, metric: str | None, mode: str | None) -> None:
@@ -142,7 +142,7 @@ class Desk:
         """Go on from the state `saved`; ValueError, naming it, if it is of something else than is to be done now."""
         settings, theirs = self.settings, saved["config"]
         extending = resume.refuse_other_settings(record, settings.adopt(theirs), settings.extend)
-        self._policy = settings.build(self._slots, theirs["total_steps"])
+        self._policy = settings.build(self.capacity.slots, theirs["total_steps"])
         self.policy.load_state_dict(saved["state"])
         begun = self.policy.done or bool(self.policy.checkpoints())
         self._untouched = not begun
@@ -239,14 +239,15 @@ class Desk:
 
     def assign(self, trial_id: str) -> Segment | None:
         """The most urgent segment whose arm has no trial yet, from now on that of `trial_id`; None if there is none."""
-        if not self.room:
+        if not self.capacity.room:
             return None
         taken = {segment.arm for segment in self._work.values()}
         segment = next((s for s in self.policy.wanted() if s.arm not in taken), None)
-        if segment is None or (segment.role == "main" and self._promoting):
+        if segment is None or (segment.role == "main" and self.promoting):
             return None
         self.hand_over(trial_id, segment)
-        self._busy += 1
+        self.capacity.take(trial_id)
+        self.capacity.busy += self.capacity.units
         return segment
 
     def hand_over(self, trial_id: str, segment: Segment) -> None:
@@ -279,14 +280,13 @@ class Desk:
     def forget(self, trial_id: str) -> None:
         """The trial works on its arm no more, and that is as it should be."""
         segment = self._work.pop(trial_id, None)
-        self._units.pop(trial_id, None)
+        self.capacity.give_back(trial_id)
         if segment is not None:
             self.policy.withdraw(segment.arm)
 
     def _clear_book(self) -> None:
         self._work.clear()
-        self._units.clear()
-        self._busy = 0
+        self.capacity.clear()
 
     # -- what trials say -----------------------------------------------------------------------------------------------
 
@@ -376,33 +376,9 @@ class Desk:
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def begun(self) -> bool:
-        """Whether it is known how many trials fit; before that, nothing runs."""
-        return self._begun
-
-    @property
-    def slots(self) -> int:
-        """Trials that fit side by side; of trials that grow, the smallest."""
-        return self._slots
-
-    @property
-    def busy(self) -> int:
-        """Slots that trials hold, or are about to."""
-        return self._busy
-
-    @property
-    def places(self) -> int:
-        """Trials that fit side by side as long as those that train are as large as they are."""
-        return self._places
-
-    @property
-    def room(self) -> bool:
-        return self._busy < self._slots
-
     def plan_for(self, slots: int) -> None:
         """The policy is to count on `slots` trials side by side."""
-        self._slots, self._begun = slots, True
+        self.capacity.slots, self.capacity.begun = slots, True
         self._set_concurrency()
 
     def may_grow_to(self, slots: int) -> None:
@@ -413,34 +389,14 @@ class Desk:
 
     def resize(self, slots: int) -> None:
         """The cluster has shrunk or grown: `slots` trials fit now. What the policy has planned stays."""
-        if slots != self._slots:
-            self.warn(f"room for {slots} trials at a time now, for {self._slots} before")
-        self._slots = slots
+        if slots != self.capacity.slots:
+            self.warn(f"room for {slots} trials at a time now, for {self.capacity.slots} before")
+        self.capacity.slots = slots
 
     def _set_concurrency(self, later: int | None = None) -> None:
         plan = self.settings.side_by_side
-        self.policy.set_concurrency(plan(self._slots), None if later is None else plan(later))
-
-    def count_busy(self, busy: int, places: int | None = None) -> None:
-        self._busy, self._places = busy, self._places if places is None else places
-
-    def units(self, trial_id: str) -> int:
-        """Slots that the trial holds when it trains."""
-        return self._units.get(trial_id, 1)
-
-    def take_units(self, trial_id: str, units: int) -> int | None:
-        """The trial holds so many from its next start on; how many it held before, None if it is new."""
-        before, self._units[trial_id] = self._units.get(trial_id), units
-        return before
+        self.policy.set_concurrency(plan(self.capacity.slots), None if later is None else plan(later))
 
     def workers(self, trial_id: str) -> int:
         """Processes that train the trial together, as far as the run knows."""
-        return self.settings.least_workers * self.units(trial_id)
-
-    @property
-    def promoting(self) -> bool:
-        """A probe's end state, which the main trial may be about to start from, is still being written."""
-        return self._promoting
-
-    def await_promotion(self, promoting: bool) -> None:
-        self._promoting = promoting
+        return self.settings.least_workers * self.capacity.held(trial_id)

@@ -1,4 +1,4 @@
-"""Elastic trials: they grow into free slots, and shrink where others need them, whenever they rest."""
+"""Elastic trials: they train with as many workers as have them all through soonest, and change their size where they rest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ray.tune.experiment import Trial
 
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.segments import Segment
-from autolrs_ray.core.workers import Pace, fair_units, units_for
+from autolrs_ray.core.workers import Pace, best_units
 from autolrs_ray.driver.desk import Desk
-from autolrs_ray.private import keep_actors_warm, unstage
+from autolrs_ray.private import keep_actors_warm, starting_actor, unstage
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
+
+PENDING_S, HELD_S = 30.0, 600.0
+"""How long a grown trial waits for slots that the cluster has and others hold; and for how long then half as many will do."""
 
 
 def grown(least: Any, units: int) -> Any:
@@ -28,112 +31,134 @@ def grown(least: Any, units: int) -> Any:
 
 
 class Elastic:
-    """Says how many units each trial gets, tells Tune, and keeps idle actors of the sizes that are in use.
+    """Says how many units trials begin with, tells Tune, and keeps idle actors of the sizes that are in use.
 
     least: the PlacementGroupFactory of a trial with one unit. In a run whose trials do not grow, all have one.
+    small: nothing is known yet of how many rows a batch has, and the first trial begins with one unit.
     """
 
-    def __init__(self, desk: Desk, controller: TuneController, least: Any, live: Mapping[str, Trial]) -> None:
+    def __init__(
+        self, desk: Desk, controller: TuneController, least: Any, live: Mapping[str, Trial], small: bool = False
+    ) -> None:
         self._desk, self._controller, self._least, self._live = desk, controller, least, live
-        self._pace = Pace()
+        self._small, self._pace = small, Pace()
+        self._begun = False
+        self._most: int | None = None  # units that others leave us, until then
+        self._until = 0.0
+        self._since: dict[str, float] = {}  # trial -> since when it waits for an actor
         self._starting: dict[str, tuple[float, bool]] = {}  # trial -> since when, and whether it has been another size
+        self._fresh: set[str] = set()  # trials whose actors have yet to report
         self._steps: dict[str, int] = {}  # at the last report
-        self._rows = 0  # of a batch, if the trials tell
         self._warm: Counter[int] = Counter()  # units -> idle actors that Tune may keep
+        desk.capacity.units = self._best(None)
 
     def resources(self, units: int) -> Any:
         return grown(self._least, units)
 
     def drop(self, trial_id: str) -> None:
         """The trial is gone, or starts anew."""
-        self._steps.pop(trial_id, None)
-        self._starting.pop(trial_id, None)
+        for book in (self._steps, self._starting, self._since):
+            book.pop(trial_id, None)  # type: ignore[attr-defined]
+        self._fresh.discard(trial_id)
 
     def heard(self, trial_id: str, step: int, result: dict[str, Any]) -> None:
         """A trial has reported: how long a step takes, and how long it took to begin."""
         busy_s = float(result.get("time_this_iter_s") or 0.0)
         before = self._steps.get(trial_id, self._desk.segment(trial_id).start)
-        self._pace.trained(self._desk.units(trial_id), step - before, busy_s)
+        self._pace.trained(self._desk.capacity.held(trial_id), step - before, busy_s, trial_id in self._fresh)
         self._steps[trial_id] = step
-        self._rows = int(result.get("batch_size") or self._rows)
+        self._fresh.discard(trial_id)
+        self._small = False
+        if rows := result.get("batch_size"):
+            self._desk.settings.cap_units(int(rows) // self._desk.settings.least_workers)
         if trial_id in self._starting:
             since, again = self._starting.pop(trial_id)
             self._pace.started(max(0.0, time.monotonic() - since - busy_s), again)
 
-    def _fair(self) -> dict[str, int]:
-        settings = self._desk.settings
-        most = [
-            most for most in (settings.most_units, self._rows and max(1, self._rows // settings.least_workers)) if most
-        ]
-        return fair_units(self._desk.policy.demand(), self._desk.slots, min(most, default=None))
-
-    def _chosen(self, trial_id: str, arm: str) -> int:
-        if not self._desk.settings.elastic:
+    def _best(self, now: int | None) -> int:
+        settings, policy = self._desk.settings, self._desk.policy
+        if not settings.elastic or self._small:
             return 1
-        fair = self._fair().get(arm, 1)
-        return units_for(self._desk.units(trial_id), fair, self._desk.policy.demand().get(arm, 0), self._pace)
+        if time.monotonic() > self._until:
+            self._most = None
+        limits = [most for most in (settings.most_units, self._most) if most]
+        in_play = [steps for steps in policy.demand().values() if steps > 0]
+        return best_units(now, in_play, self._desk.capacity.slots, min(limits, default=None), self._pace)
 
     def rests(self, trial_id: str) -> bool:
         """Whether a trial that could train on is to be stopped here, so that it goes on with other units."""
-        return self._chosen(trial_id, self._desk.arm(trial_id)) != self._desk.units(trial_id)
+        capacity = self._desk.capacity
+        held = capacity.held(trial_id)
+        return self._desk.settings.elastic and capacity.busy <= held and self._best(held) != held
 
-    def begin(self, trial: Trial, segment: Segment) -> bool:
-        """Give `trial`, which is to start, its units. False if it has to wait for one that holds more than its share."""
+    def choose(self) -> None:
+        """Say with how many units trials begin next. While any trains it stays as it is."""
+        if not self._desk.capacity.busy:
+            self._desk.capacity.units = self._best(self._desk.capacity.units if self._begun else None)
+
+    def begin(self, trial: Trial, segment: Segment) -> None:
+        """Give `trial`, which is to start, its units."""
         desk, trial_id = self._desk, trial.trial_id
-        units, free = self._chosen(trial_id, segment.arm), desk.slots - desk.busy
-        if units > free:
-            if free < 1 or self._some_hold_too_much():
-                return False
-            units = free
-        self._give(trial, units, segment.start)
-        return True
+        before, units = desk.capacity.held(trial_id), desk.capacity.units
+        desk.capacity.take(trial_id)
+        desk.capacity.busy += units
+        self._give(trial, segment.start, units != before, units != before)
 
     def add(self, trial: Trial, segment: Segment) -> None:
-        """As `begin`, of a new trial, which has been counted as busy with one unit and does not wait."""
-        free = self._desk.slots - self._desk.busy + 1
-        self._give(trial, max(1, min(self._chosen(trial.trial_id, segment.arm), free)), segment.start)
+        """As `begin`, of a new trial, which has been counted as busy."""
+        if not self._begun:  # the run's first, which was there before it was known how many fit
+            self._desk.capacity.take(trial.trial_id)
+            self._desk.capacity.busy = self._desk.capacity.units
+        self._give(trial, segment.start, new=True, again=False)
 
-    def _some_hold_too_much(self) -> bool:
-        fair, desk = self._fair(), self._desk
-        running = [trial_id for trial_id, trial in self._live.items() if trial.status == Trial.RUNNING]
-        return any(desk.units(t) > fair.get(desk.arm(t), 1) for t in running if desk.knows(t))
-
-    def _give(self, trial: Trial, units: int, step: int) -> None:
+    def _give(self, trial: Trial, step: int, new: bool, again: bool) -> None:
         desk, trial_id = self._desk, trial.trial_id
-        before = desk.take_units(trial_id, units)
+        self._begun = True
         self._steps.pop(trial_id, None)
-        if before != units:
-            if trial.placement_group_factory != self.resources(units):
-                trial.update_resources(self.resources(units))
-            self._starting[trial_id] = time.monotonic(), before is not None
-            if desk.settings.elastic:
-                desk.note(
-                    Event.WORKERS, arm=desk.arm(trial_id), step=step, workers=desk.workers(trial_id), slots=desk.slots
-                )
-        desk.count_busy(desk.busy + units - (before is None))
+        if not new:
+            return
+        if trial.placement_group_factory != self.resources(desk.capacity.held(trial_id)):
+            trial.update_resources(self.resources(desk.capacity.held(trial_id)))
+        self._starting[trial_id] = time.monotonic(), again
+        self._fresh.add(trial_id)
+        if desk.settings.elastic:
+            workers, slots = desk.workers(trial_id), desk.capacity.slots
+            desk.note(Event.WORKERS, arm=desk.arm(trial_id), step=step, workers=workers, slots=slots)
 
     def settle(self) -> bool:
-        """Let trials that wait for more than there is wait for less, and Tune keep as many idle actors of each size as may be
+        """Let trials that wait for more than they get wait for less, and Tune keep as many idle actors of each size as may be
         needed. True if it is to keep fewer of some size."""
-        self._give_up_what_is_gone()
-        warm, free = Counter[int](), self._desk.slots
-        active = (Trial.RUNNING, Trial.PENDING)
-        for trial in sorted(self._live.values(), key=lambda trial: trial.status not in active):
-            units = self._desk.units(trial.trial_id)
-            if units <= free:
-                warm[units] += 1
-                free -= units
-        warm[1] += free
+        self._give_up_what_is_not_there()
+        capacity = self._desk.capacity
+        active = [trial for trial in self._live.values() if trial.status in (Trial.RUNNING, Trial.PENDING)]
+        warm = Counter(capacity.held(trial.trial_id) for trial in active)
+        free = capacity.slots - sum(units * count for units, count in warm.items())
+        warm[capacity.units] += max(0, free) // capacity.units
         changes = {units: warm[units] - self._warm[units] for units in {*warm, *self._warm}}
         self._warm = warm
         for units, more in changes.items():
             if more:
-                keep_actors_warm(self._controller, self.resources(units), self._desk.slots, more=more)
+                keep_actors_warm(self._controller, self.resources(units), capacity.slots, more=more)
         return self._desk.settings.elastic and any(more < 0 for more in changes.values())
 
-    def _give_up_what_is_gone(self) -> None:
-        """The cluster has shrunk: a trial that waits for more than its slots rests, and starts again with what there is."""
+    def _give_up_what_is_not_there(self) -> None:
+        """A trial that waits for more slots than there are, or for some that others hold, rests, and starts again with less."""
+        desk, now = self._desk, time.monotonic()
         for trial_id, trial in self._live.items():
-            if trial.status == Trial.PENDING and self._desk.units(trial_id) > self._desk.slots:
-                unstage(self._controller, trial)
-                self._desk.withdraw(trial_id)
+            units = desk.capacity.held(trial_id)
+            if trial.status != Trial.PENDING or units == 1 or not desk.knows(trial_id):
+                self._since.pop(trial_id, None)
+                continue
+            if starting_actor(self._controller, trial) is not None:
+                self._since.pop(trial_id, None)
+            waits = now - self._since.setdefault(trial_id, now) > PENDING_S
+            if units <= desk.capacity.slots and not waits:
+                continue
+            if waits:
+                self._most, self._until = units // 2, now + HELD_S
+                desk.warn(
+                    f"others hold slots of the cluster: on with {self._most * desk.settings.least_workers} workers"
+                )
+            self._since.pop(trial_id, None)
+            unstage(self._controller, trial)
+            desk.withdraw(trial_id)

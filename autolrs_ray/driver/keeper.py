@@ -115,7 +115,7 @@ class CheckpointKeeper:
 
     def _note_promoting(self) -> None:
         """The main trial may be about to start from a probe's end state that is still being written."""
-        self._desk.await_promotion(any(save.verdict is Verdict.FINISH_AND_SAVE for save in self._saving.values()))
+        self._desk.promoting = any(save.verdict is Verdict.FINISH_AND_SAVE for save in self._saving.values())
 
     def last(self, trial: Trial, step: int) -> str | None:
         """Where the state of a trial at `step` is that is about to end; None if it is not to be had."""

@@ -72,13 +72,13 @@ class LiveProgress(Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
-        if now - self._shown < INTERVAL_S or not self._desk.begun:
+        if now - self._shown < INTERVAL_S or not self._desk.capacity.begun:
             return
         self._shown = now
         progress = self._desk.policy.progress()
         if self._first_step < 0:
             self._first_step = progress["step"]
-            name, slots = self._desk.settings.policy_name, self._desk.slots
+            name, slots = self._desk.settings.policy_name, self._desk.capacity.slots
             usual, most = self._desk.policy.usual(slots), self._desk.policy.cost(slots)
             elastic = self._desk.settings.elastic
             grown = f", {usual[0] / slots:.1f} T where trials grow into all of them" if elastic else ""
@@ -106,7 +106,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
                 self._console.print(self.line(progress), highlight=False, soft_wrap=True, markup=False)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        if self._cell is not None and self._desk.begun:
+        if self._cell is not None and self._desk.capacity.begun:
             self._cell.show(self.view(self._desk.policy.progress()))
         if self._live is not None:
             self._live.stop()
@@ -151,7 +151,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
         parts.append(f"lr {progress['lr']:.3g}" if progress["lr"] is not None else "lr -")
         parts.append(self._metric(progress["loss"]))
         parts.append(f"step {progress['step']}/{progress['total_steps']}")
-        parts.append(f"{desk.busy}/{desk.slots} slots")
+        parts.append(f"{desk.capacity.busy}/{desk.capacity.slots} slots")
         elapsed = time.monotonic() - self._began
         left = self._left_s(progress, elapsed)
         parts.append(f"{_duration(elapsed)} gone" + ("" if left is None else f", about {_duration(left)} left"))
@@ -162,6 +162,6 @@ class LiveProgress(Callback):  # type: ignore[misc]
         desk, total, step_s = self._desk, progress["total_steps"], self._desk.step_s
         if step_s is None:
             return None
-        wall = desk.policy.usual(desk.slots)[1]
+        wall = desk.policy.usual(desk.capacity.places)[1]
         still = wall * (total - max(0, self._first_step)) * step_s - elapsed_s
         return max(still, (total - progress["step"]) * step_s)

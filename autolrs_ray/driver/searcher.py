@@ -181,5 +181,5 @@ class AutoLRSSearch(Searcher):
         return (
             f"AutoLRS {desk.settings.policy_name}: {progress['phase']}, stage {progress['stage'] + 1}/{progress['stages']}, "
             f"step {progress['step']}/{progress['total_steps']}, {progress['resolved']}/{progress['trials']} trials resolved, "
-            f"{desk.busy} of {desk.slots} slots busy, {saving} checkpoints being written"
+            f"{desk.capacity.busy} of {desk.capacity.slots} slots busy, {saving} checkpoints being written"
         )

@@ -85,9 +85,16 @@ class RunSettings:
         """Whether trials grow into free slots."""
         return self.most_units != 1
 
+    def cap_units(self, most: int) -> None:
+        """No trial can use more units than `most`."""
+        self.most_units = max(1, most if self.most_units is None else min(self.most_units, most))
+
     def side_by_side(self, slots: int) -> int:
-        """Trials that the policy is to plan for on `slots` slots. Where trials grow, a race leaves more than FEW to them."""
-        return min(slots, FEW) if self.elastic and self.policy_name == "anchored" else slots
+        """Trials that the policy is to plan for on `slots` slots. Where trials grow, a race has its two in play, and no other
+        runs ahead of its time but on slots that these cannot use."""
+        if not self.elastic or self.policy_name != "anchored":
+            return slots
+        return min(slots, FEW, max(2, slots // self.most_units if self.most_units else 1))
 
     @property
     def loss_key(self) -> str:

@@ -49,14 +49,14 @@ class Slots:
 
     def recount(self) -> int:
         """Follow the cluster; how many slots there are more than before. The policy's proposals do not depend on it."""
-        now, before = time.monotonic(), self._desk.slots
+        now, before = time.monotonic(), self._desk.capacity.slots
         if now - self._recounted < RECOUNT_S:
             return 0
         self._recounted = now
         self._desk.resize(self._count())
         self._look_for_autoscaler()
         self.ask()
-        return self._desk.slots - before
+        return self._desk.capacity.slots - before
 
     def ask(self) -> None:
         """Have the autoscaler make room for the trials that may run side by side from here on."""

@@ -84,16 +84,19 @@ def _own(value: Any) -> bool:
     )
 
 
-def check_task(build: Any, seed: int, workers: int = 1) -> None:
-    """Build the task, train it one step, evaluate it on one batch and read its state out.
+def check_task(build: Any, seed: int, workers: int = 1) -> int:
+    """Build the task, train it one step, evaluate it on one batch and read its state out; returns its rows per batch.
 
     workers: processes that will share a batch; one share is tried. Raises whatever building and training raise, and ValueError
     for a loss that is not finite.
     """
+    rows = 0
 
     def quickly() -> TrainingTask:
+        nonlocal rows
         task: TrainingTask = build()
         if isinstance(task, TrainingTask):
+            rows = task.batch_size
             task.compile, task.num_workers = False, 0
             task.batch_size = -(-task.batch_size // workers)
         return task
@@ -111,10 +114,12 @@ def check_task(build: Any, seed: int, workers: int = 1) -> None:
     if "loss" in wrong:
         raise ValueError(f"the validation loss of the first batch is {found['loss']} after one step at LR {lr:g}")
     trainer.state_dict()
+    return rows
 
 
-def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[str, float]) -> None:
-    """Try out what the trials are to train, once, where a trial would run: in a process of its own with `resources`.
+def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[str, float]) -> int | None:
+    """Try out what the trials are to train, once, where a trial would run: in a process of its own with `resources`. Returns
+    the rows of a batch; 0 where that is not for us to know, None where it could not be found out.
 
     For classes whose task comes from `build` alone. Raises AutoLRSError with what is wrong; nothing is started then. Where the
     check itself cannot be done in CHECK_S seconds, for want of a free slot say, the run goes on without it.
@@ -126,12 +131,14 @@ def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[s
             f"{name} returns a TrainingTask, and Tune takes it for a function that trains and reports: give Tune "
             f"trainable_for({name}), or call autolrs_ray.run"
         )
-    if not issubclass(trainable, AutoLRSTrainable) or trainable.setup is not AutoLRSTrainable.setup:
-        return
+    if not issubclass(trainable, AutoLRSTrainable):
+        return 0
+    if trainable.setup is not AutoLRSTrainable.setup:
+        return None
     if not any(
         all(node["Resources"].get(k, 0.0) >= v for k, v in resources.items()) for node in ray.nodes() if node["Alive"]
     ):
-        return  # nodes may yet come; if not, the run says so
+        return None  # nodes may yet come; if not, the run says so
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU", "memory")}
     options: dict[str, Any] = {
         "num_cpus": resources.get("CPU", 0),
@@ -145,9 +152,10 @@ def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[s
     if not done:
         ray.cancel(reference, force=True)
         logger.warning("the task could not be tried out in %.0f s; trials start all the same", CHECK_S)
-        return
+        return None
     try:
-        ray.get(reference)
+        rows: int = ray.get(reference)
+        return rows
     except RayTaskError as error:
         cause = error.cause
         raise AutoLRSError(
@@ -155,10 +163,11 @@ def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[s
         ) from error
     except Exception as error:  # the process died: a trial that does so too is told of with more to say
         logger.warning("the task could not be tried out (%s); trials start all the same", error)
+        return None
 
 
-def _check(blank: AutoLRSTrainable, config: dict[str, Any], workers: int) -> None:
-    check_task(lambda: blank.build(config), config.get("seed", 0), workers)
+def _check(blank: AutoLRSTrainable, config: dict[str, Any], workers: int) -> int:
+    return check_task(lambda: blank.build(config), config.get("seed", 0), workers)
 
 
 class ReportsOfOneTask:

@@ -114,7 +114,9 @@ class PaperPolicy(PaperState):
 
     def demand(self) -> dict[str, int]:
         if self.phase == "search":
-            return {self._arm(i): 0 for i, probe in enumerate(self.probes) if probe.status == "open"}
+            self._propose()
+            steps = self.stage.probe_steps
+            return {self._arm(i): steps for i, probe in enumerate(self.probes) if probe.status == "open"}
         if self.done:
             return {}
         segment = self._main_segment()
