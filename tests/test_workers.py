@@ -253,7 +253,7 @@ def test_new_trials_have_their_size_from_the_start() -> None:
     assert run.desk.assign("c") is None
     assert run.sizes() == [("t00", 0, 4, 8), ("t02", 0, 4, 8)]
     run.elastic.settle()
-    assert run.controller._actor_cache.most == {1: 0, 4: 2}
+    assert run.controller._actor_cache.most == {4: 2}
     small = Run(8, small=True)  # nobody knows how many rows a batch has
     assert small.start("a") == 1
 

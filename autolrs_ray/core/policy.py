@@ -92,6 +92,7 @@ class Policy(ABC):
     total_steps: int
     seed: int = 0
     concurrency: int = 1
+    batch_growth: Any = None  # {share of the run: multiple of the batch from there on}
     _issued: set[str] = field(default_factory=set, init=False, repr=False)
     _events: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
 

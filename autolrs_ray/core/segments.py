@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from autolrs_ray.core.envelopes import EnvelopeSpec, lr_factor
+from autolrs_ray.core.growth import BatchGrowth
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Segment:
     lr: learning rate, multiplied by the envelope at every step. boundaries: steps at which a report must fall (the ends
     of stages, or rungs). reports: how many reports are wanted up to each boundary, one number for all or one for each.
     warmup_steps: if positive, a linear rise over the first `warmup_steps` steps of the run is a further factor.
+    growth: (step, factor) pairs: from that step on every step takes so many batches (:class:`BatchGrowth`).
     """
 
     arm: str
@@ -29,6 +31,7 @@ class Segment:
     envelope: EnvelopeSpec = None
     total_steps: int = 0
     warmup_steps: int = 0
+    growth: tuple[tuple[int, int], ...] = ()
 
     @property
     def end(self) -> int:
@@ -42,11 +45,16 @@ class Segment:
     def from_config(cls, config: dict[str, Any]) -> Segment:
         reports = config["reports"]
         reports = reports if isinstance(reports, int) else tuple(reports)
-        return cls(**{**config, "boundaries": tuple(config["boundaries"]), "reports": reports})
+        growth = BatchGrowth.from_config(config.get("growth", ())).points
+        return cls(**{**config, "boundaries": tuple(config["boundaries"]), "reports": reports, "growth": growth})
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update from `step` to `step + 1`."""
         return self.lr * lr_factor(self.envelope, step, self.total_steps, self.warmup_steps)
+
+    def batches_at(self, step: int) -> int:
+        """Batches that the update from `step` to `step + 1` takes: 1, unless the batch grows."""
+        return BatchGrowth(self.growth).factor(step)
 
 
 def next_report(segment: Segment, step: int) -> int:

@@ -1,0 +1,71 @@
+"""How the batch of a step grows as a run goes on: by whole multiples, at the same learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from autolrs_ray.core.checks import require_float, require_int
+
+MOST = 64
+"""Largest multiple of the batch that is taken for meant."""
+
+
+def require_growth(growth: Any) -> dict[float, int]:
+    """`growth` as {share of the run: multiple of the batch from there on}, in order. None: the batch stays as it is.
+
+    Raises TypeError or ValueError, naming the value, for anything else, and for a batch that would shrink.
+    """
+    if growth is None:
+        return {}
+    pairs = list(growth.items()) if isinstance(growth, Mapping) else growth
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            f"batch_growth must say from which share of the run on the batch is how many times as large, as {{0.5: 2}}, "
+            f"got {growth!r}"
+        )
+    found: dict[float, int] = {}
+    for share, factor in sorted(pairs, key=lambda pair: float(pair[0]) if _real(pair[0]) else 0.0):
+        require_float("each share of batch_growth", share, 0.0, 1.0, low_open=True, high_open=True)
+        found[float(share)] = require_int(f"batch_growth from {share:g} on", factor, 2, MOST)
+    if len(found) < len(pairs) or any(later <= earlier for earlier, later in pairwise(found.values())):
+        raise ValueError(f"batch_growth must rise from share to share, got {growth!r}")
+    return found
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class BatchGrowth:
+    """points: (step from which on, batches of the task's size that one step takes), in order.
+
+    A step takes its batches from the same row of batches that a run without growth goes through, one after another: all of
+    their rows are new.
+    """
+
+    points: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, growth: Mapping[float, int], total_steps: int) -> BatchGrowth:
+        """Of shares of a run of `total_steps`."""
+        return cls(tuple((round(share * total_steps), factor) for share, factor in growth.items()))
+
+    @classmethod
+    def from_config(cls, points: Iterable[Iterable[int]]) -> BatchGrowth:
+        """Of JSON lists."""
+        return cls(tuple((int(step), int(factor)) for step, factor in points))
+
+    def factor(self, step: int) -> int:
+        """Batches that the update from `step` to `step + 1` takes."""
+        return max((factor for start, factor in self.points if start <= step), default=1)
+
+    def first(self, step: int) -> int:
+        """Batches that the steps before `step` have taken, which is the number of the first one that it takes."""
+        before = ((0, 1), *self.points)
+        marks = [min(start, step) for start, _ in before] + [step]
+        return sum(factor * (high - low) for (_, factor), (low, high) in zip(before, pairwise(marks), strict=True))
