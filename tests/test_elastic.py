@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 STEPS = 60
 POLICIES: dict[str, dict[str, Any]] = {
-    "anchored": {"num_lrs": 3, "lr_interval": (1e-2, 1.0), "commits": 2},
+    "anchored": {"num_lrs": 3, "lr_interval": (1e-2, 1.0), "commits": 2, "batch_growth": {0.5: 2}},
     "paper": {"num_lrs": 2, "lr_interval": (1e-2, 1.0), "stage_steps": 30, "max_stage_steps": 30, "probe_steps": 5},
 }
 
@@ -31,9 +31,10 @@ def build(config: dict[str, Any]) -> TrainingTask:
 
 @pytest.fixture
 def growth_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the clocks of this machine say."""
+    """Whatever the clocks of this machine say: one alone is sooner with two workers, two are side by side."""
     monkeypatch.setattr(workers, "RESTARTS", 0)
-    monkeypatch.setattr(workers.Pace, "predicted_s", lambda pace, units: 1.0 / units)
+    monkeypatch.setattr(workers.Pace, "knows", lambda pace, units: True)
+    monkeypatch.setattr(workers.Pace, "predicted_s", lambda pace, units: {1: 1.0, 2: 0.6}[units])
 
 
 def widths(result: RunResult, arm: str | None = None) -> list[int]:

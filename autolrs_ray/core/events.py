@@ -22,6 +22,7 @@ class Event(StrEnum):
     CHOICE = "choice"  # a stage or the race has chosen: stage, lr
     DONE = "done"  # the run is over: arm, step, loss, checkpoint
     WARNING = "warning"  # something went wrong and was mended: message
+    ADVICE = "advice"  # something to know for the next run: message
     ERROR = "error"  # the run has ended with it: message
     # of the paper's policy
     STAGE = "stage"  # a stage begins: stage, start, steps, probe_steps, concurrency

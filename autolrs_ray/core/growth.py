@@ -22,17 +22,22 @@ def require_growth(growth: Any) -> dict[float, int]:
     if growth is None:
         return {}
     pairs = list(growth.items()) if isinstance(growth, Mapping) else growth
-    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+    ):
         raise TypeError(
             f"batch_growth must say from which share of the run on the batch is how many times as large, as {{0.5: 2}}, "
             f"got {growth!r}"
         )
     found: dict[float, int] = {}
     for share, factor in sorted(pairs, key=lambda pair: float(pair[0]) if _real(pair[0]) else 0.0):
-        require_float("each share of batch_growth", share, 0.0, 1.0, low_open=True, high_open=True)
-        found[float(share)] = require_int(f"batch_growth from {share:g} on", factor, 2, MOST)
-    if len(found) < len(pairs) or any(later <= earlier for earlier, later in pairwise(found.values())):
+        if require_float("each share of batch_growth", share, 0.0, 1.0, low_open=True) == 1.0:
+            raise ValueError(f"batch_growth has nothing to do at the end of a run, got {growth!r}")
+        found[float(share)] = require_int(f"the multiple of the batch from {share:g} of the run on", factor, 2)
+    if any(later <= earlier for earlier, later in pairwise(found.values())) or len(found) < len(pairs):
         raise ValueError(f"batch_growth must rise from share to share, got {growth!r}")
+    if max(found.values(), default=0) > MOST:
+        raise ValueError(f"batch_growth grows the batch {MOST} times at most, got {growth!r}")
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autolrs_ray.core.checks import require_int, require_one_of, validate_interval
+from autolrs_ray.core.growth import require_growth
 from autolrs_ray.core.paper.plan import StagePlan
 from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Policy
@@ -13,6 +14,7 @@ from autolrs_ray.core.race.policy import AnchoredPolicy
 
 DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
+_COMMON_OPTIONS = ("batch_growth",)
 _PLAN_OPTIONS = ("stage_steps", "max_stage_steps", "probe_steps", "warmup_steps", "warmup_lr")
 _PAPER_OPTIONS = ("num_lrs", "kappa", "initial", "fit", "series", "probe_reports", "main_reports", "promote",
                   "envelope", "floor", "points_to_evaluate")  # fmt: skip
@@ -41,8 +43,8 @@ def _anchored(total_steps: int, options: dict[str, Any], **common: Any) -> Polic
 
 
 _POLICIES: dict[str, tuple[Callable[..., Policy], tuple[str, ...]]] = {
-    "paper": (_paper, _PLAN_OPTIONS + _PAPER_OPTIONS),
-    "anchored": (_anchored, _RACE_OPTIONS),
+    "paper": (_paper, _PLAN_OPTIONS + _PAPER_OPTIONS + _COMMON_OPTIONS),
+    "anchored": (_anchored, _RACE_OPTIONS + _COMMON_OPTIONS),
 }
 
 
@@ -66,7 +68,8 @@ def make_policy(
     if unknown:
         raise TypeError(f'policy="{name}" has no option {", ".join(unknown)}; it has {", ".join(sorted(allowed))}')
     interval = validate_interval(DEFAULT_INTERVALS[name] if lr_interval is None else lr_interval)
-    return build(total_steps, dict(options), lr_interval=interval, seed=seed, concurrency=concurrency)
+    growth = require_growth(options.pop("batch_growth", None))
+    return build(total_steps, options, lr_interval=interval, seed=seed, concurrency=concurrency, batch_growth=growth)
 
 
 def options_of(policy: Policy) -> dict[str, Any]:
@@ -76,6 +79,7 @@ def options_of(policy: Policy) -> dict[str, Any]:
         found |= {name: getattr(policy, name) for name in _PAPER_OPTIONS}
     else:
         found = {name: getattr(policy, name) for name in _RACE_OPTIONS}
+    found["batch_growth"] = [list(pair) for pair in policy.batch_growth.items()] or None
     return {name: described(value) for name, value in found.items()}
 
 

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from autolrs_ray.core.events import Event
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.core.segments import Segment
 
 
@@ -92,7 +93,9 @@ class Policy(ABC):
     total_steps: int
     seed: int = 0
     concurrency: int = 1
-    batch_growth: Any = None  # {share of the run: multiple of the batch from there on}
+    batch_growth: dict[float, int] = field(
+        default_factory=dict
+    )  # share of the run -> multiple of the batch from there on
     _issued: set[str] = field(default_factory=set, init=False, repr=False)
     _events: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
 
@@ -100,6 +103,11 @@ class Policy(ABC):
     @abstractmethod
     def done(self) -> bool:
         """True when the run is over and nothing is wanted any more."""
+
+    @property
+    def growth(self) -> BatchGrowth:
+        """How the batch grows, by steps."""
+        return BatchGrowth.of(self.batch_growth, self.total_steps)
 
     @property
     @abstractmethod

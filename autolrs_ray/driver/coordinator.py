@@ -10,10 +10,12 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.paper import surrogate
 from autolrs_ray.core.policy import AutoLRSError, Verdict
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.driver.actors import Actors
+from autolrs_ray.driver.advice import GrowthAdvice
 from autolrs_ray.driver.clocks import Clocks
 from autolrs_ray.driver.crashes import crash_of
 from autolrs_ray.driver.desk import Desk
@@ -85,6 +87,7 @@ class Coordinator:
         self._slots.ask()
         self._elastic = Elastic(desk, controller, self._resources, self._live, rows is None)
         self._elastic.settle()
+        self._advice = GrowthAdvice(desk.policy)
         use_idle_workers(controller, trainable)
         if desk.settings.policy_name == "paper":  # the race proposes none
             # a second, while the actors start; after the record, whose warnings it would silence
@@ -210,6 +213,8 @@ class Coordinator:
             self._keeper.heard(trial, result)
             if warning := self._task.heard(desk.arm(trial_id), result):
                 desk.warn(warning)
+            if advice := self._advice.heard(point, result):
+                desk.note(Event.ADVICE, message=advice)
             if not self._said_spacing and (warning := too_seldom(desk.segment(trial_id), before, step)):
                 self._said_spacing = True
                 desk.warn(warning)

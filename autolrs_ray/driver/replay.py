@@ -37,7 +37,7 @@ class ReplayScheduler(FIFOScheduler):  # type: ignore[misc]
         if not isinstance(schedule, LearnedSchedule):
             raise TypeError(f"schedule must be a LearnedSchedule, got {schedule!r}; LearnedSchedule.load reads files")
         self._pieces = _checked(schedule)
-        self._total_steps, self._time_attr = schedule.total_steps, time_attr
+        self._total_steps, self._growth, self._time_attr = schedule.total_steps, schedule.growth.points, time_attr
         self._reports = require_int("reports", reports, 1)
         self._before: dict[str, int] = {}
 
@@ -45,7 +45,7 @@ class ReplayScheduler(FIFOScheduler):  # type: ignore[misc]
         piece = self._pieces[index]
         return Segment(arm="main", role="main", stage=index, lr=piece.lr, start=piece.start, boundaries=(piece.end,),
                        reports=self._reports, envelope=piece.envelope, total_steps=self._total_steps,
-                       warmup_steps=piece.warmup_steps)  # fmt: skip
+                       warmup_steps=piece.warmup_steps, growth=self._growth)  # fmt: skip
 
     def _configure(self, trial: Trial, index: int) -> None:
         segment = self._segment(index)

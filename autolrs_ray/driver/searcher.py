@@ -44,6 +44,8 @@ class AutoLRSSearch(Searcher):
     trainable asks, and grow into free slots where that saves clearly more than the restart costs. It is the trainable's part to
     train with as many as its resources have bundles for; an AutoLRSTrainable with `workers = None` does.
 
+    batch_growth: {0.5: 2}: from half of the run on every step takes twice as many rows, at the same learning rates; a policy's
+    option.
     Options of policy="paper": stage_steps (tau), max_stage_steps (tau_max), probe_steps (tau'), warmup_steps, warmup_lr,
     num_lrs (k), kappa, initial, fit, series, floor, probe_reports, main_reports, promote, envelope, points_to_evaluate.
     Options of policy="anchored": num_lrs, envelope, warmup, commits, run_ahead, points_to_evaluate, keep.

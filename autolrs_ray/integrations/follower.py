@@ -45,6 +45,10 @@ class Follower:
         """Learning rate of the update from `step` to `step + 1`."""
         return self.segment.lr_at(step) if self.segment else self._lr
 
+    def batches_at(self, step: int) -> int:
+        """How many times as large as at the start the batch of the update from `step` to `step + 1` is (`batch_growth`)."""
+        return self.segment.batches_at(step) if self.segment else 1
+
     def write_lr(self, optimizer: HasGroups, step: int) -> float:
         """Write the LR of the update from `step` to `step + 1` into `optimizer`; call it right before every update.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autolrs_ray.core.events import Event
+from autolrs_ray.core.growth import BatchGrowth, require_growth
 from autolrs_ray.outcome.shapes import complete_config, refuse_foreign, what_is_wrong
 from autolrs_ray.record.journal import RecordWarning, read_journal
 from autolrs_ray.record.stores import is_uri, located
@@ -76,6 +77,11 @@ class History:
         default = "quadratic" if self.anchored else None  # of records that do not hold it
         envelope: str | None = self.config["options"].get("envelope", default)
         return envelope
+
+    @cached_property
+    def growth(self) -> BatchGrowth:
+        """How the batch grew, by steps."""
+        return BatchGrowth.of(require_growth(self.config["options"].get("batch_growth")), self.total_steps)
 
     @cached_property
     def total_steps(self) -> int:

@@ -37,7 +37,7 @@ class RunResult:
     schedule: the learning rate at every step. checkpoint: folder of the final state, or its URI, where the run's is one.
     metric: the final validation metric as it was reported, of the weights named by `weights`. loss: the same as a loss, negated
     for mode "max". main_steps, search_steps: optimizer steps committed,
-    and trained beside them.
+    and trained beside them. grown_steps: what steps whose batches have grown cost beyond one of the batch's own size, in such.
     rows: one dict per committed stage (paper) or checkpoint of the winner (anchored). points: what became of each of
     `points_to_evaluate`. events: the whole journal.
     """
@@ -52,14 +52,16 @@ class RunResult:
     rows: list[dict[str, Any]]
     main_steps: int
     search_steps: int
+    grown_steps: int
     timing: Timing
     points: list[OwnPoint]
     events: list[dict[str, Any]] = field(repr=False)
 
     @property
     def compute(self) -> float:
-        """Optimizer steps of all trials over the steps of the main training (the paper's policy: 1.9)."""
-        return (self.main_steps + self.search_steps) / max(1, self.main_steps)
+        """Optimizer steps of all trials over the steps of the main training (the paper's policy: 1.9). A step whose batch has
+        grown counts as many times."""
+        return (self.main_steps + self.search_steps + self.grown_steps) / max(1, self.main_steps)
 
     @property
     def weights(self) -> str:
@@ -97,14 +99,15 @@ class RunResult:
         rows, segments = history.rows, history.named(Event.SEGMENT)
         last = history.done or (rows[-1] if rows else {})
         trained = sum(event["end"] - event["start"] for event in segments)
+        batches = sum(history.growth.first(event["end"]) - history.growth.first(event["start"]) for event in segments)
         main_steps = max((row["end"] for row in rows), default=0)
         loss = last.get("loss")
         metric = -loss if loss is not None and history.config["mode"] == "max" else loss
         return cls(
             folder=history.folder, done=history.done is not None, policy=history.policy, metric=metric, loss=loss,
             checkpoint=last.get("checkpoint"), schedule=LearnedSchedule.of(history), rows=rows, main_steps=main_steps,
-            search_steps=max(0, trained - main_steps), timing=_timing(history, segments), points=own_points(history),
-            events=history.events,
+            search_steps=max(0, trained - main_steps), grown_steps=batches - trained, timing=_timing(history, segments),
+            points=own_points(history), events=history.events,
         )  # fmt: skip
 
 

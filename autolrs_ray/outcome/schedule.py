@@ -1,7 +1,7 @@
 """The learned schedule: a function step -> learning rate, as JSON or CSV, and a torch scheduler that replays it.
 
 Nothing here needs Ray. File format 1: {"format": 1, "total_steps": T, "pieces": [{"start", "end", "lr", "envelope",
-"warmup_steps"}, ...]}; a piece holds for steps start <= t < end.
+"warmup_steps"}, ...]}; a piece holds for steps start <= t < end. Where the batch grows, "batch_growth": [[step, factor], ...].
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from autolrs_ray import __version__
 from autolrs_ray.core.checks import require_float, require_int
 from autolrs_ray.core.envelopes import ENVELOPES
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.outcome.history import History
 from autolrs_ray.record.stores import is_uri, write_bytes
@@ -51,10 +52,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class LearnedSchedule:
-    """Learning rate by optimizer step: pieces in order. (Damage to a run's journal may leave a gap.)"""
+    """Learning rate by optimizer step: pieces in order. (Damage to a run's journal may leave a gap.) growth: of the batch."""
 
     total_steps: int
     pieces: tuple[Piece, ...]
+    growth: BatchGrowth = field(default_factory=BatchGrowth)
     _starts: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +89,10 @@ class LearnedSchedule:
                           self.total_steps, piece.warmup_steps)  # fmt: skip
         return segment.lr_at(step)
 
+    def batches_at(self, step: int) -> int:
+        """How many times as large as at the start the batch of the update from `step` to `step + 1` is."""
+        return self.growth.factor(step)
+
     @classmethod
     def of(cls, history: History) -> LearnedSchedule:
         """The schedule of a run, as far as it has come."""
@@ -103,7 +109,7 @@ class LearnedSchedule:
                 Piece(row["start"], row["end"], row["lr"], *((None, ramp) if row["warmup"] else (envelope, 0)))
                 for row in rows
             )
-        return cls(total, pieces)
+        return cls(total, pieces, history.growth)
 
     @property
     def peak_lr(self) -> float:
@@ -113,9 +119,8 @@ class LearnedSchedule:
     def to_json(self) -> str:
         for piece in self.pieces:
             self._refuse_unknown(piece.envelope)
-        return json.dumps(
-            {"format": FORMAT, "total_steps": self.total_steps, "pieces": [asdict(p) for p in self.pieces]}
-        )
+        found = {"format": FORMAT, "total_steps": self.total_steps, "pieces": [asdict(p) for p in self.pieces]}
+        return json.dumps({**found, "batch_growth": self.growth.points} if self.growth.points else found)
 
     @classmethod
     def from_json(cls, text: str) -> LearnedSchedule:
@@ -127,14 +132,16 @@ class LearnedSchedule:
                     f"format {data['format']!r} is not {FORMAT}, the one that autolrs_ray {__version__} reads: export the "
                     "schedule again with this version, or install the one that wrote it"
                 )
-            schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]))
+            growth = BatchGrowth.from_config(data.get("batch_growth", ()))
+            schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]), growth)
             schedule.to_json()
             return schedule
         except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a learned schedule: {error}") from error
 
     def to_csv(self, every: int = 1) -> str:
-        """Rows step,lr for every `every`-th step and the last one, which tells the length of the run.
+        """Rows step,lr for every `every`-th step and the last one, which tells the length of the run; where the batch grows,
+        step,lr,batch, with its multiple.
 
         Raises ValueError for more than MOST_ROWS of them, and what `lr_at` raises.
         """
@@ -143,8 +150,10 @@ class LearnedSchedule:
         if count > MOST_ROWS:
             raise ValueError(f"{count:,} rows are too many (at most {MOST_ROWS:,}): a larger `every`, or JSON")
         last = [] if (self.total_steps - 1) % every == 0 else [self.total_steps - 1]
-        rows = (f"{step},{self.lr_at(step)!r}\n" for step in (*range(0, self.total_steps, every), *last))
-        return "step,lr\n" + "".join(rows)
+        steps = (*range(0, self.total_steps, every), *last)
+        if self.growth.points:
+            return "step,lr,batch\n" + "".join(f"{t},{self.lr_at(t)!r},{self.batches_at(t)}\n" for t in steps)
+        return "step,lr\n" + "".join(f"{step},{self.lr_at(step)!r}\n" for step in steps)
 
     def write_csv(self, path: str | os.PathLike[str], every: int = 1) -> None:
         """Write `to_csv(every)` to a file, or to its URI."""
@@ -168,7 +177,8 @@ class LearnedSchedule:
             for piece in self.pieces
             if scaled(piece.start) < scaled(piece.end)
         ]
-        return LearnedSchedule(total_steps, tuple(pieces))
+        growth = BatchGrowth(tuple((scaled(step), factor) for step, factor in self.growth.points))
+        return LearnedSchedule(total_steps, tuple(pieces), growth)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LearnedSchedule:
@@ -180,13 +190,17 @@ class LearnedSchedule:
             return cls.from_json(file.read_text())
         try:
             with open(file, newline="") as rows:
-                points = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(rows)]
+                read = [
+                    (int(row["step"]), float(row["lr"]), int(row.get("batch") or 1)) for row in csv.DictReader(rows)
+                ]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a learned schedule: expected rows step,lr ({error!r})") from error
-        if not points:
+        if not read:
             raise ValueError(f"{file} has no rows; expected step,lr")
-        ends = [step for step, _ in points[1:]] + [points[-1][0] + 1]
-        return cls(ends[-1], tuple(Piece(step, end, lr) for (step, lr), end in zip(points, ends, strict=True)))
+        ends = [step for step, *_ in read[1:]] + [read[-1][0] + 1]
+        grows = [(step, batch) for (_, _, before), (step, _, batch) in pairwise(read) if batch != before]
+        pieces = tuple(Piece(step, end, lr) for (step, lr, _), end in zip(read, ends, strict=True))
+        return cls(ends[-1], pieces, BatchGrowth(tuple(grows)))
 
 
 class LearnedLRScheduler(LRScheduler):

@@ -8,6 +8,7 @@ from typing import Any
 
 from autolrs_ray.core.checks import require_int, require_one_of, validate_interval
 from autolrs_ray.core.events import Event
+from autolrs_ray.core.growth import require_growth
 from autolrs_ray.record.journal import FORMAT
 
 Row = dict[str, Any]
@@ -70,6 +71,7 @@ _NEEDED: dict[Event, dict[str, Check]] = {
     Event.COMMIT: dict(end=_step, lr=_number),
     Event.CHOICE: dict(stage=_whole, lr=_number),
     Event.WARNING: dict(message=_text),
+    Event.ADVICE: dict(message=_text),
     Event.STAGE: dict(stage=_whole, start=_step),
     Event.PROBE: dict(stage=_whole, probe=_step, arm=_text, lr=_positive, status=_text, series=_text,
                       forecast=_maybe(_number), steps=_list_of(_step)),
@@ -139,6 +141,7 @@ def complete_config(config: Any, where: str) -> Row:
             raise TypeError(
                 f"points_to_evaluate must hold learning rates, got {_short(whole['options']['points_to_evaluate'])}"
             )
+        require_growth(whole["options"].get("batch_growth"))
         if whole["policy"] == "paper":
             require_int("num_lrs", whole["options"].get("num_lrs", 1), 1)
             require_int("warmup_steps", whole["options"].get("warmup_steps", 0), 0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.training.randomness import (
     EPOCH,
     ROW,
@@ -71,7 +72,7 @@ def length(data: Data) -> int:
 
 def chosen(data: Data, rows: Tensor) -> Data:
     """`rows` of `data`."""
-    return (data[0][rows], data[1][rows]) if isinstance(data, tuple) else Subset(data, rows.tolist())
+    return pairs_of(data, rows) if isinstance(data, tuple) else Subset(data, rows.tolist())
 
 
 def drawn(data: Data, fraction: float, seed: int) -> Data:
@@ -81,6 +82,24 @@ def drawn(data: Data, fraction: float, seed: int) -> Data:
         return data
     order = torch.randperm(length(data), generator=generator_of(seed, VALIDATION, 0))
     return chosen(data, order[:count].sort().values)
+
+
+def pairs_of(data: tuple[Tensor, Tensor], rows: Tensor) -> Batch:
+    return data[0][rows], data[1][rows]
+
+
+def placed(data: Data, device: torch.device) -> Data:
+    """`data`; tensors on `device`."""
+    return (data[0].to(device), data[1].to(device)) if isinstance(data, tuple) else data
+
+
+def row_device(data: Data, device: torch.device) -> torch.device:
+    """Where the numbers of rows are wanted that are taken of `data` for `device`."""
+    return device if isinstance(data, tuple) else torch.device("cpu")
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def on_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -123,7 +142,7 @@ class _Batches:
 @dataclass
 class Rows:
     """Which rows are the batch of a step: every epoch is a permutation, or what `sampler` draws, by (seed, epoch); the last
-    short batch of an epoch is left out.
+    short batch of an epoch is left out. Where the batch grows, a step takes several of the batches that follow one another.
 
     Raises ValueError where `sampler` draws fewer rows than a batch has, or another number of rows in another epoch.
     """
@@ -133,6 +152,7 @@ class Rows:
     seed: int
     sampler: Callable[[torch.Generator], Any] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    growth: BatchGrowth = field(default_factory=BatchGrowth)
 
     def __post_init__(self) -> None:
         self._order: tuple[int, Tensor]
@@ -160,9 +180,26 @@ class Rows:
             raise ValueError(f"the sampler draws {self.count} rows in epoch 0 and {len(rows)} in epoch {epoch}")
         return rows.long()
 
+    def epochs(self, step: int) -> float:
+        """Passes over the data that `step` steps have made."""
+        return self.growth.first(step) / self.steps_per_epoch
+
+    def size(self, step: int) -> int:
+        """Rows of the batch at `step`."""
+        return self.batch_size * self.growth.factor(step)
+
+    def _batches(self, step: int) -> range:
+        """The numbers of those that the step takes."""
+        first = self.growth.first(step)
+        return range(first, first + self.growth.factor(step))
+
     def at(self, step: int) -> Tensor:
-        """(batch_size,) rows of the batch at `step`, on the device."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        """(size(step),) rows of the batch at `step`, on the device."""
+        parts = [self._batch(number) for number in self._batches(step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _batch(self, number: int) -> Tensor:
+        epoch, position = divmod(number, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self._drawn(epoch).to(self.device))
         start = position * self.batch_size
@@ -171,11 +208,12 @@ class Rows:
     def keys(self, step: int, share: slice) -> list[Key]:
         """Of the batch's rows in `share`, with seeds that are functions of (seed, epoch, place in the epoch): of the row, and
         not of who loads it."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        first = position * self.batch_size
-        places = range(first, first + self.batch_size)[share]
-        rows = self.at(step)[share].tolist()
-        return [(seed_of(self.seed, ROW, epoch, place), row) for place, row in zip(places, rows, strict=True)]
+        found: list[tuple[int, int, int]] = []
+        for number in self._batches(step):
+            epoch, position = divmod(number, self.steps_per_epoch)
+            first = position * self.batch_size
+            found += [(epoch, first + i, row) for i, row in enumerate(self._batch(number).tolist())]
+        return [(seed_of(self.seed, ROW, epoch, place), row) for epoch, place, row in found[share]]
 
 
 class Loader:
@@ -212,6 +250,10 @@ class Loader:
             self._iterator = iter(self._loader)
         batch, self._next = next(self._iterator), step + 1
         return self._placed(batch)
+
+    def start_over(self) -> None:
+        """Load the next batch anew: what has been loaded ahead is of other rows."""
+        self._iterator = None
 
     def out_of_order(self, keys: list[Key]) -> Batch:
         """The batch of `keys`, loaded in this process, whatever the workers do."""

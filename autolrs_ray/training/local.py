@@ -31,6 +31,8 @@ def run_local(policy: Policy, trainer: Trainer) -> LocalRun:
     Raises AutoLRSError where the policy gives up, or when it is not done and wants nothing.
     """
     run = LocalRun()
+    if policy.growth.points:
+        trainer.grow(policy.growth)
     store: dict[str, Any] = {}
     while not policy.done:
         wanted = policy.wanted()

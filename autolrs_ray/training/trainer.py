@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.record.checkpoints import FORMAT, read_checkpoint, require_format, write_checkpoint
 from autolrs_ray.training.averages import WeightAverages, buffers_put_back, lowest
 from autolrs_ray.training.data import (
@@ -23,11 +24,15 @@ from autolrs_ray.training.data import (
     Key,
     Loader,
     Rows,
+    channels_last,
     checked_data,
     drawn,
     held_out,
     length,
     on_tensors,
+    pairs_of,
+    placed,
+    row_device,
     validation_keys,
 )
 from autolrs_ray.training.evaluation import weighted_sums
@@ -103,17 +108,11 @@ class Trainer:
 
     def _prepare_data(self) -> None:
         task = self.task
-        self.train_data = self._place(task.train_data)
-        self.val_data = self._place(drawn(task.val_data, task.val_fraction, self.seed))
-        count, device = length(self.train_data), self._row_device(self.train_data)
+        self.train_data = placed(task.train_data, self.device)
+        self.val_data = placed(drawn(task.val_data, task.val_fraction, self.seed), self.device)
+        count, device = length(self.train_data), row_device(self.train_data, self.device)
         self._rows = Rows(count, task.batch_size, self.seed, task.sampler, device)
         self._loader = Loader(self._keys, self.train_data, self.device, task.num_workers, task.collate_fn)
-
-    def _place(self, data: Data) -> Data:
-        return (data[0].to(self.device), data[1].to(self.device)) if isinstance(data, tuple) else data
-
-    def _row_device(self, data: Data) -> torch.device:
-        return self.device if isinstance(data, tuple) else torch.device("cpu")
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -122,13 +121,23 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per pass over the training data."""
+        """Batches per pass over the training data."""
         return self._rows.steps_per_epoch
 
     @property
     def val_batches(self) -> float:
         """The rows of the validation data that reports are taken on, in training batches."""
         return length(self.val_data) / self.task.batch_size
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        return self._rows.epochs(self.step)
+
+    def grow(self, growth: BatchGrowth) -> None:
+        """Train with a batch that grows so. Every worker's share of the largest one has to fit its memory."""
+        self._rows.growth = growth
+        self._loader.start_over()
 
     def _own(self) -> slice:
         """This process's rows of a batch."""
@@ -145,11 +154,9 @@ class Trainer:
     def batch(self, step: int) -> Batch:
         """This process's rows of the training batch at `step`, augmented, on the device. The generators that everybody uses are
         left as the forward pass of the step finds them."""
-        if isinstance(self.train_data, tuple):
-            batch = self._take(self.train_data, self._rows.at(step)[self._loaded()])
-        else:
-            batch = self._loader.at(step)
-        return self._augmented(batch, step)
+        if not isinstance(self.train_data, tuple):
+            return self._augmented(self._loader.at(step), step)
+        return self._augmented(pairs_of(self.train_data, self._rows.at(step)[self._loaded()]), step)
 
     def _augmented(self, batch: Batch, step: int) -> Batch:
         inputs, targets = batch
@@ -159,11 +166,8 @@ class Trainer:
             if self.world > 1:
                 inputs, targets = (on_tensors(lambda t: t[self._own()], part) for part in (inputs, targets))
         if self.task.channels_last:
-            inputs = on_tensors(_channels_last, inputs)
+            inputs = on_tensors(channels_last, inputs)
         return inputs, targets
-
-    def _take(self, data: tuple[Tensor, Tensor], rows: Tensor) -> Batch:
-        return data[0][rows], data[1][rows]
 
     def _seed_step(self, step: int) -> None:
         """Seed the generators that dropout and the like draw from."""
@@ -301,7 +305,7 @@ class Trainer:
 
     def _whole_inputs(self, step: int) -> Any:
         if isinstance(self.train_data, tuple):
-            batch = self._take(self.train_data, self._rows.at(step))
+            batch = pairs_of(self.train_data, self._rows.at(step))
         else:
             batch = self._loader.out_of_order(self._rows.keys(step, slice(None)))
         if self.task.augment is not None:
@@ -309,7 +313,7 @@ class Trainer:
         return batch[0]
 
     def _metrics(self, data: Data | None) -> dict[str, float]:
-        data = self.val_data if data is None else self._place(checked_data("data", data))
+        data = self.val_data if data is None else placed(checked_data("data", data), self.device)
         self._whole.eval()
         functions = {"loss": self.task.loss, **self.task.metrics}
         autocast = None if self.task.autocast is False else self._autocast
@@ -319,15 +323,15 @@ class Trainer:
 
     def _batches(self, data: Data) -> Iterator[tuple[Batch, int]]:
         """Batches of this process's rows of `data`, and the number of rows in each."""
-        rows = torch.arange(self.rank, length(data), self.world, device=self._row_device(data))
+        rows = torch.arange(self.rank, length(data), self.world, device=row_device(data, self.device))
         parts = [part for part in torch.split(rows, self.task.eval_batch_size) if len(part)]
         batches = (
-            (self._take(data, part) for part in parts)
+            (pairs_of(data, part) for part in parts)
             if isinstance(data, tuple)
             else self._loader.once(data, [validation_keys(self.seed, part.tolist()) for part in parts])
         )
         for (inputs, targets), part in zip(batches, parts, strict=True):
-            yield (on_tensors(_channels_last, inputs) if self.task.channels_last else inputs, targets), len(part)
+            yield (on_tensors(channels_last, inputs) if self.task.channels_last else inputs, targets), len(part)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -399,7 +403,3 @@ class Trainer:
     def close(self) -> None:
         """End the processes that load data."""
         self._loader.close()
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.record.checkpoints import read_checkpoint, snapshot, write_checkpoint
-from autolrs_ray.training.data import Data
+from autolrs_ray.training.data import Batch, Data
 from autolrs_ray.training.optimizers import parameters_of
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
@@ -46,10 +47,14 @@ class DistributedTrainer(Trainer):
         size = self.task.batch_size
         if size < self.world:
             raise ValueError(f"batch_size={size} is shared by {self.world} workers: every one needs a row")
-        self._share = len(range(size)[self._own()]) * self.world / size
         self._train_forward = DistributedDataParallel(self._forward)
         inside = {id(parameter) for parameter in self.model.parameters()}
         self._outside = [p for p in parameters_of(self._optimizers) if id(p) not in inside]
+
+    def batch(self, step: int) -> Batch:
+        size = self._rows.size(step)
+        self._share = len(range(size)[self._own()]) * self.world / size
+        return super().batch(step)
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         return synchronised(model, self.device) if self.task.sync_batch_norm else model
@@ -145,6 +150,9 @@ class _Worker:
     def reset(self) -> None:
         self.trainer.reset()
 
+    def grow(self, growth: BatchGrowth) -> None:
+        self.trainer.grow(growth)
+
 
 class WorkerGroup:
     """Does what a Trainer does, with all workers of the trial it is created in.
@@ -160,6 +168,7 @@ class WorkerGroup:
     ) -> None:
         self.seed, self.step = seed, 0
         self.trouble: str | None = None
+        self._growth = BatchGrowth()
         group = get_current_placement_group()
         bundles = group.bundle_specs if group is not None else []
         if group is None or len(bundles) < workers:
@@ -186,6 +195,16 @@ class WorkerGroup:
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Call `method` on every rank at once; their answers, in order of rank."""
         return list(ray.get([getattr(worker, method).remote(*arguments) for worker in self._workers]))
+
+    @property
+    def epoch(self) -> float:
+        """As Trainer.epoch."""
+        return self._growth.first(self.step) / self.steps_per_epoch
+
+    def grow(self, growth: BatchGrowth) -> None:
+        """As Trainer.grow."""
+        self._growth = growth
+        self._all("grow", growth)
 
     def train(self, until: int, lr_at: Callable[[int], float]) -> float:
         """As Trainer.train; the loss is the mean over the ranks."""

@@ -13,6 +13,7 @@ from ray import tune
 from ray.util.placement_group import get_current_placement_group
 
 from autolrs_ray.core.checks import require_int
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.core.segments import Segment, next_report
 from autolrs_ray.record.checkpoints import (
     MANIFEST_FILE,
@@ -80,6 +81,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
             logging.getLogger(name).setLevel(logging.WARNING)  # they print a line for every checkpoint and restore
         self._writer = BackgroundWriter()
         self._to_reset = False
+        self._growth: tuple[tuple[int, int], ...] = ()
         self._taken: dict[str, Any] | None = None
         self._asked_for_averages = self._averaging(config)
         self.trainer = self._new_trainer(config.get("seed", 0), self._averaging(config), config)
@@ -102,6 +104,10 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         segment = config.get("autolrs")
         self._segment = Segment.from_config(segment) if segment else None
         self._lr, self._report_every = float(config["lr"]), int(config.get("report_every", 100))
+        growth = self._segment.growth if self._segment else ()
+        if growth != self._growth:
+            self.trainer.grow(BatchGrowth(growth))
+            self._growth = growth
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         if new_config.get("seed", 0) != self.trainer.seed or self._averaging(new_config) != self._asked_for_averages:
@@ -195,8 +201,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         result: dict[str, Any] = {"step": trainer.step, "lr": lr, "train_loss": train_loss}
         if self.workers is None and isinstance(trainer, Trainer):
             result["batch_size"] = trainer.task.batch_size  # more workers than rows there cannot be
-        result.update(epoch=trainer.step / trainer.steps_per_epoch, held_out=trainer.held_out)
-        result["val_batches"] = trainer.val_batches
+        result.update(epoch=trainer.epoch, held_out=trainer.held_out, val_batches=trainer.val_batches)
         if segment:
             result.update(stage=segment.stage, role=segment.role)
         result.update({f"val_{name}": value for name, value in trainer.evaluate().items()})

@@ -130,7 +130,18 @@ class PaperPolicy(PaperState):
         if self.phase == "warmup":
             end = self.plan.warmup_steps
             return Segment(
-                MAIN, "main", -1, self.plan.warmup_lr, 0, (end,), self.main_reports, None, None, self.total_steps, end
+                MAIN,
+                "main",
+                -1,
+                self.plan.warmup_lr,
+                0,
+                (end,),
+                self.main_reports,
+                None,
+                None,
+                self.total_steps,
+                end,
+                self.growth.points,
             )
         assert self.chosen is not None
         probe = self.probes[self.chosen]
@@ -141,7 +152,8 @@ class PaperPolicy(PaperState):
     def _segment(
         self, arm: str, role: str, lr: float, start: int, end: int, reports: int, source: str | None
     ) -> Segment:
-        return Segment(arm, role, self.stage.index, lr, start, (end,), reports, source, self.envelope, self.total_steps)
+        return Segment(arm, role, self.stage.index, lr, start, (end,), reports, source, self.envelope, self.total_steps,
+                       growth=self.growth.points)  # fmt: skip
 
     # -- proposals -----------------------------------------------------------------------------------------------------
 

@@ -115,6 +115,8 @@ class AnchoredPolicy(Policy):
         The steps trained while the envelope held stay; what came after is trained again at the longer envelope. Raises
         ValueError if the envelope does not hold first, the race is still on, or `total_steps` is not larger.
         """
+        if self.batch_growth:
+            raise ValueError("a run whose batch grows cannot be extended: shares of it would fall on other steps")
         decided = len(self.race.course.decisions)
         heir = only_racing(self.trunks, self.envelope, self.total_steps, total_steps, decided)
         back_to_hold(self.trunks[heir], hold_end(self.envelope, self.total_steps))
@@ -200,7 +202,7 @@ class AnchoredPolicy(Policy):
         until = self.plan.step(self.plan.first) if not baseline.known and i == baseline_of(self.trunks) else 0
         reports = tuple(FIRST_READINGS if boundary <= until else 1 for boundary in boundaries)
         return Segment(arm_of(i), "trunk", 0, trunk.lr, trunk.step, boundaries, reports, trunk.checkpoint,
-                       self.envelope, self.total_steps, self.warmup_steps)  # fmt: skip
+                       self.envelope, self.total_steps, self.warmup_steps, self.growth.points)  # fmt: skip
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
