@@ -1,7 +1,7 @@
-"""Every benchmark, or those named: `python -m benchmarks [NAME ...] [--quick]`.
+"""Every benchmark, or those named: `python -m benchmarks [NAME ...] [--quick] [--write]`.
 
-Prints the tables; a full run also writes benchmarks/results.json and benchmarks/results.md. Both sides of every ratio are
-measured in the same run, on the same machine.
+Prints the tables; a full run also writes benchmarks/results.json and benchmarks/results.md, and with --write those named put
+theirs in the place of the old ones. Both sides of every ratio are measured in the same run, on the same machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.section import Section
 
-NAMES = ("imports", "proposals", "loading", "checkpoints", "handover", "scale", "whole_run")
+NAMES = ("imports", "proposals", "loading", "checkpoints", "handover", "scale", "whole_run", "elastic")
 HERE = Path(__file__).parent
 
 
@@ -41,10 +41,27 @@ def write(sections: list[Section]) -> None:
     (HERE / "results.md").write_text("\n".join(head + [section.markdown() for section in sections]))
 
 
+def merge(sections: list[Section]) -> None:
+    """Put `sections` into the files in the place of those that begin with the same word; each says when it was made."""
+    made = f"Made on {hardware()}, {datetime.now(UTC).date().isoformat()}."
+    figures = json.loads((HERE / "results.json").read_text())
+    figures |= {name: round(value, 3) for section in sections for name, value in section.figures.items()}
+    (HERE / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+    head, *old = (HERE / "results.md").read_text().split("\n## ")
+    parts = {_word(part): part.rstrip("\n") + "\n" for part in old}
+    new = {_word(section.title): f"{section.markdown().removeprefix('## ')}\n{made}\n" for section in sections}
+    (HERE / "results.md").write_text("\n## ".join([head, *(parts | new).values()]))
+
+
+def _word(title: str) -> str:
+    return title.split()[0].strip(":,")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(NAMES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="few repeats: to see that it runs, not to be quoted")
+    parser.add_argument("--write", action="store_true", help="of those named, write the results too")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(NAMES))
     if unknown:
@@ -58,8 +75,10 @@ def main() -> None:
         section.show(console)
         console.print(f"[dim]{name}: {time.perf_counter() - began:.0f} s[/dim]\n")
         sections.append(section)
-    if not arguments.names and not arguments.quick:
+    if not arguments.quick and not arguments.names:
         write(sections)
+    elif not arguments.quick and arguments.write:
+        merge(sections)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,37 @@ def speed(units: int, efficiency: float) -> float:
     return 1.0 + efficiency * (units - 1)
 
 
+class Losses:
+    """What a trainer reports, of real training that is done once: the same stretch from the same state has the same losses.
+
+    States are numbers; None is the initial one.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._states, self._known = trainer, [], {}  # type: ignore[var-annotated]
+
+    def train(self, state: int | None, segment: Segment, step: int, until: int) -> tuple[int, Point]:
+        """Train from `state` at `step`; the state at `until`, and the report there."""
+        key = (state, segment.lr, step, until)
+        if key not in self._known:
+            trainer = self._trainer
+            if state is None:
+                trainer.reset()
+            else:
+                trainer.load_state_dict(copy.deepcopy(self._states[state]))
+            train_loss = trainer.train(until, segment.lr_at)
+            averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
+            point = Point(until, trainer.evaluate()["loss"], train_loss, averaged)
+            self._states.append(copy.deepcopy(trainer.state_dict()))
+            self._known[key] = len(self._states) - 1, point
+        found: tuple[int, Point] = self._known[key]
+        return found
+
+
 @dataclass
 class _Trial:
     segment: Segment
-    state: Any
+    state: int | None
     step: int
     units: int
     fresh: bool
@@ -46,11 +73,11 @@ class Cluster:
     """
 
     policy: Policy
-    trainer: Any
+    losses: Losses
     slots: int
     step_s: float
     restart_s: float = 3.0
-    switch_s: float = 0.1
+    switch_s: float = 0.3
     efficiency: float = 1.0
     most: int | None = None
     found: Simulated = field(default_factory=Simulated)
@@ -59,7 +86,7 @@ class Cluster:
         self._order, self._pace = count(), Pace()
         self._running: list[tuple[float, int, _Trial]] = []
         self._idle: list[int] = []  # sizes of the actors that are kept warm, the oldest first
-        self._store: dict[str, Any] = {}
+        self._store: dict[str, int] = {}
         self._units = self._best(None)
 
     def _best(self, now: int | None) -> int:
@@ -78,6 +105,7 @@ class Cluster:
             self._pace.started(waits_s, again=True)
         else:
             self._idle.remove(units)
+            self._pace.switched(waits_s)
         while sum(self._idle) > self._free() - units:
             self._idle.pop(0)
         self.policy.issue(segment.arm)
@@ -90,24 +118,15 @@ class Cluster:
         self.found.trained_s += trial.units * seconds
         heapq.heappush(self._running, (self.found.seconds + waits_s + seconds, next(self._order), trial))
 
-    def _train(self, trial: _Trial) -> Point:
-        trainer, until = self.trainer, next_report(trial.segment, trial.step)
-        steps = until - trial.step
-        self._pace.trained(trial.units, steps, steps * self.step_s / speed(trial.units, self.efficiency), trial.fresh)
-        if trial.state is None:
-            trainer.reset()
-        else:
-            trainer.load_state_dict(copy.deepcopy(trial.state))
-        train_loss = trainer.train(until, trial.segment.lr_at)
-        self.found.steps += steps
-        trial.step, trial.state, trial.fresh = until, copy.deepcopy(trainer.state_dict()), False
-        averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
-        return Point(trainer.step, trainer.evaluate()["loss"], train_loss, averaged)
-
     def _report(self) -> None:
         self.found.seconds, _, trial = heapq.heappop(self._running)
-        arm = trial.segment.arm
-        verdict = self.policy.report(arm, self._train(trial))
+        arm, until = trial.segment.arm, next_report(trial.segment, trial.step)
+        steps = until - trial.step
+        self._pace.trained(trial.units, steps, steps * self.step_s / speed(trial.units, self.efficiency), trial.fresh)
+        trial.state, point = self.losses.train(trial.state, trial.segment, trial.step, until)
+        trial.step, trial.fresh = until, False
+        self.found.steps += steps
+        verdict = self.policy.report(arm, point)
         if verdict is Verdict.SAVE and not self._running and self._best(trial.units) != trial.units:
             verdict = Verdict.PAUSE
         if verdict in (Verdict.SAVE, Verdict.PAUSE, Verdict.FINISH_AND_SAVE):
@@ -119,8 +138,6 @@ class Cluster:
         else:
             self.policy.withdraw(arm)
             self._idle.append(trial.units)
-        needed = self.policy.checkpoints()
-        self._store = {path: kept for path, kept in self._store.items() if path in needed}
 
     def run(self) -> Simulated:
         """Drive the policy to its end. Raises AutoLRSError when it is not done and wants nothing."""

@@ -86,6 +86,13 @@ def test_two_that_hold_each_other_up_train_side_by_side_and_others_in_turns() ->
     assert best_units(4, [900], 8, None, paced(3.0, u4=0.2)) == 8
 
 
+def test_short_turns_are_not_worth_the_switches() -> None:
+    pace = paced(0.1, u4=0.2, u8=0.1)
+    pace.switched(3.0)
+    assert best_units(8, [900, 900], 8, None, pace) == 4  # a turn fewer, for a restart of .1 s
+    assert best_units(None, [9, 9, 9], 8, None, Pace(switch_s=9.0)) == 2
+
+
 def test_nothing_changes_before_anything_is_known_but_what_is_not_there_is_given_up() -> None:
     unknown = Pace()
     assert best_units(1, [10_000], 4, None, unknown) == 1

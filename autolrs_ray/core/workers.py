@@ -39,9 +39,13 @@ def parse_workers(workers: int | str | tuple[int, int]) -> tuple[int, int | None
 
 @dataclass
 class Pace:
-    """What has been measured of a run: seconds per optimizer step by units, and seconds that a restart takes."""
+    """What has been measured of a run: seconds per optimizer step by units, and seconds that a restart takes.
+
+    switch_s: seconds between two trials in one actor; 0 where that has not been seen.
+    """
 
     step_s: dict[int, float] = field(default_factory=dict)
+    switch_s: float = 0.0
     _rough: set[int] = field(default_factory=set)
     _start_s: float | None = None
     _restarts: list[float] = field(default_factory=list)
@@ -57,8 +61,12 @@ class Pace:
         self.step_s[units] = now if units in self._rough else (now + self.step_s.get(units, now)) / 2.0
         (self._rough.add if first else self._rough.discard)(units)
 
+    def switched(self, seconds: float) -> None:
+        """A trial has begun to train so long after it was to, in an actor that another one has left."""
+        self.switch_s = (seconds + (self.switch_s or seconds)) / 2.0
+
     def started(self, seconds: float, again: bool) -> None:
-        """A trial has begun to train so long after it was to; again: with other units than before."""
+        """A trial has begun to train so long after it was to, in a new actor; again: with other units than before."""
         if again:
             self._restarts.append(seconds)
         elif self._start_s is None:
@@ -96,8 +104,8 @@ def best_units(now: int | None, steps: Collection[int], slots: int, most: int | 
     train from here on, with the others. most: units that one can use at most.
 
     With as many units as slots they take turns, and no slot idles; with fewer, slots // units train side by side, which is
-    sooner where workers hold each other up. A change must save more time than RESTARTS restarts take, and of sizes that are
-    equal the smallest is taken.
+    sooner where workers hold each other up, or where turns are short. A change must save more time than RESTARTS restarts
+    take, and of sizes that are equal the smallest is taken.
     """
     limit = slots if most is None else min(slots, most)
     stays = now is not None and now <= limit
@@ -108,7 +116,8 @@ def best_units(now: int | None, steps: Collection[int], slots: int, most: int | 
     restart_s = RESTARTS * (pace.restart_s or 0.0) if stays else 0.0
 
     def seconds(units: int) -> float:
-        taken = makespan(steps, slots // units) * pace.predicted_s(units)
+        turns = max(0, len(steps) - slots // units)
+        taken = makespan(steps, slots // units) * pace.predicted_s(units) + turns * pace.switch_s
         return taken if units == now else taken + restart_s
 
     return min(sorted(shares | known), key=lambda units: (float(f"{seconds(units):.9g}"), units != now, units))

@@ -46,8 +46,8 @@ class Elastic:
         self._most: int | None = None  # units that others leave us, until then
         self._until = 0.0
         self._since: dict[str, float] = {}  # trial -> since when it waits for an actor
-        self._starting: dict[str, tuple[float, bool]] = {}  # trial -> since when, and whether it has been another size
-        self._fresh: set[str] = set()  # trials whose actors have yet to report
+        self._starting: dict[str, float] = {}  # trial -> since when
+        self._fresh: dict[str, bool] = {}  # trials whose actors have yet to report: whether they have been another size
         self._steps: dict[str, int] = {}  # at the last report
         self._warm: Counter[int] = Counter()  # units -> idle actors that Tune may keep
         desk.capacity.units = self._best(None)
@@ -57,9 +57,8 @@ class Elastic:
 
     def drop(self, trial_id: str) -> None:
         """The trial is gone, or starts anew."""
-        for book in (self._steps, self._starting, self._since):
+        for book in (self._steps, self._starting, self._since, self._fresh):
             book.pop(trial_id, None)  # type: ignore[attr-defined]
-        self._fresh.discard(trial_id)
 
     def heard(self, trial_id: str, step: int, result: dict[str, Any]) -> None:
         """A trial has reported: how long a step takes, and how long it took to begin."""
@@ -67,13 +66,16 @@ class Elastic:
         before = self._steps.get(trial_id, self._desk.segment(trial_id).start)
         self._pace.trained(self._desk.capacity.held(trial_id), step - before, busy_s, trial_id in self._fresh)
         self._steps[trial_id] = step
-        self._fresh.discard(trial_id)
         self._small = False
         if rows := result.get("batch_size"):
             self._desk.settings.cap_units(int(rows) // self._desk.settings.least_workers)
-        if trial_id in self._starting:
-            since, again = self._starting.pop(trial_id)
-            self._pace.started(max(0.0, time.monotonic() - since - busy_s), again)
+        again = self._fresh.pop(trial_id, None)
+        if (since := self._starting.pop(trial_id, None)) is not None:
+            seconds = max(0.0, time.monotonic() - since - busy_s)
+            if again is None:
+                self._pace.switched(seconds)
+            else:
+                self._pace.started(seconds, again)
 
     def _best(self, now: int | None) -> int:
         settings, policy = self._desk.settings, self._desk.policy
@@ -115,12 +117,12 @@ class Elastic:
         desk, trial_id = self._desk, trial.trial_id
         self._begun = True
         self._steps.pop(trial_id, None)
+        self._starting[trial_id] = time.monotonic()
         if not new:
             return
         if trial.placement_group_factory != self.resources(desk.capacity.held(trial_id)):
             trial.update_resources(self.resources(desk.capacity.held(trial_id)))
-        self._starting[trial_id] = time.monotonic(), again
-        self._fresh.add(trial_id)
+        self._fresh[trial_id] = again
         if desk.settings.elastic:
             workers, slots = desk.workers(trial_id), desk.capacity.slots
             desk.note(Event.WORKERS, arm=desk.arm(trial_id), step=step, workers=workers, slots=slots)
