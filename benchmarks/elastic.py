@@ -139,8 +139,9 @@ def measure(quick: bool, slots: int = 2) -> Section:
         f"Elastic: {steps} steps of {step} on {slots} slots, {rounds} rounds, median (min-max); 8 and 64 GPUs simulated",
         ("run", "wall-clock, s", "over data-parallel", "compute, T", "wall-clock over compute", "slots in use", "restarts"),
         rows + _simulations(quick),
-        note="Every ratio is to a data-parallel run right before it. Slots in use: share of the slot-seconds in which a worker "
-        "trained or evaluated. Restarts: of trials that change their size. Simulated: a restart takes 3 s, a trial in "
-        "another one's actor .3 s; 10 min, 1 h, 10 h: what plain data-parallel training takes; scaling: what each further worker adds.",
+        note="Every ratio is to a data-parallel run right before it. Slots in use: share of the slot-seconds in which a "
+        "worker trained or evaluated. Restarts: of trials that change their size. Simulated: a restart takes 3 s, a trial in "
+        "another one's actor .3 s; 10 min, 1 h, 10 h: what plain data-parallel training takes; scaling: what each further "
+        "worker adds.",
         figures=figures,
     )  # fmt: skip
