@@ -34,8 +34,9 @@ def test_the_live_view_shows_the_line_and_who_is_left_in_the_race() -> None:
         "AutoLRS anchored | rung 0/15 | 2 of 10 LRs in the race | lr 5.01 | loss 0.5 | step 20/1000"
     )
     assert "| 3/4 slots |" in lines[0]
-    assert lines[1].split()[:4] == ["lr", "5.01", "loss", "0.5"]
-    assert lines[2].split()[:4] == ["lr", "1.26", "loss", "-"]
+    assert lines[1].split() == ["slots", "0%", "held"]
+    assert lines[2].split()[:4] == ["lr", "5.01", "loss", "0.5"]
+    assert lines[3].split()[:4] == ["lr", "1.26", "loss", "-"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from autolrs_ray.core.events import Event
 from autolrs_ray.core.paper import kernel
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.record.record import Record
+from autolrs_ray.show.captions import of_slots
 from autolrs_ray.show.cost_figures import slots_figure
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
 from autolrs_ray.show.plots import save_plots
@@ -407,10 +408,14 @@ def test_a_race_for_an_accuracy_has_a_linear_axis(tmp_path: Path) -> None:
     assert figure.axes[0].get_yscale() == "linear"
 
 
-def test_the_slots_in_use_add_up_to_what_the_trials_worked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_slots_in_use_add_up_to_what_the_trials_worked(tmp_path: Path, workers: int) -> None:
     spans = [("main", 100.0, 3.0), ("s000p00", 101.0, 4.0), ("s000p01", 104.0, 0.5)]
     segments = [dict(event="segment", arm=arm, role="x", stage=0, lr=0.1, start=0, end=1, began=began, busy_s=busy)
                 for arm, began, busy in spans]  # fmt: skip
+    if workers > 1:
+        segments[0]["workers"] = workers
+        segments.insert(0, dict(event="workers", arm="main", step=0, workers=workers, slots=6, time=100.0))
     write_events(tmp_path, segments)
     figure = slots_figure(RunData.load(tmp_path))
     assert figure is not None
@@ -419,7 +424,10 @@ def test_the_slots_in_use_add_up_to_what_the_trials_worked(tmp_path: Path) -> No
         corners = part.get_paths()[0].vertices
         x, y = corners[:, 0], corners[:, 1]
         area[i] = abs(float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum())) / 2
-    assert area == pytest.approx([3.0, 4.5])
+    assert area == pytest.approx([3.0 * workers, 4.5])
+    assert figure.axes[0].get_ylim()[1] >= (1 if workers == 1 else 6)
+    assert figure.axes[0].get_ylabel() == ("trials at work" if workers == 1 else "workers")
+    assert ("6 slots at work" in of_slots(RunData.load(tmp_path))) == (workers > 1)
     assert figure.axes[0].get_xlabel().startswith("seconds")
     write_events(tmp_path / "none", [])
     assert slots_figure(RunData.load(tmp_path / "none")) is None

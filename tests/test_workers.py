@@ -289,10 +289,10 @@ def test_workers_of_a_range_stay_in_it_and_one_worker_never_grows() -> None:
     assert run.elastic.rests("a")
     run.pause("a")
     assert run.resume("a")
-    assert (run.desk.capacity.held("a"), run.desk.workers("a")) == (2, 4)
+    assert (run.desk.capacity.held("a"), run.desk.capacity.workers("a")) == (2, 4)
     fixed = lone(8, workers=2)
     assert not fixed.elastic.rests("a")
-    assert fixed.desk.workers("a") == 2
+    assert fixed.desk.capacity.workers("a") == 2
 
 
 def test_there_are_no_more_workers_than_rows_in_a_batch() -> None:
@@ -300,7 +300,7 @@ def test_there_are_no_more_workers_than_rows_in_a_batch() -> None:
     run.elastic.heard("a", 31, {"time_this_iter_s": 1.0, "batch_size": 3})
     run.pause("a")
     assert run.resume("a")
-    assert run.desk.workers("a") == 3
+    assert run.desk.capacity.workers("a") == 3
 
 
 def test_others_run_ahead_only_on_slots_that_those_in_play_cannot_use() -> None:

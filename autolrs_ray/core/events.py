@@ -17,7 +17,9 @@ class Event(StrEnum):
     PROPOSAL = "proposal"  # a learning rate is to be tried: arm, probe, stage, lr
     TRIAL = "trial"  # one keeps checkpoints of an arm: arm, folder (of the trial, in the run's)
     SEGMENT = "segment"  # a trial has trained from start to end: arm, role, stage, lr, workers, began, busy_s (seconds)
-    WORKERS = "workers"  # a trial trains with another number of workers from here on: arm, step, workers, slots
+    WORKERS = (
+        "workers"  # a trial trains with so many from here on: arm, step, workers, slots (so many there is room for)
+    )
     COMMIT = "commit"  # a checkpoint counts: arm or stage, start, end, lr, loss, checkpoint
     CHOICE = "choice"  # a stage or the race has chosen: stage, lr
     DONE = "done"  # the run is over: arm, step, loss, checkpoint

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Capacity:
-    """slots: trials that fit side by side; of trials that grow, the smallest. units: slots that a trial begins with next.
-    busy: slots that trials hold, or are about to. places: trials that fit side by side as large as they are.
-    begun: it is known how many fit; before that, nothing runs."""
+    """least: workers of a trial that holds one slot, as far as the run knows. slots: trials that fit side by side; of trials
+    that grow, the smallest. units: slots that a trial begins with next. busy: slots that trials hold, or are about to.
+    places: trials that fit side by side as large as they are. begun: it is known how many fit; before that, nothing runs."""
 
+    least: int = 1
     slots: int = 1
     units: int = 1
     busy: int = 0
@@ -26,6 +27,10 @@ class Capacity:
     def held(self, trial_id: str) -> int:
         """Slots that the trial holds when it trains."""
         return self._held.get(trial_id, 1)
+
+    def workers(self, trial_id: str) -> int:
+        """Processes that train the trial together."""
+        return self.least * self.held(trial_id)
 
     def take(self, trial_id: str, units: int | None = None) -> None:
         """The trial is to hold so many from its next start on; by default those that are to be begun with."""

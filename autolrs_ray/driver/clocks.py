@@ -45,4 +45,4 @@ class Clocks:
         segment = self._desk.segment(trial_id)
         self._desk.note(Event.SEGMENT, time=now, arm=segment.arm, role=segment.role, stage=segment.stage, lr=segment.lr,
                         start=segment.start, end=step, began=clock.began, busy_s=clock.busy_s,
-                        workers=self._desk.workers(trial_id))  # fmt: skip
+                        workers=self._desk.capacity.workers(trial_id))  # fmt: skip

@@ -42,7 +42,7 @@ class Desk:
         self._restored = False
         self._named: set[str] = set()  # folders of trials that the journal names
         self._work: dict[str, Segment] = {}  # trial -> what it trains
-        self.capacity = Capacity()
+        self.capacity = Capacity(settings.least_workers)
         self._untouched = True
         self._later_slots: int | None = None
         self.promoting = False  # a probe's end state, which main may be about to start from, is still being written
@@ -396,7 +396,3 @@ class Desk:
     def _set_concurrency(self, later: int | None = None) -> None:
         plan = self.settings.side_by_side
         self.policy.set_concurrency(plan(self.capacity.slots), None if later is None else plan(later))
-
-    def workers(self, trial_id: str) -> int:
-        """Processes that train the trial together, as far as the run knows."""
-        return self.settings.least_workers * self.capacity.held(trial_id)

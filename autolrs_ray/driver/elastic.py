@@ -124,7 +124,7 @@ class Elastic:
             trial.update_resources(self.resources(desk.capacity.held(trial_id)))
         self._fresh[trial_id] = again
         if desk.settings.elastic:
-            workers, slots = desk.workers(trial_id), desk.capacity.slots
+            workers, slots = desk.capacity.workers(trial_id), desk.capacity.slots * desk.capacity.least
             desk.note(Event.WORKERS, arm=desk.arm(trial_id), step=step, workers=workers, slots=slots)
 
     def settle(self) -> bool:

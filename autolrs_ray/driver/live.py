@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autolrs_ray.core.race.policy import AnchoredPolicy
+from autolrs_ray.driver.usage import SlotUse
 
 if TYPE_CHECKING:
     from autolrs_ray.driver.searcher import AutoLRSSearch
@@ -69,12 +70,14 @@ class LiveProgress(Callback):  # type: ignore[misc]
         self._cell = None if displays is None else _Cell(displays)
         self._began, self._shown, self._first_step = time.monotonic(), 0.0, -1
         self._last: tuple[Any, ...] = ()
+        self._use = SlotUse()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
         if now - self._shown < INTERVAL_S or not self._desk.capacity.begun:
             return
         self._shown = now
+        self._use.sample(now, self._desk.capacity.busy, self._desk.capacity.slots)
         progress = self._desk.policy.progress()
         if self._first_step < 0:
             self._first_step = progress["step"]
@@ -121,8 +124,10 @@ class LiveProgress(Callback):  # type: ignore[misc]
             self._console.print(told, highlight=False, soft_wrap=True, markup=False)
 
     def view(self, progress: dict[str, Any]) -> Group:
-        """The line, and under the anchored policy the trunks in the race: LR, score at the last rung, steps trained."""
-        line, policy = Text(self.line(progress)), self._desk.policy
+        """The line, another of what share of the slots was held when, and under the anchored policy the trunks in the race: LR,
+        score at the last rung, steps trained."""
+        policy = self._desk.policy
+        line = Text(f"{self.line(progress)}\n  {self._use.line()}")
         if not isinstance(policy, AnchoredPolicy):
             return Group(line)
         racing = policy.race.standing()

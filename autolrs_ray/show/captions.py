@@ -73,6 +73,10 @@ def of_forecasts(data: RunData) -> str:
 
 def of_slots(data: RunData) -> str:
     timing = data.result.timing
+    if sizes := data.history.named(Event.WORKERS):
+        room, counts = max(event["slots"] for event in sizes), sorted({event["workers"] for event in sizes})
+        share = timing.worker_s / (timing.wall_s * room) if timing.wall_s > 0 else 0.0
+        return f"Trials of {' or '.join(map(str, counts))} workers kept {share:.0%} of {room} slots at work over the whole run."
     most = timing.max_concurrent
     share = timing.trial_s / (timing.wall_s * most) if timing.wall_s > 0 and most else 0.0
     return f"At most {most} trials at a time, which kept {share:.0%} of so many slots at work over the whole run."
