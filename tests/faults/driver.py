@@ -25,6 +25,7 @@ from ray.tune import Callback
 
 import autolrs_ray
 from autolrs_ray import RunResult
+from autolrs_ray.core import workers
 from autolrs_ray.core.paper import forecast, surrogate
 from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Verdict
@@ -32,7 +33,7 @@ from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.record import files, journal, record
 from autolrs_ray.record.checkpoints import read_checkpoint
 from autolrs_ray.record.stores import local_copy
-from tests.faults.trainables import Fragile
+from tests.faults.trainables import Fragile, Growing
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": dict(
@@ -45,6 +46,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "anchored": dict(
         total_steps=160, num_lrs=5, commits=6, lr_interval=(1e-3, 1.0),
+    ),
+    "elastic": dict(
+        total_steps=160, num_lrs=4, commits=4, lr_interval=(1e-2, 1.0), policy="anchored", workers="elastic",
     ),
 }  # fmt: skip
 
@@ -142,6 +146,13 @@ def every_second(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def let_growth_pay() -> None:
+    """Whatever the clocks of this machine say: one trial alone is sooner with two workers, two are side by side."""
+    workers.RESTARTS = 0
+    workers.Pace.knows = lambda self, units: True  # type: ignore[method-assign]
+    workers.Pace.predicted_s = lambda self, units: 1.0 / units**0.7  # type: ignore[method-assign]
+
+
 def digest(checkpoint: str) -> str:
     """SHA-256 of all weights and buffers of a checkpoint, "" for one that holds none."""
     state = hashlib.sha256()
@@ -181,6 +192,8 @@ def main() -> None:
     if given.sabotage:
         surrogate.FITS.update({name: every_second(fit) for name, fit in surrogate.FITS.items()})
         forecast._forecast = every_second(forecast._forecast)
+    if given.policy == "elastic":
+        let_growth_pay()
     if given.killed_at:
         killed_at(given.killed_at)
     folder = tempfile.mkdtemp(prefix="alr", dir="/tmp")  # socket paths end at 107 bytes
@@ -189,7 +202,7 @@ def main() -> None:
     ray.init(address=given.address, log_to_driver=False, **own)
     try:
         result = autolrs_ray.run(
-            Fragile,
+            Growing if given.policy == "elastic" else Fragile,
             storage_path=given.uri or given.storage,
             name="run",
             config=given.config,

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from autolrs_ray import AutoLRSTrainable, TrainingTask
 from autolrs_ray.record.checkpoints import STATE_FILE
 from tests.tasks import build_tiny
@@ -121,3 +124,20 @@ class Fragile(AutoLRSTrainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         super().save_checkpoint(checkpoint_dir)
         strike(self.config, self._moment("save"))
+
+
+def build_shared(config: dict[str, Any]) -> TrainingTask:
+    """The tiny task without batch norm and dropout, whose outcome depends on how many workers share a batch."""
+    task = build_tiny(config)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return TrainingTask(model, optimizer, task.loss, task.train_data, task.val_data, task.batch_size)
+
+
+class Growing(Fragile):
+    """A task that several workers may share."""
+
+    workers = None
+
+    def build(self, config: dict[str, Any]) -> TrainingTask:
+        return build_shared(config)
