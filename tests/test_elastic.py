@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import autolrs_ray
 from autolrs_ray import RunResult
@@ -14,6 +16,7 @@ from autolrs_ray.core.policies import make_policy
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
+from experiments import own_ddp
 from tests.cluster.test_distributed import plain_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -25,8 +28,14 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
+def threads(output: torch.Tensor, target: torch.Tensor) -> float:
+    return float(torch.get_num_threads())
+
+
 def build(config: dict[str, Any]) -> TrainingTask:
-    return plain_task()
+    task = plain_task()
+    task.metrics = {"threads": threads}
+    return task
 
 
 @pytest.fixture
@@ -74,3 +83,28 @@ def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_
     assert [row[:2] for row in ours] == [row[:2] for row in theirs]
     assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-3)
     assert {event["workers"] for event in result.events if event["event"] == "segment"} == {1, 2}
+
+
+@pytest.mark.usefixtures("growth_pays")
+def test_the_example_of_a_loop_of_ones_own_grows_and_ends_as_one_process_does(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_lrs": 3, "lr_interval": (1e-3, 1.0), "commits": 2, "slots": 2, "progress": False}
+    resources = {"cpu": 1}
+    grown = autolrs_ray.run(
+        own_ddp.train, 60, workers="elastic", resources=resources, storage_path=tmp_path, name="grown", **options
+    )
+    fixed = autolrs_ray.run(own_ddp.train, 60, resources=resources, storage_path=tmp_path, name="fixed", **options)
+    assert set(widths(grown)) == {1, 2}
+    ours, theirs = committed(grown.events), committed(fixed.events)
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-4)
+
+
+@pytest.mark.usefixtures("growth_pays")
+def test_threads_are_workers_on_cpus(tmp_path: Path) -> None:
+    result = autolrs_ray.run(
+        build, 20, workers="elastic", threads=True, num_lrs=1, slots=2, storage_path=tmp_path, progress=False
+    )
+    assert result.done
+    assert widths(result) == [2]
+    (trial,) = Path(result.folder).glob("t00_*")
+    assert json.loads((trial / "result.json").read_text().splitlines()[-1])["val_threads"] == 2

@@ -23,6 +23,7 @@ from autolrs_ray.driver.elastic import Elastic
 from autolrs_ray.driver.failures import Failures, no_reset
 from autolrs_ray.driver.identity import subject
 from autolrs_ray.driver.keeper import CheckpointKeeper
+from autolrs_ray.driver.nodes import node_resources, trials_that_fit
 from autolrs_ray.driver.reports import too_seldom
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
 from autolrs_ray.driver.slots import Slots
@@ -59,6 +60,8 @@ class Coordinator:
         if rows:  # more workers than rows there cannot be
             desk.settings.cap_units(rows // desk.settings.least_workers)
         self._resources, self._max_failures = first.placement_group_factory, first.max_failures
+        if self._resources.strategy == "STRICT_PACK" and desk.settings.elastic:  # no more than one node holds
+            desk.settings.cap_units(max(trials_that_fit(self._resources, [node]) for node in node_resources()))
         trainable, storage = first.get_trainable_cls(), first.storage
         self._function_api = issubclass(trainable, FunctionTrainable)
         self._live: dict[str, Trial] = {}

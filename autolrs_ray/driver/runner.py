@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.util.client import ray as client
 
-from autolrs_ray.core.checks import require_int
+from autolrs_ray.core.checks import require_bool, require_int
 from autolrs_ray.core.workers import parse_workers
 from autolrs_ray.driver.identity import refuse_search_spaces
 from autolrs_ray.driver.live import LiveProgress
@@ -44,6 +44,7 @@ def run(
     storage_path: str | os.PathLike[str] = "runs",
     resources: dict[str, float] | tune.PlacementGroupFactory | None = None,
     workers: int | str | tuple[int, int] = 1,
+    threads: bool = False,
     resume: bool | str = "auto",
     max_failures: int = 3,
     reuse_actors: bool = True,
@@ -63,6 +64,7 @@ def run(
     resources: per trial, e.g. {"cpu": 1, "gpu": 0.25}.
     workers: processes that train each trial together (torch's DistributedDataParallel); `resources` are then of each.
     "elastic", or (least, most): every trial begins with one, or with `least`, and grows into free slots where that pays.
+    threads: on CPUs: workers are threads of one process, on one node. How many add up a sum decides how it is rounded.
     name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`). storage_path is a
     folder that all nodes share, or a URI such as s3://bucket/runs.
     max_failures: how often a crashed trial is started again. search: every option of :class:`AutoLRSSearch`.
@@ -85,14 +87,22 @@ def run(
     elastic = most != least
     if builds_task(trainable):
         resources = resources if resources is not None else getattr(trainable, "_resources", None)  # of with_resources
-        trainable = trainable_for(trainable, workers=None if elastic else least)
+        trainable = trainable_for(
+            trainable, workers=None if elastic else least, threads=require_bool("threads", threads)
+        )
+    elif threads:
+        raise ValueError(f"threads=True needs a function build(config) -> TrainingTask, got {trainable!r}")
     elif workers != 1 and not elastic:
         raise ValueError(f"workers={workers} needs a function build(config) -> TrainingTask, got {trainable!r}")
     if elastic and isinstance(resources, tune.PlacementGroupFactory):
         raise ValueError(
             f"workers={workers!r} needs the resources of one worker, such as {{'gpu': 1}}, got {resources!r}"
         )
-    if least > 1 and not isinstance(resources, tune.PlacementGroupFactory):
+    if threads and not isinstance(resources, tune.PlacementGroupFactory):
+        from autolrs_ray.trial.distributed import worker_resources
+
+        resources = worker_resources(least, resources, together=True)
+    elif least > 1 and not isinstance(resources, tune.PlacementGroupFactory):
         from autolrs_ray.trial.distributed import worker_resources
 
         resources = worker_resources(least, resources)

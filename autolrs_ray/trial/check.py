@@ -134,7 +134,7 @@ def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[s
     if not issubclass(trainable, AutoLRSTrainable):
         return 0
     if trainable.setup is not AutoLRSTrainable.setup:
-        return None
+        return 0 if trainable.threads else None
     if not any(
         all(node["Resources"].get(k, 0.0) >= v for k, v in resources.items()) for node in ray.nodes() if node["Alive"]
     ):
@@ -155,7 +155,7 @@ def check_first_trial(trainable: type, config: dict[str, Any], resources: dict[s
         return None
     try:
         rows: int = ray.get(reference)
-        return rows
+        return 0 if trainable.threads else rows
     except RayTaskError as error:
         cause = error.cause
         raise AutoLRSError(

@@ -260,10 +260,11 @@ def _placed(group: PlacementGroup, index: int) -> dict[str, Any]:
     return {**own, "resources": amounts, "scheduling_strategy": strategy}
 
 
-def worker_resources(workers: int, each: dict[str, float] | None = None) -> Any:
-    """The PlacementGroupFactory of a trial with `workers` processes; each: resources of one (default: one CPU)."""
+def worker_resources(workers: int, each: dict[str, float] | None = None, together: bool = False) -> Any:
+    """The PlacementGroupFactory of a trial with `workers` processes; each: resources of one (default: one CPU). together: all
+    on one node."""
     from ray.tune import PlacementGroupFactory
 
     names = {"cpu": "CPU", "gpu": "GPU"}
     bundle = {names.get(name, name): amount for name, amount in (each or {"cpu": 1}).items() if amount > 0}
-    return PlacementGroupFactory([{}, *[bundle] * workers])
+    return PlacementGroupFactory([{}, *[bundle] * workers], strategy="STRICT_PACK" if together else "PACK")

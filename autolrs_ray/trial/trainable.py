@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from ray import tune
 from ray.util.placement_group import get_current_placement_group
 
@@ -58,6 +59,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
 
     workers: processes that train one trial together, each on its share of every batch (torch's DistributedDataParallel).
     None: as many as the trial's resources have bundles for, which is what a run with workers="elastic" changes.
+    threads: those workers are threads of one process instead, on the CPUs of the trial.
     object_store: trials may take the checkpoint they start from out of Ray's object store, where it lies besides storage.
     False for subclasses with a save_checkpoint or load_checkpoint of their own; not used with several workers.
     idle_workers: trials may begin in processes that Ray keeps ready. False for those that need PL_DISABLE_FORK=1, which Tune
@@ -65,6 +67,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
     """
 
     workers: int | None = 1
+    threads = False
     object_store = True
     idle_workers = True
 
@@ -89,7 +92,9 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
 
     def _new_trainer(self, seed: int, averaging: bool, config: dict[str, Any]) -> Trainer | WorkerGroup:
         workers = trial_workers() if self.workers is None else self.workers
-        if workers == 1:
+        if self.threads:
+            torch.set_num_threads(trial_cpus())
+        if workers == 1 or self.threads:
             return Trainer(lambda: self.build(config), seed, averaging)
         from autolrs_ray.trial.distributed import WorkerGroup
 
@@ -199,7 +204,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         train_loss = trainer.train(self._next_report(), segment.lr_at if segment else lambda step: self._lr)
         lr = segment.lr_at(max(0, trainer.step - 1)) if segment else self._lr
         result: dict[str, Any] = {"step": trainer.step, "lr": lr, "train_loss": train_loss}
-        if self.workers is None and isinstance(trainer, Trainer):
+        if self.workers is None and isinstance(trainer, Trainer) and not self.threads:
             result["batch_size"] = trainer.task.batch_size  # more workers than rows there cannot be
         result.update(epoch=trainer.epoch, held_out=trainer.held_out, val_batches=trainer.val_batches)
         if segment:
@@ -223,6 +228,12 @@ def trial_workers() -> int:
     return len(group.bundle_specs) if group is not None else 1
 
 
+def trial_cpus() -> int:
+    """How many CPU cores the trial that this process belongs to owns; 1 of a part."""
+    group = get_current_placement_group()
+    return max(1, int(sum(bundle.get("CPU", 0.0) for bundle in group.bundle_specs))) if group is not None else 1
+
+
 def writes_manifests(trainable: type) -> bool:
     """True if every checkpoint of `trainable` has a manifest: an AutoLRSTrainable's has, unless it writes its own."""
     return getattr(trainable, "save_checkpoint", None) is AutoLRSTrainable.save_checkpoint
@@ -243,10 +254,13 @@ def _name_of(build: Any) -> str:
     return name if name.isidentifier() else "task"
 
 
-def trainable_for(build: Build, name: str | None = None, workers: int | None = 1) -> type[AutoLRSTrainable]:
+def trainable_for(
+    build: Build, name: str | None = None, workers: int | None = 1, threads: bool = False
+) -> type[AutoLRSTrainable]:
     """An AutoLRSTrainable class whose task comes from the function `build(config) -> TrainingTask`.
 
-    workers: processes per trial; None: as many as its resources have bundles for. Raises ValueError for fewer than one.
+    workers: processes per trial; None: as many as its resources have bundles for. threads: they are threads of one process.
+    Raises ValueError for fewer than one.
     """
     if workers is not None:
         require_int("workers", workers, 1)
@@ -254,4 +268,4 @@ def trainable_for(build: Build, name: str | None = None, workers: int | None = 1
     def call(self: AutoLRSTrainable, config: dict[str, Any]) -> TrainingTask:
         return build(config)
 
-    return type(name or _name_of(build), (AutoLRSTrainable,), {"build": call, "workers": workers})
+    return type(name or _name_of(build), (AutoLRSTrainable,), {"build": call, "workers": workers, "threads": threads})
