@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import autolrs_ray
-from autolrs_ray.integrations import Follower
+from autolrs_ray.integrations.follower import Follower
 
 BATCH = 32
 
