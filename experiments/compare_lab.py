@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.training.trainer import Trainer
 from experiments.compare_tasks import Task
@@ -60,6 +61,7 @@ class Lab:
         trainer.averaging, trainer.train_losses = averaging, train_losses
         trainer.averages = averages
         trainer.reset()
+        trainer.grow(BatchGrowth())
         return trainer
 
     def outcome(self, trainer: MemoTrainer, weights: str, compute: float, wall: float, **fields: Any) -> Outcome:

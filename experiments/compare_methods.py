@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from autolrs_ray.core.envelopes import lr_factor
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.core.race.plan import RUNGS, RacePlan
@@ -26,6 +27,8 @@ from experiments.compare_tasks import DEFAULT_LR, GRID, INTERVALS, Task
 from experiments.memo import MemoTrainer
 from experiments.slots import run_slots
 
+GROWTH = {0.5: 2}
+"""Of the batch, in the rows that say so: with it every step takes twice as many rows from half of the run on."""
 SLOTS = 12
 """k: trials that run at the same time; the size of the race's field."""
 
@@ -56,24 +59,26 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def _train(lab: Lab, shape: str, lr: float) -> MemoTrainer:
+def _train(lab: Lab, shape: str, lr: float, growth: dict[float, int] | None = None) -> MemoTrainer:
     trainer, steps = lab.trainer(), lab.task.steps
+    trainer.grow(BatchGrowth.of(growth or {}, steps))
     trainer.train(steps, lambda step: lr * SHAPES[shape](step / steps))
     return trainer
 
 
-def tuned(lab: Lab, shape: str, weights: str = "raw") -> Outcome:
-    """Full runs at every LR of the grid, the best on validation: a grid of 7 costs 7 T."""
+def tuned(lab: Lab, shape: str, weights: str = "raw", growth: dict[float, int] | None = None) -> Outcome:
+    """Full runs at every LR of the grid, the best on validation: a grid of 7 costs 7 T, and more where their batches grow."""
     grid = GRID[lab.task.optimizer]
     found = []
     for lr in grid:
-        trainer = _train(lab, shape, lr)
+        trainer = _train(lab, shape, lr, growth)
         found.append(
             (min(finite_or_inf(trainer.evaluate(averaged=w == "averaged")["loss"]) for w in candidates(weights)), lr)
         )
     lr = min(found)[1]
     edge = lr in (grid[0], grid[-1])
-    return lab.outcome(_train(lab, shape, lr), weights, float(len(grid)), 1.0, lr=lr, extra={"edge": edge})
+    cost = len(grid) * BatchGrowth.of(growth or {}, lab.task.steps).first(lab.task.steps) / lab.task.steps
+    return lab.outcome(_train(lab, shape, lr, growth), weights, cost, 1.0, lr=lr, extra={"edge": edge})
 
 
 def untuned(lab: Lab, shape: str) -> Outcome:
@@ -196,6 +201,16 @@ def _methods() -> list[Method]:
         ),
         Method(
             "one-cycle, best of raw and averaged", "main", partial(tuned, shape="one-cycle", weights="best"), tuned=True
+        ),
+        _anchored("growth x 2 from .5 T", "main", batch_growth=GROWTH),
+        *(
+            Method(
+                f"{shape}, best of raw and averaged, growth x 2 from .5 T",
+                "main",
+                partial(tuned, shape=shape, weights="best", growth=GROWTH),
+                tuned=True,
+            )
+            for shape in ("warm-up + quadratic", "one-cycle")
         ),
         Method("Schedule-Free", "main", schedule_free_grid, tuned=True),
         Method("Schedule-Free, default LR", "main", schedule_free_default),

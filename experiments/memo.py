@@ -1,6 +1,6 @@
 """A trainer that trains no stretch twice: what two methods have in common is trained once and looked up afterwards.
 
-A state of `autolrs_ray.Trainer` is a function of (task, seed, LR of every step so far). `MemoTrainer` therefore
+A state of `autolrs_ray.Trainer` is a function of (task, seed, LR and batch of every step so far). `MemoTrainer` therefore
 keeps only the LR history and its rolling hash, looks losses up by that hash, and trains for real where one is missing.
 Results are those of the plain trainer, bit for bit (a test says so); the steps each method *would* train are counted
 by whoever drives it.
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.training.averages import lowest
 from autolrs_ray.training.trainer import Trainer
 
@@ -107,6 +108,7 @@ class MemoTrainer:
         self._real_mark = b""
         self._snapshots: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
         self.trained = 0  # steps that were really trained, for the log
+        self._growth = BatchGrowth()
         self.reset()
 
     @property
@@ -125,6 +127,11 @@ class MemoTrainer:
     def reset(self) -> None:
         self._lrs: list[float] = []
         self._marks: list[bytes] = [self._root]
+
+    def grow(self, growth: BatchGrowth) -> None:
+        self._growth = growth
+        if self._real is not None:
+            self._real.grow(growth)
 
     def state_dict(self) -> dict[str, Any]:
         self._snapshot()
@@ -145,8 +152,10 @@ class MemoTrainer:
         key = self._mark
         lrs = [float(lr_at(step)) for step in range(self.step, until)]
         marks = []
-        for lr in lrs:
-            key = hashlib.blake2b(key + struct.pack("<d", lr), digest_size=16).digest()
+        for step, lr in enumerate(lrs, self.step):
+            factor = self._growth.factor(step)
+            grown = struct.pack("<q", factor) if factor > 1 else b""
+            key = hashlib.blake2b(key + struct.pack("<d", lr) + grown, digest_size=16).digest()
             marks.append(key)
         if self.train_losses and any(self._memo.get(_train(mark)) is None for mark in marks):
             self._continue(self._at_mark(), lrs, marks)
@@ -172,6 +181,7 @@ class MemoTrainer:
         """The real trainer in the present state, by training on from the latest state of this history still known."""
         if self._real is None:
             self._real, self._real_mark = self._make(), self._root
+            self._real.grow(self._growth)
         steps = len(self._marks) - 1
         while steps and self._marks[steps] != self._real_mark and self._marks[steps] not in self._snapshots:
             steps -= 1

@@ -19,7 +19,8 @@ from autolrs_ray.core.segments import Segment, next_report
 
 @dataclass
 class SlotRun:
-    """events: the policy's. steps: trained in all trials together. clock: steps of wall-clock, the end of the run."""
+    """events: the policy's. steps: trained in all trials together; one whose batch has grown counts as many times. clock: steps
+    of wall-clock, the end of the run."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
@@ -34,6 +35,8 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
     """
     run, free, order = SlotRun(), slots, count()
     policy.set_concurrency(slots)
+    if policy.growth.points:
+        trainer.grow(policy.growth)
     store: dict[str, Any] = {}
     running: list[tuple[int, int, Segment, Any, int]] = []  # time of the next report, tie-break, segment, state, step
 
@@ -54,7 +57,7 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
         else:
             trainer.load_state_dict(copy.deepcopy(state))
         train_loss = trainer.train(next_report(segment, step), segment.lr_at)
-        run.steps += trainer.step - step
+        run.steps += policy.growth.first(trainer.step) - policy.growth.first(step)
         averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
         size = getattr(trainer, "val_batches", None)
         point = Point(trainer.step, trainer.evaluate()["loss"], train_loss, averaged, val_batches=size)
