@@ -53,9 +53,12 @@ def memo_trainer(task: Task, folder: Path) -> MemoTrainer:
 # -- looking up instead of training ------------------------------------------------------------------------------------
 
 
-def test_memo_trainer_gives_the_losses_of_the_plain_trainer_bit_for_bit(task: Task, tmp_path: Path) -> None:
+@pytest.mark.parametrize("growth", [None, {0.5: 2}])
+def test_memo_trainer_gives_the_losses_of_the_plain_trainer_bit_for_bit(
+    task: Task, tmp_path: Path, growth: dict[float, int] | None
+) -> None:
     def race() -> Any:
-        return make_policy("anchored", task.steps, (1e-3, 1.0), **options(task))
+        return make_policy("anchored", task.steps, (1e-3, 1.0), batch_growth=growth, **options(task))
 
     plain = Trainer(lambda: task.build(0), 0, averaging=True)
     expected = run_local(race(), plain)

@@ -58,6 +58,10 @@ def committed(events: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
     return [(e["end"], e["lr"], e["loss"]) for e in events if e["event"] == "commit" and e.get("arm") == arm]
 
 
+def troubles(events: list[dict[str, Any]]) -> list[str]:
+    return [event["message"] for event in events if event["event"] in ("warning", "error")]
+
+
 @pytest.mark.usefixtures("growth_pays")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_path: Path) -> None:
@@ -78,7 +82,7 @@ def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_
     )
     assert result.done
     assert max(widths(result)) == 2
-    assert [event for event in result.events if event["event"] in ("warning", "error")] == []
+    assert troubles(result.events) == troubles(alone.events)
     ours, theirs = committed(result.events), committed(alone.events)
     assert [row[:2] for row in ours] == [row[:2] for row in theirs]
     assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-3)
@@ -87,7 +91,7 @@ def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_
 
 @pytest.mark.usefixtures("growth_pays")
 def test_the_example_of_a_loop_of_ones_own_grows_and_ends_as_one_process_does(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"num_lrs": 3, "lr_interval": (1e-3, 1.0), "commits": 2, "slots": 2, "progress": False}
+    options: dict[str, Any] = {"num_lrs": 2, "lr_interval": (1e-2, 1.0), "commits": 2, "slots": 2, "progress": False}
     resources = {"cpu": 1}
     grown = autolrs_ray.run(
         own_ddp.train, 60, workers="elastic", resources=resources, storage_path=tmp_path, name="grown", **options
