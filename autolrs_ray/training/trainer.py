@@ -110,24 +110,16 @@ class Trainer:
         task = self.task
         self.train_data = placed(task.train_data, self.device)
         self.val_data = placed(drawn(task.val_data, task.val_fraction, self.seed), self.device)
-        count, device = length(self.train_data), row_device(self.train_data, self.device)
-        self._rows = Rows(count, task.batch_size, self.seed, task.sampler, device)
+        device = row_device(self.train_data, self.device)
+        self._rows = Rows(length(self.train_data), task.batch_size, self.seed, task.sampler, device)
+        self.steps_per_epoch = self._rows.steps_per_epoch  # batches per pass over the training data
+        self.val_batches = length(self.val_data) / task.batch_size  # the rows that reports are taken on, in batches
         self._loader = Loader(self._keys, self.train_data, self.device, task.num_workers, task.collate_fn)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     # -- batches -------------------------------------------------------------------------------------------------------
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches per pass over the training data."""
-        return self._rows.steps_per_epoch
-
-    @property
-    def val_batches(self) -> float:
-        """The rows of the validation data that reports are taken on, in training batches."""
-        return length(self.val_data) / self.task.batch_size
 
     @property
     def epoch(self) -> float:
