@@ -76,6 +76,9 @@ def test_too_few_hours_and_a_trial_that_fails_are_errors(monkeypatch: pytest.Mon
     assert lengths.steps_of_hours(given[0], 1.0, *given[1:], {"slots": 1})[0] == pytest.approx(
         (3600 / 2.0 - 25 * 2.0) / 0.1, abs=1
     )
+    steps, told = lengths.steps_of_hours(given[0], 1.0, *given[1:], {"workers": "elastic"})
+    assert steps == pytest.approx((3600 / (2.0 / 2) - 25 * 2.0) / 0.1, abs=1)
+    assert "about 1 T of wall-clock, if 2 workers are 2 times as fast as one" in told
     with pytest.raises(ValueError, match=r"hours=0.01 are too few: a step takes 100 ms and a report 2e\+03 ms"):
         lengths.steps_of_hours(given[0], 0.01, *given[1:], {})
 

@@ -14,6 +14,7 @@ from ray.tune.error import TuneError
 
 from autolrs_ray.core.policy import AutoLRSError
 from autolrs_ray.core.race.cost import measured
+from autolrs_ray.core.workers import parse_workers
 from autolrs_ray.driver.nodes import node_resources, trials_that_fit
 from autolrs_ray.record.journal import read_journal
 from autolrs_ray.record.stores import is_uri, join
@@ -133,14 +134,23 @@ def steps_of_hours(
     step_s, report_s = pace.seconds(clock)
     fit = trials_that_fit(pace.resources, node_resources())
     slots = max(1, min(fit, search.get("slots") or fit))
-    _, wall = measured(slots, search.get("run_ahead", True))
+    units = units_that_grow(slots, search.get("workers", 1))
+    _, wall = measured(slots // units, search.get("run_ahead", True))
+    wall /= units
     total = int((hours * 3600.0 / wall - RACE_REPORTS * report_s) / step_s)
     told = f"a step takes {1000 * step_s:.3g} ms and a report {1000 * report_s:.3g} ms"
     if total < LEAST_STEPS:
         raise ValueError(f"hours={hours:g} are too few: {told}, which leaves {max(0, total)} steps; give more, or validate on "
                          "less (val_fraction)")  # fmt: skip
-    where = f"on {slots} slot{'s' * (slots > 1)} a run takes about {wall:g} T of wall-clock"
+    where = f"on {slots} slot{'s' * (slots > 1)} a run takes about {wall:.3g} T of wall-clock"
+    where += f", if {units} workers are {units} times as fast as one" if units > 1 else ""
     return total, f"{told}; {where}: {hours:.3g} hours are T = {total:,} steps"
+
+
+def units_that_grow(slots: int, workers: int | str | tuple[int, int]) -> int:
+    """Units with which the trials of a run train on `slots` slots if they lose nothing by it; 1 of trials that do not grow."""
+    least, most = parse_workers(workers)
+    return slots if most is None else min(slots, most // least)
 
 
 def _steps_begun(folder: str) -> int | None:

@@ -109,7 +109,8 @@ def run(
     if resources is not None:
         trainable = tune.with_resources(trainable, resources)
     if total_steps is None or epochs is not None or hours is not None:
-        total_steps = _length(trainable, total_steps, epochs, hours, config, storage, name, search, reuse_actors)
+        total_steps = _length(trainable, total_steps, epochs, hours, config, storage, name,
+                              {**search, "workers": workers}, reuse_actors)  # fmt: skip
     searcher = AutoLRSSearch(total_steps, seed=seed, resume=resume, workers=workers, **search)
     if is_uri(storage):
         searcher.desk.stored.keep_on(Mirror.at(join(storage, name)))
