@@ -17,6 +17,7 @@ from autolrs_ray.core.policies import options_of
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.driver.advice import GrowthAdvice
+from autolrs_ray.driver.reports import ReportKeys, point_of
 from autolrs_ray.driver.settings import RunSettings
 from autolrs_ray.integrations.follower import Follower
 from autolrs_ray.outcome.history import History
@@ -146,8 +147,16 @@ def test_a_schedule_keeps_the_growth_in_its_files(tmp_path: Any) -> None:
 
 def test_segments_carry_the_growth_through_json_and_loops_of_ones_own_read_it() -> None:
     config = json.loads(json.dumps(segment(40, growth=((20, 2),)).to_config()))
-    follower = Follower({"lr": 0.1, "autolrs": config})
+    with pytest.raises(ValueError, match="batch_growth"):
+        Follower({"lr": 0.1, "autolrs": config})
+    follower = Follower({"lr": 0.1, "autolrs": config}, grows=True)
     assert [follower.batches_at(step) for step in (19, 20)] == [1, 2]
+    keys, loss = ReportKeys("step", "val_loss", "train_loss", "averaged_loss"), {"val_loss": 1.0}
+    for step in (20, 21):
+        assert point_of(follower.report(step, loss), Segment.from_config(config), keys, 1.0, None)
+    ungrown = {**follower.report(21, loss), "batches": 1}
+    with pytest.raises(ValueError, match=r"2 times as large .* reports batches=1"):
+        point_of(ungrown, Segment.from_config(config), keys, 1.0, None)
     del config["growth"]  # of a trial that an earlier version began
     assert Segment.from_config(config).batches_at(30) == 1
     assert Follower({"lr": 0.1}).batches_at(30) == 1

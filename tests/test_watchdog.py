@@ -12,6 +12,7 @@ from ray.tune.experiment import Trial
 from autolrs_ray.core.policy import AutoLRSError, way_on
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.driver import watchdog
+from autolrs_ray.driver.capacity import Capacity
 from autolrs_ray.driver.watchdog import Watchdog
 
 SEGMENT = Segment("main", "main", 0, 0.1, 0, (100, 1000), 1, total_steps=1000)
@@ -29,6 +30,7 @@ def dog() -> Watchdog:
     policy = SimpleNamespace(done=False, progress=dict, last_good=lambda arm: way_on("/run/c", 100, ""), wanted=list)
     desk: Any = SimpleNamespace(
         settings=SimpleNamespace(report_timeout_s=10.0),
+        capacity=Capacity(),
         policy=policy,
         segment=lambda trial_id: SEGMENT,
         arm=lambda trial_id: "main",
@@ -48,13 +50,18 @@ def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock:
     assert 'resume="auto"' in str(raised.value)
 
 
-def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(dog: Watchdog, clock: SimpleNamespace) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(
+    dog: Watchdog, clock: SimpleNamespace, workers: int
+) -> None:
+    dog._desk.capacity.take("a", workers)
     for clock.s, step in ((0.0, 50), (5.0, 100)):  # a tenth of a second a step, and 900 steps to the next report
         dog.heard("a", step)
-    clock.s = 5.0 + 4.0 * 90.0
+    dog._desk.capacity.take("a", 1)  # with fewer workers it is slower
+    clock.s = 5.0 + 4.0 * 90.0 * workers
     dog.look({}, {})
     clock.s += 0.5
-    with pytest.raises(AutoLRSError, match="reported nothing for 360 s"):
+    with pytest.raises(AutoLRSError, match=f"reported nothing for {360 * workers} s"):
         dog.look({}, {})
 
 

@@ -10,7 +10,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from autolrs_ray.core.checks import require_int
 from autolrs_ray.core.segments import Segment
-from autolrs_ray.driver.reports import check_lr, step_of
+from autolrs_ray.driver.reports import check_batches, check_lr, step_of
 from autolrs_ray.outcome.schedule import LearnedSchedule, Piece
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class ReplayScheduler(FIFOScheduler):  # type: ignore[misc]
         step = step_of(result, self._time_attr)
         segment = Segment.from_config(trial.config["autolrs"])
         check_lr(result, segment, self._before.get(trial.trial_id, segment.start), step)
+        check_batches(result, segment, step)
         self._before[trial.trial_id] = step
         if step >= self._pieces[-1].end:
             return str(self.STOP)

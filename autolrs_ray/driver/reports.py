@@ -63,6 +63,7 @@ def point_of(
             "or from tune.get_checkpoint() (function)."
         )
     check_lr(result, segment, step - max(1, (segment.end - segment.start) // 10), step)
+    check_batches(result, segment, step)
     loss = sign * _number(result, keys.loss)
     if not step and not math.isfinite(loss):
         return None  # before the first step no learning rate is to blame
@@ -135,6 +136,17 @@ def too_seldom(segment: Segment, before: int | None, step: int) -> str:
 def _own(result: dict[str, Any]) -> list[str]:
     """The keys of a report that Tune has not added."""
     return sorted(str(key) for key in result if key not in _TUNES and not str(key).startswith("config/"))
+
+
+def check_batches(result: dict[str, Any], segment: Segment, step: int) -> None:
+    """Refuse a report, at `step`, of a batch that has not grown as it was to. Raises ValueError."""
+    wanted = segment.batches_at(step - 1)
+    if segment.start < step <= segment.end and wanted > 1 and result.get("batches") != wanted:
+        raise ValueError(
+            f"at step {step} the batch is to be {wanted} times as large as at first (batch_growth), but the trainable reports "
+            f"batches={result.get('batches')!r}: take so many rows as Follower(config, grows=True).batches_at(step) says, and "
+            'report that number as "batches", or leave batch_growth out'
+        )
 
 
 def _number(result: dict[str, Any], key: str) -> float:

@@ -32,7 +32,7 @@ class Watchdog:
         self._starting: dict[str, tuple[Any, float]] = {}  # trial -> the actor that it waits for, and since when
         self._steps: dict[str, int] = {}  # at the last report
         self._given_up: set[str] = set()
-        self._pace_s = 0.0  # seconds per step of the slowest stretch between two reports so far
+        self._pace_s = 0.0  # slot-seconds per step of the slowest stretch between two reports so far
         self._idle_since: float | None = None
         self._infeasible_since: float | None = None
         self._counted_since = 0.0  # as that, or when an autoscaler was last seen to start nodes
@@ -43,7 +43,8 @@ class Watchdog:
         if step is not None:
             before = self._steps.get(trial_id, step)
             if step > before and trial_id in self._seen:
-                self._pace_s = max(self._pace_s, (now - self._seen[trial_id]) / (step - before))
+                slot_s = (now - self._seen[trial_id]) * self._desk.capacity.held(trial_id)
+                self._pace_s = max(self._pace_s, slot_s / (step - before))
             self._steps[trial_id] = step
         self._seen[trial_id] = now
 
@@ -57,7 +58,7 @@ class Watchdog:
         """report_timeout_s, or more where the next report lies further ahead: runs may take days."""
         segment = self._desk.segment(trial_id)
         step = max(segment.start, self._steps.get(trial_id, 0))
-        expected_s = self._pace_s * (next_report(segment, step) - step)
+        expected_s = self._pace_s / self._desk.capacity.held(trial_id) * (next_report(segment, step) - step)
         return max(self._desk.settings.report_timeout_s, PATIENCE * expected_s)
 
     def look(self, held: dict[str, Trial], saving: dict[str, float]) -> None:

@@ -23,12 +23,20 @@ class Follower:
     Steps are optimizer steps since the start of the run, restored from the checkpoint; micro-batches whose gradients are
     accumulated are none. Without the pair (plain Tune, PBT) the LR is `config["lr"]`, and a report with a checkpoint is
     due every `config["report_every"]` steps (default 100).
+
+    grows: the loop takes `batches_at(step)` times as many rows as at first. Raises ValueError where it does not, and is to
+    (`batch_growth`).
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], grows: bool = False) -> None:
         segment = config.get("autolrs")
         self.segment = Segment.from_config(segment) if isinstance(segment, dict) else None
         self._lr = float(config["lr"])
+        if self.segment and self.segment.growth and not grows:
+            raise ValueError(
+                "batch_growth is for a TrainingTask, and for loops of your own that follow it: Follower(config, grows=True) "
+                "says by batches_at(step) how many times as many rows a step takes. Leave batch_growth out"
+            )
         self._every = require_int("report_every", config.get("report_every", 100), 1)
 
     @property
@@ -80,4 +88,6 @@ class Follower:
         result: dict[str, Any] = {**metrics, "step": step, "lr": self.lr_at(max(0, step - 1))}
         if self.segment:
             result.update(stage=self.segment.stage, role=self.segment.role)
+        if self.segment and self.segment.growth:
+            result["batches"] = self.batches_at(max(0, step - 1))
         return result

@@ -209,6 +209,8 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         result.update(epoch=trainer.epoch, held_out=trainer.held_out, val_batches=trainer.val_batches)
         if segment:
             result.update(stage=segment.stage, role=segment.role)
+        if self._growth:
+            result["batches"] = BatchGrowth(self._growth).factor(max(0, trainer.step - 1))
         result.update({f"val_{name}": value for name, value in trainer.evaluate().items()})
         self._writer.poll()
         if self._writer.durable_step:
