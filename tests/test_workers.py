@@ -303,6 +303,13 @@ def test_there_are_no_more_workers_than_rows_in_a_batch() -> None:
     assert run.desk.capacity.workers("a") == 3
 
 
+def test_an_autoscaler_is_asked_for_what_was_asked_for() -> None:
+    settings = Run(8).desk.settings
+    settings.cap_units(128)  # rows of a batch
+    assert (settings.asked_units, settings.most_units) == (1, 128)
+    assert Run(8, workers=(1, 4)).desk.settings.asked_units == 4
+
+
 def test_others_run_ahead_only_on_slots_that_those_in_play_cannot_use() -> None:
     assert Run(64).desk.policy.concurrency == 2
     assert Run(64, workers=(1, 8)).desk.policy.concurrency == 3

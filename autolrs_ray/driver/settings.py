@@ -65,6 +65,7 @@ class RunSettings:
         self.resource_timeout_s = require_float("resource_timeout_s", resource_timeout_s, 0.0, math.inf)
         self.least_workers, most = parse_workers(workers)
         self.most_units = None if most is None else most // self.least_workers
+        self.asked_units = self.most_units or 1  # for which an autoscaler makes room, a trial
         self._resolve()  # bad options are to raise here, not minutes later
         self._kept: set[str] = set()  # options as a run that goes on was begun with, and not as they were given
 

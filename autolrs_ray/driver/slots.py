@@ -60,7 +60,7 @@ class Slots:
 
     def ask(self) -> None:
         """Have the autoscaler make room for the trials that may run side by side from here on."""
-        trials = min(self._desk.policy.breadth * (self._desk.settings.most_units or 1), self._most)
+        trials = min(self._desk.policy.breadth * (self._desk.settings.asked_units), self._most)
         if self._grows and not self._closed and trials != self._asked:
             self._request(packed(self._trial) * trials)
             if not self._asked:
