@@ -106,7 +106,11 @@ class Ranks:
         """Call `method` in every process; the mean of their numbers, or what the first one returns."""
         if self.alone is not None:
             return getattr(self.alone, method)(*arguments)
-        found = ray.get([getattr(actor, method).remote(*arguments) for actor in self.actors])
+        waiting = answers = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        while waiting:  # one that has died is noticed at once, and not when the others are tired of waiting for it
+            done, waiting = ray.wait(waiting)
+            ray.get(done)
+        found = ray.get(answers)
         return sum(found) / len(found) if isinstance(found[0], float) else found[0]
 
     def close(self) -> None:

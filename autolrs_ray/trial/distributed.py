@@ -193,8 +193,14 @@ class WorkerGroup:
             )
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call `method` on every rank at once; their answers, in order of rank."""
-        return list(ray.get([getattr(worker, method).remote(*arguments) for worker in self._workers]))
+        """Call `method` on every rank at once; their answers, in order of rank. Raises as soon as one fails: where it has died
+        others may wait for it, for as long as torch lets them."""
+        answers = [getattr(worker, method).remote(*arguments) for worker in self._workers]
+        waiting = answers
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            ray.get(done)
+        return list(ray.get(answers))
 
     @property
     def epoch(self) -> float:
