@@ -104,7 +104,7 @@ def _simulations(quick: bool) -> list[tuple[str, ...]]:
 
 
 def measure(quick: bool, slots: int = 2) -> Section:
-    steps, rounds = (100, 1) if quick else (800, 2)
+    steps, rounds = (100, 1) if quick else (1200, 1)
     config = {"batch_size": fitting_batch()}
     plain: list[float] = []
     found: dict[tuple[str, Any], list[tuple[float, float, RunResult]]] = {}
@@ -136,7 +136,7 @@ def measure(quick: bool, slots: int = 2) -> Section:
             )  # fmt: skip
     step = f"{1000.0 * statistics.median(plain) / steps:.0f} ms (batch {config['batch_size']})"
     return Section(
-        f"Elastic: {steps} steps of {step} on {slots} slots, {rounds} rounds, median (min-max); 8 and 64 GPUs simulated",
+        f"Elastic: {steps} steps of {step} on {slots} slots, {rounds} round(s), median (min-max); 8 and 64 GPUs simulated",
         ("run", "wall-clock, s", "over data-parallel", "compute, T", "wall-clock over compute", "slots in use", "restarts"),
         rows + _simulations(quick),
         note="Every ratio is to a data-parallel run right before it. Slots in use: share of the slot-seconds in which a "
