@@ -83,8 +83,9 @@ class LiveProgress(Callback):  # type: ignore[misc]
             self._first_step = progress["step"]
             name, slots = self._desk.settings.policy_name, self._desk.capacity.slots
             usual, most = self._desk.policy.usual(slots), self._desk.policy.cost(slots)
+            together = self._desk.policy.usual(self._desk.settings.side_by_side(slots))[0] / slots
             elastic = self._desk.settings.elastic
-            grown = f", {usual[0] / slots:.1f} T where trials grow into all of them" if elastic else ""
+            grown = f", {together:.2g} T where trials grow into all of them" if elastic else ""
             if self._desk.told:
                 self._console.print(f"AutoLRS: {self._desk.told}", highlight=False, soft_wrap=True, markup=False)
             words = f"{usual[0]:.1f} T of compute and {usual[1]:.1f} T of wall-clock on {slots} slots{grown}"
