@@ -70,7 +70,7 @@ def test_the_record_holds_every_option_as_it_was_resolved(given: dict[str, Any],
     opened(tmp_path, **given).close()
     config = read_journal(tmp_path)[0]["config"]
     policy = make_policy(given.get("policy", "anchored"), 400, **{k: v for k, v in given.items() if k != "policy"})
-    values = {**vars(policy), **vars(policy.plan)}  # type: ignore[attr-defined]
+    values = {**vars(policy), **vars(policy.plan), "batch_growth": None}  # type: ignore[attr-defined]
     assert config["options"] == {name: values[name] for name in config["options"]}
     assert {"num_lrs", "envelope"} <= config["options"].keys()
     assert config["given"] == sorted(given.keys() - {"policy"})
