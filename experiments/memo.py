@@ -67,8 +67,8 @@ class PerRunOrderTrainer(Trainer):
         return int(self.__dict__.setdefault("_base_seed", self.seed))
 
     def _set_seed(self, seed: int) -> None:
-        self.seed = self._rows.seed = seed
-        self._rows.forget()
+        self.seed = self.feed.seed = self.feed.rows.seed = seed
+        self.feed.rows.forget()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _ = self.base_seed

@@ -15,11 +15,21 @@ from ray import tune
 from torch import nn
 
 import autolrs_ray
-from autolrs_ray import AutoLRSError, AutoLRSScheduler, AutoLRSSearch, TrainingTask, trainable_for
-from autolrs_ray.trial.check import ReportsOfOneTask, builds_task, check_task
+from autolrs_ray import AutoLRSError, AutoLRSScheduler, AutoLRSSearch, AutoLRSTrainable, TrainingTask, trainable_for
+from autolrs_ray.trial.check import (
+    ReportsOfOneTask,
+    UntrainableError,
+    _check,
+    builds_task,
+    check_task,
+    goes_on_otherwise,
+)
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(5))
 Y = (X[:, 0] > 0).long()
+
+
+other = nn.Linear(2, 2)
 
 
 def task(**changes: Any) -> TrainingTask:
@@ -43,6 +53,22 @@ def bare(config, rows=64, data=None):  # type: ignore[no-untyped-def]
 
 def through_a_module(config):  # type: ignore[no-untyped-def]
     return autolrs_ray.TrainingTask(nn.Linear(6, 2), config["optimizer"], config["loss"], (X, Y), (X, Y), 8)
+
+
+def annotated_loosely(config: dict[str, Any]) -> Any:
+    return bare(config)
+
+
+def annotated_as_perhaps(config: dict[str, Any]) -> TrainingTask | None:
+    return bare(config)
+
+
+class Special(TrainingTask):
+    pass
+
+
+def special(config) -> Special:  # type: ignore[no-untyped-def]
+    return Special(**config)
 
 
 def logged(function: Any) -> Any:
@@ -71,7 +97,8 @@ def reports_by_helper(config):  # type: ignore[no-untyped-def]
         config["fit"](step)
 
 
-BUILDERS = [annotated, bare, through_a_module, partial(bare, rows=48), partial(partial(bare), rows=48), logged(bare),
+BUILDERS = [annotated, annotated_loosely, annotated_as_perhaps, special, bare, partial(Builder()), partial(Builder().build),
+            through_a_module, partial(bare, rows=48), partial(partial(bare), rows=48), logged(bare),
             lambda config: bare(config, 48), lambda config: task(), Builder(), Builder().build]  # fmt: skip
 
 
@@ -96,17 +123,76 @@ def test_what_reports_by_itself_is_none(function: Any) -> None:
         ({"model": nn.Linear(5, 2)}, RuntimeError, "shapes cannot be multiplied"),
         ({"train_data": (X[:64], Y[:60])}, ValueError, "train_data has 64 inputs and 60 targets"),
         ({"val_data": (X[64:, :3], Y[64:])}, RuntimeError, "shapes cannot be multiplied"),
+        ({"train_data": (X[:64], Y[:64].float())}, RuntimeError, "expected target dtype to be Long"),
+        (
+            {"loss": lambda o, y: nn.functional.mse_loss(o[:, :1], y.float())},
+            ValueError,
+            "pairs outputs and targets of dif",
+        ),
+        ({"train_data": (X[:0], Y[:0])}, ValueError, "train_data is empty, and batch_size is 16"),
+        ({"train_data": (X[:9], Y[:9])}, ValueError, "train_data has 9 rows, and batch_size is 16"),
+        ({"model": nn.Linear(6, 2).requires_grad_(False)}, ValueError, "does not depend on anything that is trained"),
+        ({"model": nn.Linear(6, 2, device="meta")}, NotImplementedError, "meta tensor"),
+        (
+            {"loss": lambda o, y: o.detach().sum() + other.weight.sum(), "modules": {"other": other}},
+            ValueError,
+            "none of the optimizer's parameters has a gradient",
+        ),
         ({"metrics": {"broken": lambda output, target: output.nothing}}, AttributeError, "nothing"),
         ({"modules": {"extra": object()}}, AttributeError, "named_parameters"),
     ],
 )
 def test_what_cannot_be_trained_is_told_at_once(changes: dict[str, Any], error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    with pytest.raises(error, match=message) as caught:
         check_task(lambda: task(**changes), 0)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]
+    if "Long" in message:
+        assert "inputs (16, 6) float32 and targets (16,) float32" in caught.value.__notes__[0]
 
 
 def test_what_can_be_trained_passes_and_a_share_of_the_batch_is_enough() -> None:
-    check_task(lambda: task(compile=True), 0, workers=3)
+    trainer, rows = check_task(lambda: task(compile=True), 0, workers=3)
+    assert (trainer.task.batch_size, rows) == (6, 16)
+    assert goes_on_otherwise(trainer) is None
+
+
+counted = [0]
+
+
+def test_a_state_that_no_checkpoint_holds_is_warned_of() -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        counted[0] += 1  # a global variable
+        return nn.functional.cross_entropy(output, target) * counted[0]
+
+    assert "goes on otherwise when it is restored" in str(goes_on_otherwise(check_task(lambda: task(loss=loss), 0)[0]))
+
+
+class WithSetup(AutoLRSTrainable):
+    """Its data come with `setup`, as tune.with_parameters has it."""
+
+    def setup(self, config: dict[str, Any], data: Any = (X, Y)) -> None:
+        if config.get("wants_a_trial"):
+            raise RuntimeError("only in a trial")
+        self.data = data
+        super().setup(config)
+        assert self.trainer.steps_per_epoch == 4
+
+    def build(self, config: dict[str, Any]) -> TrainingTask:
+        return bare(config, config["rows"], self.data)
+
+
+def test_classes_with_a_setup_of_their_own_are_tried_out() -> None:
+    config = {"lr": 0.1, "rows": 64}
+    bound = tune.with_parameters(WithSetup, data=(X, Y))
+    for trainable in (WithSetup, bound):
+        assert _check(trainable, config, 1) == (16, None)
+        with pytest.raises(UntrainableError, match="ValueError: train_data has 9 rows, and batch_size is 16"):
+            _check(trainable, {**config, "rows": 9}, 1)
+    rows, warned = _check(WithSetup, {**config, "wants_a_trial": True}, 1)  # the trials tell
+    assert rows is None
+    assert warned == "WithSetup.setup could not be tried out before the first trial: RuntimeError: only in a trial"
 
 
 def test_reports_of_other_validation_sets_and_new_warnings_are_told() -> None:
@@ -146,6 +232,11 @@ class TestOnRay:
         ):
             self.run(tmp_path, "bad", partial(bad))
         assert not list(tmp_path.glob("bad/*/result.json"))
+        with pytest.raises(
+            AutoLRSError, match=r"WithSetup cannot be trained, .* train_data has 9 rows, and batch_size is 16"
+        ):
+            autolrs_ray.run(WithSetup, 40, num_lrs=3, slots=2, progress=False, storage_path=tmp_path, name="class",
+                            config={"rows": 9})  # fmt: skip
         tuner = tune.Tuner(
             bare, run_config=tune.RunConfig(storage_path=str(tmp_path), name="tuner", verbose=0),
             tune_config=tune.TuneConfig(num_samples=-1, metric="val_loss", mode="min", reuse_actors=True,

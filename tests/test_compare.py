@@ -130,13 +130,13 @@ def test_without_common_random_numbers_the_order_depends_on_the_first_lr(task: T
     for lr in (0.1, 0.2, 0.1):
         trainer.reset()
         trainer.train(1, lambda _, lr=lr: lr)
-        orders.append(trainer._rows.at(1).tolist())
+        orders.append(trainer.feed.rows.at(1).tolist())
     assert orders[0] == orders[2] != orders[1]
     state = copy.deepcopy(trainer.state_dict())
     trainer.reset()
     trainer.train(1, lambda _: 0.2)
     trainer.load_state_dict(state)
-    assert trainer._rows.at(1).tolist() == orders[0]
+    assert trainer.feed.rows.at(1).tolist() == orders[0]
 
 
 # -- the clock ---------------------------------------------------------------------------------------------------------

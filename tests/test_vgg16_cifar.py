@@ -103,7 +103,7 @@ def test_the_augmented_batch_is_a_function_of_seed_and_step(padding: str, data_d
         assert torch.equal(second.batch(step)[0], once[step])
         assert torch.equal(first.batch(step)[0], once[step])
     assert not torch.equal(trainer(data_dir, seed=1, padding=padding).batch(0)[0], once[0])
-    plain = first.train_data[0][first._rows.at(0)]
+    plain = first.train_data[0][first.feed.rows.at(0)]
     moved = (once[0] != plain).flatten(1).any(1)
     assert moved.float().mean() > 0.9  # all but the few crops at the centre
 

@@ -56,7 +56,8 @@ class Coordinator:
 
     def __init__(self, desk: Desk, controller: TuneController, first: Trial) -> None:
         self._desk, self._controller = desk, controller
-        rows = check_first_trial(first.get_trainable_cls(), first.config, first.placement_group_factory.bundles[-1])
+        bundle = first.placement_group_factory.bundles[-1]
+        rows, warnings = check_first_trial(first.get_trainable_cls(), first.config, bundle)
         if rows:  # more workers than rows there cannot be
             desk.settings.cap_units(rows // desk.settings.least_workers)
         self._resources, self._max_failures = first.placement_group_factory, first.max_failures
@@ -86,6 +87,8 @@ class Coordinator:
         desk.stored.expect_manifests(writes_manifests(trainable))
         if desk.open_record(folder, subject(trainable, first.config)):
             self._keeper.adopt(folder)
+        for warning in warnings:
+            desk.warn(warning)
         _driving[self._place] = self
         self._slots.ask()
         self._elastic = Elastic(desk, controller, self._resources, self._live, rows is None)

@@ -214,7 +214,7 @@ def _plain_leaf(value: Any, where: str) -> Any:
     raise TypeError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: it is read back "
         "as tensors, numbers, strings, lists, tuples and dicts only. Return one of these from get_extra_state, or from the "
-        "state_dict of the optimizer"
+        "state_dict of the optimizer; arrays and deques may be attributes of the optimizer, not part of its state"
     )
 
 

@@ -40,7 +40,8 @@ def require_parts(name: str, parts: Any) -> tuple[float, ...]:
 def buffers_put_back(module: nn.Module) -> Iterator[None]:
     """All buffers of `module` as they were, afterwards: also those that its forward assigns anew."""
     named = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
-    contents = [(b, b.detach().clone()) for _, buffers in named for b in buffers.values() if b is not None]
+    written = [b for _, buffers in named for b in buffers.values() if b is not None and not expanded(b)]
+    contents = [(b, b.detach().clone()) for b in written]
     try:
         yield
     finally:
@@ -49,6 +50,11 @@ def buffers_put_back(module: nn.Module) -> Iterator[None]:
                 owner._buffers.update(buffers)
             for buffer, content in contents:
                 buffer.copy_(content)
+
+
+def expanded(tensor: Tensor) -> bool:
+    """True where one number in memory is several of the tensor: torch writes to none of these."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

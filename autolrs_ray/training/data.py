@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 
 from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.training.randomness import (
@@ -21,16 +22,20 @@ from autolrs_ray.training.randomness import (
     VALIDATION_ROW,
     generator_of,
     random_numbers_put_back,
+    reseed,
     seed_all,
     seed_of,
 )
+from autolrs_ray.training.walk import generators_in
 
 Batch = tuple[Any, Any]
 """(inputs, targets): tensors, or dicts, lists and tuples of them."""
 Data = tuple[Tensor, Tensor] | Dataset[Any]
 """(inputs, targets) tensors with the same first dimension, or a map-style dataset whose batches are pairs."""
 
+CPU = torch.device("cpu")
 COMPARED_ROWS = 16  # of the validation data, to see that it is the same in every process
+Draw = Callable[[torch.Generator], Any]
 Key = tuple[int, int]  # the seed of a row's random numbers, and the row
 
 
@@ -64,6 +69,16 @@ def checked_data(name: str, data: Any) -> Data:
     if len(inputs) != len(targets):
         raise ValueError(f"{name} has {len(inputs)} inputs and {len(targets)} targets: one of each for every row")
     return inputs, targets
+
+
+def checked_sampler(sampler: Any) -> Any:
+    """`sampler` if it is a function or one of torch's samplers of rows. Raises TypeError with the mend."""
+    if isinstance(sampler, BatchSampler) or not (sampler is None or callable(sampler) or isinstance(sampler, Sampler)):
+        raise TypeError(
+            f"sampler is a {type(sampler).__name__}: give a function of a torch.Generator that returns the rows of an epoch, "
+            "or a torch sampler of single rows; each batch_size of them, one after another, are a batch"
+        )
+    return sampler
 
 
 def length(data: Data) -> int:
@@ -102,26 +117,70 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
+def _on_parts(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value`, of its own type, with every part of a dict, list, tuple or dataclass replaced by `function` of it."""
+    if type(value) is dict:
+        return {key: function(part) for key, part in value.items()}
+    if isinstance(value, MutableMapping):  # a model's output, or a tokenizer's: it has attributes, too
+        found = copy.copy(value)
+        for key, part in value.items():
+            found[key] = function(part)
+        return found
+    if isinstance(value, Mapping):
+        return {key: function(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [function(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        same = copy.copy(value)
+        for each in fields(value):
+            object.__setattr__(same, each.name, function(getattr(value, each.name)))
+        return same
+    return value
+
+
 def on_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with every tensor in its dicts, lists and tuples replaced by `function` of it."""
+    """`value` with every tensor in its dicts, lists, tuples and dataclasses replaced by `function` of it."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Mapping):
-        return {key: on_tensors(function, part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [on_tensors(function, part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    return _on_parts(lambda part: on_tensors(function, part), value)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """`value` with its tensors, and whatever has a method `to`, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if callable(getattr(type(value), "to", None)):
+        return value.to(device)
+    return _on_parts(lambda part: on_device(part, device), value)
+
+
+def share_of_rows(value: Any, rows: int, share: slice) -> Any:
+    """Of a batch of `rows` rows those in `share`: of tensors that have so many, and of lists that hold one thing for each row.
+
+    A list of tensors with `rows` rows each is one of several inputs, whatever its length.
+    """
+    if isinstance(value, Tensor):
+        return value[share] if value.dim() and len(value) == rows else value
+    one_each = isinstance(value, (list, tuple)) and len(value) == rows and not hasattr(value, "_fields")
+    if one_each and not all(isinstance(part, Tensor) and part.dim() and len(part) == rows for part in value):
+        return value[share]
+    return _on_parts(lambda part: share_of_rows(part, rows, share), value)
 
 
 @dataclass
 class _Seeded(Dataset[Any]):
-    """A dataset of `data` in which a row's random numbers are functions of its key."""
+    """A dataset of `data` in which a row's random numbers are functions of its key, those of the generators it holds too."""
 
     data: Any
 
+    def __post_init__(self) -> None:
+        self._generators = generators_in({"data": self.data})
+
     def __getitem__(self, key: Key) -> Any:
-        seed_all(key[0], torch.device("cpu"))
+        seed_all(key[0], CPU)
+        if self._generators:
+            reseed(self._generators, key[0])
         return self.data[key[1]]
 
 
@@ -150,7 +209,7 @@ class Rows:
     count: int
     batch_size: int
     seed: int
-    sampler: Callable[[torch.Generator], Any] | None = None
+    sampler: Draw | Sampler[int] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     growth: BatchGrowth = field(default_factory=BatchGrowth)
 
@@ -158,7 +217,10 @@ class Rows:
         self._order: tuple[int, Tensor]
         self.forget()
         if self.sampler is not None:
-            self.count = len(self._drawn(0))
+            rows, available = self._drawn(0), self.count
+            self.count = len(rows)
+            if self.count and not 0 <= int(rows.min()) <= int(rows.max()) < available:
+                raise ValueError(f"the sampler draws rows {int(rows.min())} to {int(rows.max())} of {available}")
             if self.count < self.batch_size:
                 raise ValueError(f"the sampler draws {self.count} rows an epoch, batch_size is {self.batch_size}")
 
@@ -174,7 +236,7 @@ class Rows:
         generator = generator_of(self.seed, EPOCH, epoch)
         if self.sampler is None:
             return torch.randperm(self.count, generator=generator)
-        rows = self.sampler(generator)
+        rows = self._sampled(self.sampler, generator, epoch)
         rows = rows if isinstance(rows, Tensor) else torch.as_tensor(list(rows))
         if epoch and len(rows) != self.count:
             raise ValueError(f"the sampler draws {self.count} rows in epoch 0 and {len(rows)} in epoch {epoch}")
@@ -192,6 +254,19 @@ class Rows:
         """The numbers of those that the step takes."""
         first = self.growth.first(step)
         return range(first, first + self.growth.factor(step))
+
+    def _sampled(self, sampler: Draw | Sampler[int], generator: torch.Generator, epoch: int) -> Any:
+        """What `sampler` draws, whichever generator it draws from: they are all functions of (seed, epoch)."""
+        with random_numbers_put_back():
+            seed_all(seed_of(self.seed, EPOCH, epoch), CPU)
+            reseed(generators_in({"sampler": sampler}), self.seed, EPOCH, epoch)
+            if not isinstance(sampler, Sampler):
+                return sampler(generator)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            if getattr(sampler, "generator", generator) is None:
+                sampler.generator = generator  # type: ignore[attr-defined]
+            return list(sampler)
 
     def at(self, step: int) -> Tensor:
         """(size(step),) rows of the batch at `step`, on the device."""
@@ -278,7 +353,7 @@ class Loader:
                 f"a batch of the dataset must be a pair (inputs, targets), got a {found}: give TrainingTask a collate_fn that "
                 "turns a list of rows into a pair; either may be a dict or a tuple, which the model and the loss are given"
             )
-        inputs, targets = (on_tensors(lambda t: t.to(self.device, non_blocking=True), part) for part in batch)
+        inputs, targets = (on_device(part, self.device) for part in batch)
         return inputs, targets
 
     def close(self) -> None:

@@ -51,7 +51,9 @@ def write_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """True if `step` cannot be called without a closure that computes the loss anew (LBFGS)."""
+    """True if `step` cannot be called without a closure that computes the loss anew: LBFGS, and what steps twice (SAM)."""
+    if all(callable(getattr(optimizer, name, None)) for name in ("first_step", "second_step")):
+        return True
     step = inspect.signature(type(optimizer).step)
     closure = step.parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
@@ -94,18 +96,44 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def step_all(optimizers: Iterable[Optimizer], scaler: torch.amp.GradScaler | None) -> None:
-    """One step of each, through `scaler` where there is one."""
-    if scaler is None:
-        for optimizer in optimizers:
-            optimizer.step()
-        return
+    """One step of each, through `scaler` where there is one. Raises ValueError for one that turns out to want a closure."""
     for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()
+        try:
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+        except (AssertionError, TypeError, RuntimeError, ValueError) as error:
+            if "closure" not in str(error) and "'NoneType' object is not callable" not in str(error):
+                raise
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"{name}.step() wants a closure ({error}): say so in its signature, class Mine({name}): "
+                "def step(self, closure): return super().step(closure). It is given one that computes loss and gradients anew"
+            ) from error
+    if scaler is not None:
+        scaler.update()
 
 
 def step_with_closure(optimizer: Optimizer, first: Tensor, again: Callable[[], Tensor]) -> Tensor:
-    """One step of an optimizer that computes the loss several times: `first`, whose gradients are there, then `again()`."""
-    calls = iter([lambda: first])
-    optimizer.step(lambda: next(calls, again)())  # type: ignore[arg-type,return-value]
+    """One step of an optimizer that computes the loss several times: `first`, whose gradients are there, and `again()` once
+    the weights or the gradients are others."""
+    weights = parameters_of([optimizer])
+    before = [(weight.detach().clone(), weight.grad, _version(weight.grad)) for weight in weights]
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 1 and all(
+            weight.grad is grad and _version(grad) == version and torch.equal(weight, value)
+            for weight, (value, grad, version) in zip(weights, before, strict=True)
+        ):
+            return first
+        with torch.enable_grad():
+            return again()
+
+    optimizer.step(closure)  # type: ignore[arg-type]
     return first
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often `tensor` was written to."""
+    return -1 if tensor is None else tensor._version

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,20 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
+
+
+def reseed(generators: Iterable[Any], *key: int) -> None:
+    """Seed generators that somebody made for himself: torch's, NumPy's and Python's, each by `key` and its place."""
+    for place, generator in enumerate(generators):
+        seed = seed_of(*key, -1 - place)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        elif isinstance(generator, np.random.RandomState):
+            generator.seed(seed & 0xFFFFFFFF)
+        else:
+            generator.seed(seed)
 
 
 @contextmanager

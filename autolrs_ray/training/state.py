@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autolrs_ray.record.checkpoints import plain, snapshot
+from autolrs_ray.training.attributes import Attributes, nested_optimizers
+from autolrs_ray.training.averages import expanded
+from autolrs_ray.training.optimizers import parameters_of
 from autolrs_ray.training.task import TrainingTask
 
 
@@ -24,8 +27,56 @@ class TaskState:
     def __init__(self, task: TrainingTask, device: torch.device) -> None:
         self.device, self.optimizers, self.scaler = device, task.optimizers, task.scaler
         self.modules: dict[str, nn.Module] = {"model": task.model, **task.saved_modules()}
+        self._nested = nested_optimizers(self.optimizers)
+        optimizers = {f"optimizers[{i}]": optimizer for i, optimizer in enumerate(self.optimizers)}
+        called = {"augment": task.augment, **{f"metrics[{name}]": metric for name, metric in task.metrics.items()}}
+        metrics = [metric for metric in task.metrics.values() if isinstance(metric, nn.Module)]
+        self.roots = {**self.modules, "loss": task.loss, **called, **optimizers}
+        given = (*self.modules.values(), *self.optimizers, *metrics, self.scaler)
+        data = [part for data in (task.train_data, task.val_data) if isinstance(data, tuple) for part in data]
+        self.attributes = Attributes(self.roots, given, tuple(data), device)
+        self._held = set(map(id, parameters_of(self.optimizers)))  # at the start
+        self._built = {name: id(parameter) for name, parameter in self._named_parameters()}
         self._initial_buffers = {name: _cloned(tensor) for name, _, _, tensor in self._unsaved()}
-        self._initial = copy.deepcopy(self._read({}))
+        self._initial = copy.deepcopy(self._read({}, {}))
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, module in self.modules.items():
+            yield from module.named_parameters(prefix=name)
+
+    def _require_built_parameters(self) -> None:
+        now = {name: id(parameter) for name, parameter in self._named_parameters()}
+        names = sorted(name for name in now.keys() | self._built.keys() if now.get(name) != self._built.get(name))
+        if names:
+            raise ValueError(
+                f"{', '.join(names[:3])}: added, taken away or replaced since the task was built, which no optimizer has "
+                "noticed and no checkpoint could be loaded into. Build all layers at the start: freeze with "
+                "requires_grad_(False), or skip, those that are not to be used yet"
+            )
+
+    def _groups(self) -> list[list[list[str]]]:
+        """Of every group of every optimizer the names of its parameters."""
+        names = {id(parameter): name for name, parameter in self._named_parameters()}
+        parameters = [[group["params"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        for part in (p for groups in parameters for group in groups for p in group):
+            if id(part) not in names and id(part) not in self._held:
+                raise ValueError(
+                    f"a parameter of shape {tuple(part.shape)} that the optimizer was given while the task trained belongs to "
+                    'no module that is saved: pass the module it is of as modules={"name": module}'
+                )
+        return [[[names.get(id(p), "") for p in group] for group in groups] for groups in parameters]
+
+    def _regroup(self, groups: list[list[list[str]]], states: list[dict[str, Any]]) -> None:
+        """Give the optimizers the groups that they had when `states` were saved, where groups were added or are yet to be."""
+        if groups == self._groups():
+            return
+        parameters = dict(self._named_parameters())
+        for optimizer, names, state in zip(self.optimizers, groups, states, strict=True):
+            options = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+            optimizer.param_groups[:] = [
+                {"params": [parameters[name] for name in each], **copy.deepcopy(rest)}
+                for each, rest in zip(names, options, strict=True)
+            ]
 
     def _unsaved(self) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
         """Name, owner, attribute and value of every buffer that no state_dict holds."""
@@ -41,29 +92,47 @@ class TaskState:
             for name, _, _, tensor in self._unsaved()
             if name not in self._initial_buffers or not _same(tensor, self._initial_buffers[name])
         }
-        return self._read(buffers)
+        return self._read(buffers, self.attributes.state_dict())
 
-    def _read(self, buffers: dict[str, Tensor | None]) -> dict[str, Any]:
+    def _read(self, buffers: dict[str, Tensor | None], attributes: dict[str, Any]) -> dict[str, Any]:
+        self._require_built_parameters()
         others = {name: module.state_dict() for name, module in self.modules.items() if name != "model"}
         state = {
             "model": self.modules["model"].state_dict(),
             "others": others,
             "buffers": buffers,
+            "attributes": attributes,
+            "frozen": [name for name, parameter in self._named_parameters() if not parameter.requires_grad],
+            "groups": self._groups(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
         return {name: plain(value, name) for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._require_built_parameters()
         for name, module in self.modules.items():
             values = state["model"] if name == "model" else state["others"][name]
             self._fit(module, values)
             module.load_state_dict(values)
         self._load_unsaved(state["buffers"])
+        if "groups" in state:
+            self._regroup(state["groups"], state["optimizers"])
+            self._freeze(set(state["frozen"]))
+        shared = [(outer, inner, _shared(outer, inner)) for outer, inner in self._nested]
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+        self.attributes.load_state_dict(state.get("attributes", {}))
+        for outer, inner, names in shared:
+            for name in names:
+                setattr(outer, name, getattr(inner, name))
+
+    def _freeze(self, frozen: set[str]) -> None:
+        for name, parameter in self._named_parameters():
+            if parameter.requires_grad == (name in frozen):
+                parameter.requires_grad_(name not in frozen)
 
     def reset(self) -> None:
         """Back to the start."""
@@ -93,8 +162,10 @@ class TaskState:
                 new, now = values.get(name), owner._buffers[attribute]
                 if new is None:
                     owner._buffers[attribute] = None
-                elif now is None or (now.shape, now.dtype) != (new.shape, new.dtype):
-                    owner._buffers[attribute] = torch.empty_like(new, device=self.device)
+                elif now is None or (now.shape, now.dtype) != (new.shape, new.dtype) or expanded(now):
+                    owner._buffers[attribute] = torch.empty_like(
+                        new, device=self.device, memory_format=torch.contiguous_format
+                    )
 
     def _load_unsaved(self, buffers: Mapping[str, Tensor | None]) -> None:
         wanted = {**self._initial_buffers, **buffers}
@@ -110,6 +181,11 @@ class TaskState:
             module, _, inner = path.partition(".")
             owner = self.modules[module].get_submodule(inner)
             owner.register_buffer(attribute, _cloned(buffers[name], self.device), persistent=False)
+
+
+def _shared(outer: Optimizer, inner: Optimizer) -> list[str]:
+    """What an optimizer has in common with one that it holds, and is to have in common again once both were loaded."""
+    return [name for name in ("param_groups", "state") if getattr(inner, name) is getattr(outer, name)]
 
 
 def _same(one: Tensor | None, two: Tensor | None) -> bool:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.data import Sampler
 
 from autolrs_ray.core.checks import require_float, require_int
 from autolrs_ray.training.averages import require_parts
-from autolrs_ray.training.data import Data, checked_data, length
+from autolrs_ray.training.data import Data, Draw, checked_data, checked_sampler, length
 from autolrs_ray.training.optimizers import needs_closure
+from autolrs_ray.training.walk import open_files_in
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -34,8 +36,9 @@ class TrainingTask:
 
     train_data, val_data: (inputs, targets) tensors, moved to the device, or map-style datasets, of which num_workers
     processes load rows ahead, collate_fn makes batches (torch's default_collate) and sampler draws the rows of an epoch:
-    generator -> rows, with a generator of (seed, epoch); default: a permutation. Batches are pairs (inputs, targets), either a
-    tensor or a dict, list or tuple of them. augment: (inputs, generator) -> inputs, on the device, of the whole batch.
+    generator -> rows, with a generator of (seed, epoch), or one of torch's samplers; default: a permutation. Batches are
+    pairs (inputs, targets), either a tensor or a dict, list, tuple or dataclass of them, or an object with a method `to`.
+    augment: (inputs, generator) -> inputs, on the device, of the whole batch.
     val_data must not be the test set: learning rates are chosen on it. val_fraction: the part of its rows, in (0, 1], that
     reports are taken on: the same ones, drawn by the run's seed, in every trial.
 
@@ -70,7 +73,7 @@ class TrainingTask:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     num_workers: int = 0
     collate_fn: Callable[[list[Any]], Any] | None = None
-    sampler: Callable[[torch.Generator], Any] | None = None
+    sampler: Draw | Sampler[int] | None = None
     scaler: torch.amp.GradScaler | None = None
     sync_batch_norm: bool = False
     reestimate: int = 0
@@ -78,8 +81,11 @@ class TrainingTask:
     def __post_init__(self) -> None:
         self.train_data = checked_data("train_data", self.train_data)
         self.val_data = checked_data("val_data", self.val_data)
-        if not 1 <= self.batch_size <= length(self.train_data):
-            raise ValueError(f"batch_size must be in [1, {length(self.train_data)}], got {self.batch_size}")
+        checked_sampler(self.sampler)
+        require_int("batch_size", self.batch_size, 1)
+        if length(self.train_data) < self.batch_size:
+            rows = f"has {length(self.train_data)} rows" if length(self.train_data) else "is empty"
+            raise ValueError(f"train_data {rows}, and batch_size is {self.batch_size}: a batch must have as many rows")
         if length(self.val_data) < 1:
             raise ValueError("val_data is empty: learning rates are chosen on it; hold out a part of the training data")
         require_int("eval_batch_size", self.eval_batch_size, 1)
@@ -106,8 +112,18 @@ class TrainingTask:
             raise ValueError(
                 f"{' and '.join(given)}: of datasets, but the data are tensors, which are moved to the device"
             )
+        data = {"train_data": self.train_data, "val_data": self.val_data}
+        if self.num_workers and (files := open_files_in(data)):
+            raise ValueError(
+                f"{files[0]} is an open file, and {self.num_workers} processes would move its one position: open it in "
+                "__getitem__ when it is first needed, so that each has its own, or use num_workers=0"
+            )
 
     def _check_optimizers(self) -> None:
+        if isinstance(self.model, torch.jit.ScriptModule):
+            raise TypeError(
+                "the model is a ScriptModule, whose state cannot be put back: give the module itself, and compile=True"
+            )
         optimizers = self.optimizers
         if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
             raise TypeError(f"optimizer must be a torch optimizer, or several of them, got {self.optimizer!r}")

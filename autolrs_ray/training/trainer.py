@@ -18,24 +18,10 @@ from torch.optim.swa_utils import update_bn
 from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.record.checkpoints import FORMAT, read_checkpoint, require_format, write_checkpoint
 from autolrs_ray.training.averages import WeightAverages, buffers_put_back, lowest
-from autolrs_ray.training.data import (
-    Batch,
-    Data,
-    Key,
-    Loader,
-    Rows,
-    channels_last,
-    checked_data,
-    drawn,
-    held_out,
-    length,
-    on_tensors,
-    pairs_of,
-    placed,
-    row_device,
-    validation_keys,
-)
+from autolrs_ray.training.data import Batch, Data, checked_data, drawn, held_out, length, placed
 from autolrs_ray.training.evaluation import weighted_sums
+from autolrs_ray.training.feed import Feed
+from autolrs_ray.training.gradients import checked_loss, clip, first_weights
 from autolrs_ray.training.optimizers import (
     evaluation_mode,
     has_modes,
@@ -48,9 +34,10 @@ from autolrs_ray.training.optimizers import (
     step_with_closure,
     train_mode,
 )
-from autolrs_ray.training.randomness import AUGMENT, STEP, generator_of, random_numbers_put_back, seed_all, seed_of
+from autolrs_ray.training.randomness import random_numbers_put_back, seed_all
 from autolrs_ray.training.state import TaskState
 from autolrs_ray.training.task import TrainingTask
+from autolrs_ray.training.walk import generators_in
 
 
 class Trainer:
@@ -73,13 +60,14 @@ class Trainer:
             raise TypeError(f"the build function must return a TrainingTask, got {type(task).__name__}")
         self.task, self.seed, self.step = task, seed, 0
         self.device = torch.device(task.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.feed = Feed(task, seed, self.device, self.rank, self.world)
         self.held_out = held_out(drawn(task.val_data, task.val_fraction, seed), seed)
         self._optimizers = task.optimizers
         self._modal = any(has_modes(optimizer) for optimizer in self._optimizers)
         self._with_closure = needs_closure(self._optimizers[0])
         self._share = 1.0  # of the mean over the batch: what the loss of this process counts
         self._prepare_modules()
-        self._prepare_data()
+        self.feed.generators = generators_in(self._state.roots)
         self.averaging = averaging and not self._modal
         self.averages = WeightAverages(self._whole, task.average_over) if self.averaging else None
 
@@ -106,65 +94,40 @@ class Trainer:
     def _prepared(self, model: nn.Module) -> nn.Module:
         return model
 
-    def _prepare_data(self) -> None:
-        task = self.task
-        self.train_data = placed(task.train_data, self.device)
-        self.val_data = placed(drawn(task.val_data, task.val_fraction, self.seed), self.device)
-        device = row_device(self.train_data, self.device)
-        self._rows = Rows(length(self.train_data), task.batch_size, self.seed, task.sampler, device)
-        self.steps_per_epoch = self._rows.steps_per_epoch  # batches per pass over the training data
-        self.val_batches = length(self.val_data) / task.batch_size  # the rows that reports are taken on, in batches
-        self._loader = Loader(self._keys, self.train_data, self.device, task.num_workers, task.collate_fn)
-
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    # -- batches -------------------------------------------------------------------------------------------------------
+    @property
+    def train_data(self) -> Data:
+        return self.feed.train_data
+
+    @property
+    def val_data(self) -> Data:
+        return self.feed.val_data
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per pass over the training data."""
+        return self.feed.rows.steps_per_epoch
 
     @property
     def epoch(self) -> float:
         """Passes over the training data so far."""
-        return self._rows.epochs(self.step)
+        return self.feed.rows.epochs(self.step)
 
     def grow(self, growth: BatchGrowth) -> None:
         """Train with a batch that grows so. Every worker's share of the largest one has to fit its memory."""
-        self._rows.growth = growth
-        self._loader.start_over()
+        self.feed.rows.growth = growth
+        self.feed.loader.start_over()
 
-    def _own(self) -> slice:
-        """This process's rows of a batch."""
-        return slice(self.rank, None, self.world)
-
-    def _loaded(self) -> slice:
-        """The rows of a batch that this process loads: all where they are augmented, so that the random numbers of a row do
-        not depend on how many processes there are."""
-        return slice(None) if self.task.augment is not None else self._own()
-
-    def _keys(self, step: int) -> list[Key]:
-        return self._rows.keys(step, self._loaded())
+    @property
+    def val_batches(self) -> float:
+        """The rows of the validation data that reports are taken on, in training batches."""
+        return length(self.val_data) / self.task.batch_size
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of the training batch at `step`, augmented, on the device. The generators that everybody uses are
-        left as the forward pass of the step finds them."""
-        if not isinstance(self.train_data, tuple):
-            return self._augmented(self._loader.at(step), step)
-        return self._augmented(pairs_of(self.train_data, self._rows.at(step)[self._loaded()]), step)
-
-    def _augmented(self, batch: Batch, step: int) -> Batch:
-        inputs, targets = batch
-        self._seed_step(step)
-        if self.task.augment is not None:
-            inputs = self.task.augment(inputs, generator_of(self.seed, AUGMENT, step))
-            if self.world > 1:
-                inputs, targets = (on_tensors(lambda t: t[self._own()], part) for part in (inputs, targets))
-        if self.task.channels_last:
-            inputs = on_tensors(channels_last, inputs)
-        return inputs, targets
-
-    def _seed_step(self, step: int) -> None:
-        """Seed the generators that dropout and the like draw from."""
-        key = (step,) if self.rank == 0 else (step, self.rank)
-        seed_all(seed_of(self.seed, STEP, *key), self.device)
+        """This process's rows of the training batch at `step`, augmented, on the device."""
+        return self.feed.batch(step)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -178,13 +141,16 @@ class Trainer:
         The LR is written into the optimizer at every step, after any restore, each group keeping its ratio to the first.
         Raises ValueError where the loss is no scalar.
         """
-        groups, self._clipped = self._groups(), parameters_of(self._optimizers)
-        ratios = lr_ratios(note_built_lrs(groups))
+        ratios: list[float] = []
         self._whole.train()
         train_mode(self._optimizers)
         total, count = torch.zeros((), device=self.device), max(1, until - self.step)
         while self.step < until:
-            lr = lr_at(self.step)
+            lr, groups = lr_at(self.step), self._groups()
+            if len(ratios) != len(groups):  # a hook, or the model, may add some while it trains
+                ratios, self._clipped = lr_ratios(note_built_lrs(groups)), parameters_of(self._optimizers)
+                held = set(map(id, self._clipped))
+                self._others = [parameter for parameter in self._whole.parameters() if id(parameter) not in held]
             for group, ratio in zip(groups, ratios, strict=True):
                 set_lr(group, lr * ratio)
             total += self._update(self.batch(self.step))
@@ -202,7 +168,7 @@ class Trainer:
         step = self.step
 
         def again() -> Tensor:
-            self._seed_step(step)  # the same dropout each time: one function is minimised
+            self.feed.seed_step(step)  # the same dropout each time: one function is minimised
             return self._backward(batch)
 
         return step_with_closure(self._optimizers[0], self._backward(batch), again)
@@ -213,12 +179,10 @@ class Trainer:
         scaler = self.task.scaler
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for parameter in self._others:  # an optimizer may be given them later
+            parameter.grad = None
         with self._autocast():
-            loss = self.task.loss(self._train_forward(inputs), targets)
-        if loss.dim():
-            raise ValueError(
-                f"the loss must be a scalar, the mean over the batch, got a tensor of shape {tuple(loss.shape)}"
-            )
+            loss = checked_loss(self.task.loss(self._train_forward(inputs), targets))
         if self._share != 1.0:
             loss = loss * self._share
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
@@ -226,7 +190,7 @@ class Trainer:
         if self.task.clip_norm is not None:
             for optimizer in self._optimizers if scaler is not None else ():
                 scaler.unscale_(optimizer)  # type: ignore[union-attr]
-            nn.utils.clip_grad_norm_(self._clipped, self.task.clip_norm)
+            clip(self._clipped, self.task.clip_norm)
         return loss.detach()
 
     def _share_gradients(self) -> None:
@@ -276,8 +240,9 @@ class Trainer:
         """The model with the weights that are to be evaluated: average number `average`, or (None) the raw ones, in the
         evaluation mode of an optimizer that has one. Afterwards everything is as it was."""
         with ExitStack() as stack:
-            if self.task.reestimate or not isinstance(self.val_data, tuple):
-                stack.enter_context(random_numbers_put_back())
+            stack.enter_context(self._state.attributes.put_back())
+            stack.enter_context(random_numbers_put_back())
+            self.feed.seed_evaluation()
             if average is None:
                 stack.enter_context(buffers_put_back(self._whole))
                 stack.enter_context(evaluation_mode(self._optimizers))
@@ -291,39 +256,26 @@ class Trainer:
         """Estimate batch-norm statistics anew on the last batches, whole ones in every process."""
         first = max(0, self.step - self.task.reestimate)
         with self._autocast():
-            update_bn([[self._whole_inputs(first + i)] for i in range(self.task.reestimate)], self.model)
+            update_bn([[self.feed.whole_inputs(first + i)] for i in range(self.task.reestimate)], self.model)
         if average is not None:
             self._averages().keep_statistics(average)
-
-    def _whole_inputs(self, step: int) -> Any:
-        if isinstance(self.train_data, tuple):
-            batch = pairs_of(self.train_data, self._rows.at(step))
-        else:
-            batch = self._loader.out_of_order(self._rows.keys(step, slice(None)))
-        if self.task.augment is not None:
-            return self.task.augment(batch[0], generator_of(self.seed, AUGMENT, step))
-        return batch[0]
 
     def _metrics(self, data: Data | None) -> dict[str, float]:
         data = self.val_data if data is None else placed(checked_data("data", data), self.device)
         self._whole.eval()
+        names, parameters = zip(*self._whole.named_parameters(), strict=True)
+        before = first_weights(parameters)
         functions = {"loss": self.task.loss, **self.task.metrics}
         autocast = None if self.task.autocast is False else self._autocast
-        sums = weighted_sums(self._forward, functions, self._batches(data), autocast)
+        sums = weighted_sums(self._forward, functions, self.feed.batches(data), autocast)
         self._whole.train()
+        changed = (first_weights(parameters) != before) & before.isfinite()
+        if changed.any():
+            name = [name for name, p in zip(names, parameters, strict=True) if p.numel()][int(changed.nonzero()[0])]
+            raise ValueError(
+                f"{name} changes while the model is evaluated: what changes it in forward must ask `if self.training`"
+            )
         return {name: value / length(data) for name, value in sums.items()}
-
-    def _batches(self, data: Data) -> Iterator[tuple[Batch, int]]:
-        """Batches of this process's rows of `data`, and the number of rows in each."""
-        rows = torch.arange(self.rank, length(data), self.world, device=row_device(data, self.device))
-        parts = [part for part in torch.split(rows, self.task.eval_batch_size) if len(part)]
-        batches = (
-            (pairs_of(data, part) for part in parts)
-            if isinstance(data, tuple)
-            else self._loader.once(data, [validation_keys(self.seed, part.tolist()) for part in parts])
-        )
-        for (inputs, targets), part in zip(batches, parts, strict=True):
-            yield (on_tensors(channels_last, inputs) if self.task.channels_last else inputs, targets), len(part)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -394,4 +346,4 @@ class Trainer:
 
     def close(self) -> None:
         """End the processes that load data."""
-        self._loader.close()
+        self.feed.close()

@@ -52,8 +52,8 @@ class DistributedTrainer(Trainer):
         self._outside = [p for p in parameters_of(self._optimizers) if id(p) not in inside]
 
     def batch(self, step: int) -> Batch:
-        size = self._rows.size(step)
-        self._share = len(range(size)[self._own()]) * self.world / size
+        size = self.feed.rows.size(step)
+        self._share = len(range(size)[self.feed.own()]) * self.world / size
         return super().batch(step)
 
     def _prepared(self, model: nn.Module) -> nn.Module:
