@@ -188,9 +188,9 @@ RULES: dict[str, Entry] = {
 
 INTRODUCTION = """# What a stage's search finds
 
-Made by `python -m experiments.regrets`: ten learning rates over three decades, q at a time, exact losses; ours five at a time
-on ten slots too. Regret as a share of what the best learning rate gains on the start: mean and standard error over intervals;
-in brackets, probes of ten that diverged.
+Made by `python -m experiments.regrets`: ten learning rates over three decades, q at a time, exact losses; ours on ten slots
+five at a time too, so that its columns q = 5 and q = 10 are one. Regret as a share of what the best learning rate gains on the
+start: mean and standard error over intervals; in brackets, probes of ten that diverged.
 
 """
 
