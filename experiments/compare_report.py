@@ -202,6 +202,7 @@ the method beat anchored. Compute: optimizer steps of all trials over T, search 
 too. Wall-clock: training steps only (`experiments/slots.py`). On more slots than two `anchored` trains learning rates ahead
 that it may not need: the result is the same, sooner and dearer. "7 full runs": LR tuned on a grid over 2 decades around the
 default (.1 for SGD, 3e-3 for AdamW; Schedule-Free 1.0 and 2.5e-3). `paper`: 5 stages of T / 5, 10 probes of T / 50 each,
+ranked by validation losses throughout (the policy's default: in the first stage by training losses, "the authors' series"),
 over 2 decades around the default LR (wider where its name says so). `anchored`: all defaults, over [1e-5, 10] (SGD) or
 [1e-6, 1] (AdamW) unless its name says otherwise. PBT and PB2: Ray's own, 12 trials on 12 slots, LR over 2 decades.
 ScheduleFree+: Adam with its authors' defaults on all tasks. Methods share stretches that they train in common; results are
