@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,8 +71,8 @@ def test_every_other_trainable_has_another_digest_and_a_copy_has_the_same() -> N
     codes = {}
     for name, make in TRAINABLES.items():
         found = subject(make(), {})
-        copy = cloudpickle.loads(cloudpickle.dumps(make()))  # as Tune hands it on
-        assert subject(copy, {}) == found, name
+        passed_on = cloudpickle.loads(cloudpickle.dumps(make()))  # as Tune hands it on
+        assert subject(passed_on, {}) == found, name
         codes[name] = found["code"]
     assert len(set(codes.values())) == len(codes)
     names = [subject(make(), {})["trainable"] for make in TRAINABLES.values()]
@@ -120,6 +126,60 @@ def test_arrays_and_tensors_count_by_their_values() -> None:
     assert subject(Model, {"x": torch.ones(3)}) == subject(Model, {"x": torch.ones(3)})
     assert subject(Model, {"x": torch.ones(3)}) != subject(Model, {"x": torch.zeros(3)})
     assert subject(Model, {"x": object()}) == subject(Model, {"x": object()})  # nothing is known of it
+
+
+@dataclass
+class Settings:
+    width: int = 8
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+Kind = Enum("Kind", "A B")
+CHOSEN: Any = None
+
+
+def by_global(config: dict[str, Any]) -> None:
+    tune.report({"step": CHOSEN})
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (Settings(8), Settings(9)),
+        (Settings(8, {"a": [1]}), Settings(8, {"a": [2]})),
+        (Namespace(width=8), Namespace(width=9)),
+        (SimpleNamespace(width=8), SimpleNamespace(width=9)),
+        (Path("/data/a"), Path("/data/b")),
+        (Kind.A, Kind.B),
+        (b"a", b"b"),
+        (1j, 2j),
+        (range(3), range(4)),
+        (torch.float32, torch.bfloat16),
+        (date(2026, 1, 1), date(2026, 1, 2)),
+        ({"width": 8}, {"width": 9}),
+        ([1, {"a": (2,)}], [1, {"a": (3,)}]),
+    ],
+)
+def test_plain_values_of_any_kind_count_in_config_and_around_the_code(
+    one: Any, two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (told,), _ = changes(subject(Model, {"x": one}), subject(Model, {"x": two}))
+    assert told.startswith("config x")
+    assert changes(subject(Model, {"x": one}), subject(Model, {"x": copy.deepcopy(one)})) == ([], False)
+    codes = []
+    for value in (one, copy.deepcopy(one), two):
+        monkeypatch.setattr(f"{__name__}.CHOSEN", value)
+        codes.append(subject(wrap_function(by_global), {})["code"])
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_long_lists_count_and_what_holds_itself_is_read_to_an_end() -> None:
+    long: list[Any] = list(range(20_000))
+    assert changes(subject(Model, {"x": long}), subject(Model, {"x": long[::-1]}))[0]
+    around: dict[str, Any] = {"a": 1}
+    around["self"] = around
+    assert search_spaces(around) == []
+    assert changes(subject(Model, {"x": around}), subject(Model, {"x": {"a": 2, "self": around}}))[0]
 
 
 def test_another_trainable_and_another_python_are_told_apart() -> None:

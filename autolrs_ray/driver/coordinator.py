@@ -85,11 +85,14 @@ class Coordinator:
         self._starting = partial(starting_actor, controller)
         self._watchdog = Watchdog(desk, self._live, self._resources, self._starting)
         desk.stored.expect_manifests(writes_manifests(trainable))
-        if desk.open_record(folder, subject(trainable, first.config)):
-            self._keeper.adopt(folder)
+        try:
+            if desk.open_record(folder, subject(trainable, first.config)):
+                self._keeper.adopt(folder)
+        except BaseException:
+            del _driving[self._place]
+            raise
         for warning in warnings:
             desk.warn(warning)
-        _driving[self._place] = self
         self._slots.ask()
         self._elastic = Elastic(desk, controller, self._resources, self._live, rows is None)
         self._elastic.settle()
@@ -100,15 +103,17 @@ class Coordinator:
             threading.Thread(target=surrogate.preload, daemon=True).start()
 
     def _evict(self) -> None:
-        """Close the run in our folder that a Tune in this process drove, and left when it was interrupted or out of time."""
-        other = _driving.get(self._place)
-        if other is None:
+        """Take our folder. A run in it that a Tune in this process drove, and left when it was interrupted or out of time, is
+        closed."""
+        other = _driving.setdefault(self._place, self)  # two threads may begin at once
+        if other is self:
             return
         if other._thread is not self._thread and other._thread.is_alive():
             raise RuntimeError(
                 f"another thread of this process drives the run in {self._place}; wait for it, or choose another name"
             )
         other.close()
+        _driving[self._place] = self
 
     def __len__(self) -> int:
         """Checkpoints that are being written."""

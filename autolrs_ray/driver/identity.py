@@ -13,30 +13,43 @@ import inspect
 import json
 import sys
 import sysconfig
-from types import CodeType
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import PurePath
+from types import CodeType, SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from ray.tune.search.sample import Domain
 
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
 
+READER = 2  # changes with what counts: digests of other readers say nothing
 _MOST = 10_000  # items of a list or a dict that are read
 _FOREIGN = {"ray", "torch", "autolrs_ray", "numpy", *sys.stdlib_module_names} - {
     "__main__"
 }  # whose code is not the user's
+_NAMESPACES = (Namespace, SimpleNamespace)
+_AS_THEY_LOOK = (complex, range, slice, PurePath, Enum, date, time, timedelta, Decimal, Fraction, UUID, np.dtype)
+_TORCHS = {"torch.dtype", "torch.device", "torch.layout"}
 _INSTALLED = tuple(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
 
 
 def subject(trainable: type, config: dict[str, Any]) -> dict[str, Any]:
     """As JSON values: "trainable" (its name), "code" (a digest of its code, and of the values it takes from around it),
-    "python" (the digest depends on it), and "config" without what AutoLRS puts in."""
+    "python" (the digest depends on it, and on how it is read), and "config" without what AutoLRS puts in."""
     own = {key: value for key, value in config.items() if key not in (LR_KEY, CONFIG_KEY)}
     reader = _Reader()
     code = json.dumps(reader.read(trainable), sort_keys=True)
     return dict(
         trainable=reader.name or trainable.__qualname__, code=_digest(code.encode()),
-        python=f"{sys.version_info.major}.{sys.version_info.minor}", config=_Reader().read(own),
+        python=f"{sys.version_info.major}.{sys.version_info.minor}, read by {READER}", config=_Reader().read(own),
     )  # fmt: skip
 
 
@@ -62,16 +75,20 @@ def refuse_search_spaces(config: dict[str, Any]) -> None:
         )
 
 
-def search_spaces(config: Any, path: str = "") -> list[str]:
-    """What stands for many values in `config`, nested values included, each as 'config["key"] = value'."""
+def search_spaces(config: Any, path: str = "", around: tuple[int, ...] = ()) -> list[str]:
+    """What stands for many values in `config`, nested values included, each as 'config["key"] = value'. around: ids of what
+    holds it, which it may hold again."""
+    if id(config) in around:
+        return []
+    around = (*around, id(config))
     if isinstance(config, dict) and set(config) == {"grid_search"}:
         return [f"config{path} = tune.grid_search({config['grid_search']!r})"]
     if isinstance(config, Domain):
         return [f"config{path} = {type(config).__name__} {config.domain_str}"]
     if isinstance(config, dict):
-        return [found for key, value in config.items() for found in search_spaces(value, f"{path}[{key!r}]")]
+        return [found for key, value in config.items() for found in search_spaces(value, f"{path}[{key!r}]", around)]
     if isinstance(config, (list, tuple)):
-        return [found for i, value in enumerate(config) for found in search_spaces(value, f"{path}[{i}]")]
+        return [found for i, value in enumerate(config) for found in search_spaces(value, f"{path}[{i}]", around)]
     return []
 
 
@@ -120,8 +137,11 @@ class _Reader:
             return value
         if isinstance(value, (float, np.generic)):
             return repr(getattr(value, "item", lambda: value)())
-        if id(value) in self._open or (hasattr(value, "__len__") and not inspect.isclass(value) and _long(value)):
+        if id(value) in self._open:
             return getattr(value, "__qualname__", type(value).__qualname__)
+        if hasattr(value, "__len__") and not inspect.isclass(value) and _long(value):
+            text = repr(value)
+            return type(value).__qualname__ + ("" if " at 0x" in text else f" {_digest(text.encode())}")
         self._open.add(id(value))
         try:
             return self._read(value)
@@ -129,15 +149,28 @@ class _Reader:
             self._open.discard(id(value))
 
     def _read(self, value: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {str(key): self.read(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, bytes):
+            return f"bytes {_digest(value)}"
+        if _by_repr(value):
+            return repr(value)
+        if isinstance(value, _NAMESPACES) or (is_dataclass(value) and not isinstance(value, type)):
+            inside = (
+                vars(value)
+                if isinstance(value, _NAMESPACES)
+                else {f.name: getattr(value, f.name) for f in fields(value)}
+            )
+            return {"": type(value).__qualname__, **{str(name): self.read(item) for name, item in inside.items()}}
+        if isinstance(value, Sequence):
             return [self.read(item) for item in value]
         if isinstance(value, (set, frozenset)):
             return sorted(json.dumps(self.read(item), sort_keys=True) for item in value)
         if hasattr(value, "detach") and hasattr(value, "numpy"):  # a tensor
             value = value.detach().cpu().double().numpy()
-        if isinstance(value, np.ndarray) and value.dtype != object:
+        if isinstance(value, np.ndarray) and value.dtype == object:
+            return self.read(value.tolist())
+        if isinstance(value, np.ndarray):
             return f"array {value.shape} of {value.dtype} {_digest(np.ascontiguousarray(value).tobytes())}"
         if isinstance(value, functools.partial):
             return [self.read(value.func), self.read(value.args), self.read(value.keywords)]
@@ -190,11 +223,21 @@ class _Reader:
         return code.co_code.hex(), code.co_names, consts
 
 
-def _simple(value: Any) -> bool:
-    """Whether it is a plain constant, or a tuple of such."""
-    if isinstance(value, tuple):
-        return all(map(_simple, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def _by_repr(value: Any) -> bool:
+    """Whether it is a plain value that is what it looks like."""
+    kind = type(value)
+    return isinstance(value, _AS_THEY_LOOK) or f"{kind.__module__}.{kind.__qualname__}" in _TORCHS
+
+
+def _simple(value: Any, depth: int = 3) -> bool:
+    """Whether it is a plain constant, or a collection of such: no state of a program."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)) or _by_repr(value):
+        return True
+    if isinstance(value, _NAMESPACES) or (is_dataclass(value) and not isinstance(value, type)):
+        return True
+    if not depth or not isinstance(value, (tuple, list, dict)) or len(value) > _MOST:
+        return False
+    return all(_simple(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def _long(value: Any) -> bool:
