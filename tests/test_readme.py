@@ -156,5 +156,5 @@ def test_the_costs_named_for_the_example_are_those_it_prints(capsys: pytest.Capt
     _, example, text, *_ = (ROOT / "docs" / "choosing-a-policy.md").read_text().split("```")
     exec(example.removeprefix("python"), {})
     printed = re.findall(r"at most (\S+) T of compute", capsys.readouterr().out)
-    assert printed == ["10.4", "1.9", "2.7"]
+    assert printed == ["10.4", "5.9", "7.6"]
     assert [cost for cost in printed if f"{cost} T" not in text] == []
