@@ -233,6 +233,7 @@ def line(name: str, found: Iterable[Found]) -> list[str]:
 
 def tables(fields: list[Field]) -> str:
     """Markdown: what the race loses by envelope, by kind of training, and under other numbers and metrics."""
+    by_count = _by_count(fields)
     fields = [field for field in fields if len(field.lrs) == 12]
     kinds = {e: {f.kind for f in fields if f.envelope == e} for e in ENVELOPES}
     common = set.intersection(set(FEW_KINDS), *(found for found in kinds.values() if found))
@@ -246,9 +247,27 @@ def tables(fields: list[Field]) -> str:
     parts = [
         ("By envelope", by_envelope),
         ("Under the default envelope, other numbers of the rule and other scores", by_variant + by_metric),
+        ("By the number of learning rates, against the best of all", by_count),
         ("By kind, under the default envelope", by_kind),
     ]
     return "\n\n".join(f"## {title}\n\n{markdown(HEADS, rows)}" for title, rows in parts if rows)
+
+
+def _by_count(fields: list[Field]) -> list[list[str]]:
+    """The trainings that were made with different numbers of learning rates."""
+    groups: dict[tuple[str, str, int], dict[int, Field]] = {}
+    for field in fields:
+        groups.setdefault((field.kind, field.envelope, field.seed), {})[len(field.lrs)] = field
+    counts = sorted({count for group in groups.values() for count in group})
+    whole = [group for group in groups.values() if len(group) == len(counts) > 1]
+    found: dict[int, list[Found]] = {count: [] for count in counts}
+    for group in whole:
+        best = min(min(field.finals) for field in group.values())
+        for count, field in group.items():
+            raced = race(field)
+            lost = (field.finals[field.lrs.index(raced.lr)] - best) / max(field.start - best, 1e-12)
+            found[count].append(replace(raced, regret=lost))
+    return [line(f"{count} learning rates", raced) for count, raced in found.items() if raced]
 
 
 def told(envelope: str) -> str:
