@@ -44,7 +44,8 @@ ENVELOPES = (*SHAPES, *(f"{shape}/0" for shape in SHAPES))
 """Name and, after the stroke, the share of the run over which the learning rate rises: .2 unless told otherwise."""
 
 FEW_KINDS = ("20 rows of validation", "small table", "inputs x 100", "60 steps", "100 steps", "150 steps", "plain net",
-             "outliers", "plain net, AdamW", "two adversaries", "flow (negative loss)", "batch norm", "40 % wrong labels")  # fmt: skip
+             "outliers", "plain net, AdamW", "two adversaries", "flow (negative loss)", "batch norm",
+             "40 % wrong labels")  # fmt: skip
 """Those that are trained under every envelope; the others under the default."""
 
 Row = list[float]
