@@ -1,0 +1,150 @@
+"""A Transformer that translates, on any parallel text: two files with one sentence a line, such as WMT's.
+
+    python -m experiments.translation --data wmt/train --source en --target de --storage runs --epochs 10
+    ray job submit --working-dir . -- python -m experiments.translation --data /shared/wmt/train --source en --target de \
+        --storage /shared/runs --epochs 10 --batch-size 1024 --gpus 1 --compile
+
+DATA.SOURCE and DATA.TARGET are the files. One byte-pair vocabulary for both is learned from them; sentences are padded to
+--length tokens, so that all batches have one shape, and longer pairs are left out. Every 200th pair chooses learning rates.
+Base size of Vaswani et al. 2017, with the norms first; Adam (.9, .98), label smoothing .1. The loss is per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+import autolrs_ray
+from autolrs_ray import TrainingTask
+from experiments import cluster_job
+
+PAD, BEGIN, END = 0, 1, 2
+
+
+def encode(source: list[str], target: list[str], vocabulary: int, length: int) -> dict[str, Any]:
+    """ "source" (n, length) and "target" (n, length + 1), which begins with BEGIN and ends with END: int16, padded."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["[PAD]", "[BEGIN]", "[END]"],
+                                  initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+    tokenizer.train_from_iterator([*source, *target], trainer)
+    pairs = [(a.ids, [BEGIN, *b.ids, END])
+             for a, b in zip(tokenizer.encode_batch(source), tokenizer.encode_batch(target), strict=True)
+             if 0 < len(a.ids) <= length and 0 < len(b.ids) < length]  # fmt: skip
+    if not pairs:
+        raise ValueError(f"no pair of sentences has at most {length} tokens: give a greater --length")
+
+    def padded(rows: list[list[int]], width: int) -> Tensor:
+        return torch.tensor([row + [PAD] * (width - len(row)) for row in rows], dtype=torch.int16)
+
+    return {
+        "source": padded([pair[0] for pair in pairs], length),
+        "target": padded([pair[1] for pair in pairs], length + 1),
+        "vocabulary": tokenizer.get_vocab_size(),
+    }
+
+
+class Translator(nn.Module):
+    """Tokens (n, 2 * length), the source's and then those of the translation so far -> logits (n, length, vocabulary)."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.length = length
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        nn.init.normal_(self.tokens.weight, std=width**-0.5)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, batch_first=True, norm_first=True)
+        encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.transformer = nn.Transformer(width, heads, layers, layers, 4 * width, batch_first=True, norm_first=True,
+                                          custom_encoder=encoder)  # fmt: skip
+        causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+        self.register_buffer("causal", causal, persistent=False)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        source, target = pairs.long().split(self.length, 1)
+        unread = source == PAD
+        seen = self.transformer(
+            self._embed(source), self._embed(target), tgt_mask=self.causal, src_key_padding_mask=unread,
+            memory_key_padding_mask=unread,
+        )  # fmt: skip
+        return nn.functional.linear(seen, self.tokens.weight)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.tokens(tokens) * self.tokens.embedding_dim**0.5 + self.places.weight
+
+
+def build(config: dict[str, Any]) -> TrainingTask:
+    data = torch.load(config["encoded"], weights_only=True, mmap=True)
+    inputs = torch.cat([data["source"], data["target"][:, :-1]], 1)
+    targets = data["target"][:, 1:]
+    held_out = torch.arange(len(inputs)) % config["held_out"] == 0
+    tokens = float((targets[~held_out] != PAD).sum(1).float().mean())
+
+    def loss(logits: Tensor, wanted: Tensor, smoothing: float = 0.1) -> Tensor:
+        """A sum over tokens, so that batches and workers count by their rows, in units of a sentence of the mean length."""
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten().long(), ignore_index=PAD,
+                                            label_smoothing=smoothing, reduction="sum")  # fmt: skip
+        return total / (len(wanted) * tokens)
+
+    width = config["width"]
+    model = Translator(data["vocabulary"], targets.shape[1], width, config["layers"], max(1, width // 64))
+    return TrainingTask(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9),
+        loss=loss,
+        train_data=(inputs[~held_out], targets[~held_out]),
+        val_data=(inputs[held_out], targets[held_out]),
+        batch_size=config["batch_size"],
+        eval_batch_size=256,
+        metrics={"nats_per_token": lambda logits, wanted: loss(logits, wanted, smoothing=0.0)},
+        clip_norm=1.0,
+        autocast=True,
+        compile=config["compile"],
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    made = cluster_job.parser(__doc__, "translation", epochs=10)
+    made.add_argument("--source", default="en", help="ending of the source's file (default en)")
+    made.add_argument("--target", default="de", help="ending of the target's file (default de)")
+    made.add_argument("--vocabulary", type=int, default=32_000, help="tokens, at most 32,767 (default 32,000)")
+    made.add_argument("--length", type=int, default=64, help="most tokens of a sentence (default 64)")
+    made.add_argument("--width", type=int, default=512)
+    made.add_argument("--layers", type=int, default=6, help="of the encoder, and of the decoder (default 6)")
+    made.add_argument("--held-out", type=int, default=200, help="every which pair chooses (default 200)")
+    return made
+
+
+def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of a trial. Writes the encoded text beside the files."""
+    texts = [
+        Path(f"{arguments.data}.{end}").read_text("utf-8").splitlines() for end in (arguments.source, arguments.target)
+    ]
+    encoded = Path(f"{arguments.data}.{arguments.source}-{arguments.target}.pt").absolute()
+    torch.save(encode(*texts, arguments.vocabulary, arguments.length), encoded)
+    names = ("width", "layers", "held_out", "batch_size", "compile")
+    return {"encoded": str(encoded), **{name: getattr(arguments, name) for name in names}}
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    cluster_job.join_cluster()
+    result = autolrs_ray.run(
+        build,
+        epochs=arguments.epochs,
+        config=config_of(arguments),
+        name=arguments.name,
+        storage_path=arguments.storage,
+        resources={"cpu": arguments.cpus, "gpu": arguments.gpus},
+        workers="elastic",
+    )
+    print(cluster_job.told(result))
+
+
+if __name__ == "__main__":
+    main()
