@@ -53,6 +53,7 @@ class Row:
     lrs: Callable[[ScaleTask], tuple[float, ...]] = lambda task: ()
     averaged: bool = False
     more_seeds: bool = False
+    decades: int | None = None
 
 
 def _paper(task: ScaleTask) -> dict[str, Any]:
@@ -62,11 +63,11 @@ def _paper(task: ScaleTask) -> dict[str, Any]:
 
 
 ROWS = {
-    "anchored": Row("anchored", more_seeds=True),
+    "anchored": Row("anchored", more_seeds=True, decades=6),
     "linear, untuned": Row(shape="linear", lrs=lambda task: task.peaks[1:2]),
     "linear, best of 3": Row(shape="linear", lrs=lambda task: task.peaks, more_seeds=True),
     "constant + averaged weights, best of 2": Row(shape="constant", lrs=lambda task: task.constants, averaged=True),
-    "paper": Row("paper", _paper),
+    "paper": Row("paper", _paper, decades=2),
 }
 
 
@@ -217,7 +218,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.report:
-        write_report(arguments.out, arguments.results, list(ROWS))
+        write_report(arguments.out, arguments.results, {name: row.decades for name, row in ROWS.items()}, TASKS)
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -38,6 +37,7 @@ from autolrs_ray.core.envelopes import ENVELOPES
 from autolrs_ray.core.policy import finite_or_inf
 from autolrs_ray.training.trainer import Trainer
 from experiments import vgg16_report
+from experiments.full_runs import full_run
 from experiments.vgg16_task import BATCH_SIZE, CLASSES, DEFAULT_PEAK, PADDINGS, Settings, build, read_cifar
 
 SEARCHES = vgg16_report.SEARCHES
@@ -99,24 +99,15 @@ def device_name() -> str:
 
 def train_fixed(job: Job, peak: float, out: Path) -> dict[str, Any]:
     """One full run in a plain loop, or what is kept of it: validation metrics and seconds; its weights lie beside."""
-    folder = out / "fixed" / job.name(peak)
-    record = folder / "run.json"
-    if record.exists():
-        return {**json.loads(record.read_text()), "weights": folder / "weights.pt"}
-    averaged = job.policy in AVERAGED
-    trainer = Trainer(lambda: build(asdict(job.settings)), job.seed, averaging=averaged)
-    began = time.perf_counter()
-    for epoch in range(1, job.epochs + 1):
-        loss = trainer.train(epoch * trainer.steps_per_epoch, lambda step: peak * SHAPES[job.policy](step / job.steps))
-        print(f"{folder.name}: epoch {epoch}/{job.epochs}, training loss {loss:.4f}", flush=True)
-    seconds = time.perf_counter() - began
-    val = trainer.evaluate(averaged=averaged)
-    folder.mkdir(parents=True, exist_ok=True)
-    with trainer.evaluated(trainer.best_average if averaged else None) as network:
-        torch.save(network.state_dict(), folder / "weights.pt")
-    found = {"peak": peak, "val_loss": val["loss"], "val_accuracy": val["accuracy"], "seconds": seconds}
-    vgg16_report.replace(record, json.dumps(found))
-    return {**found, "weights": folder / "weights.pt"}
+    epoch = job.settings.steps_per_epoch
+
+    def make() -> Trainer:
+        return Trainer(lambda: build(asdict(job.settings)), job.seed, averaging=job.policy in AVERAGED)
+
+    run = full_run(make, lambda step: peak * SHAPES[job.policy](step / job.steps), range(epoch, job.steps + 1, epoch),
+                   out / "fixed" / job.name(peak))  # fmt: skip
+    val = run["val"]
+    return {**run, "peak": peak, "val_loss": val["loss"], "val_accuracy": val["accuracy"]}
 
 
 def run_fixed(job: Job, out: Path) -> dict[str, Any]:
@@ -264,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         read_cifar(dataset, arguments.data_dir, train=False, download=arguments.download)
     source = arguments.out / "source"
     source.mkdir(parents=True, exist_ok=True)
-    for file in Path(__file__).parent.glob("vgg16_*.py"):
+    here = Path(__file__).parent
+    for file in (*here.glob("vgg16_*.py"), here / "full_runs.py"):
         shutil.copy(file, source)
     if any(job.searches for job in jobs):
         start_ray(arguments.address)

@@ -269,8 +269,8 @@ def test_the_peak_is_tuned_on_validation_images_and_the_test_images_are_read_onc
     metrics = vgg16_cifar.test_metrics
     monkeypatch.setattr(vgg16_cifar, "test_metrics", lambda *args: tested.append(args) or metrics(*args))
     outcome = run(tmp_path, data_dir, "--policy", "linear", "--epochs", "2", "--peaks", "1e-5", ".05", "1e3")
-    runs = [json.loads(file.read_text()) for file in tmp_path.glob("fixed/*/run.json")]
-    losses = {found["peak"]: found["val_loss"] for found in runs}
+    folders = {peak: next(tmp_path.glob(f"fixed/*-lr{peak:g}-*/run.json")) for peak in (1e-5, 0.05, 1e3)}
+    losses = {peak: json.loads(file.read_text())["val"]["loss"] for peak, file in folders.items()}
     assert outcome["lrs"] == [min(losses, key=lambda peak: np.nan_to_num(losses[peak], nan=np.inf))]
     assert outcome["lrs"] != [1e3]
     assert (outcome["compute"], outcome["tuned"], len(tested)) == (3.0, True, 1)
