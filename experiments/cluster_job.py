@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 import torch
 
 from autolrs_ray.outcome.result import RunResult
+from experiments.vgg16_cifar import default_address, start_ray
 
 
 def parser(doc: str | None, name: str, epochs: float) -> argparse.ArgumentParser:
@@ -27,11 +27,7 @@ def parser(doc: str | None, name: str, epochs: float) -> argparse.ArgumentParser
 
 def join_cluster() -> None:
     """Ray of the job, or of RAY_ADDRESS, or one on this machine."""
-    import ray
-
-    if not ray.is_initialized():
-        in_job = "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
-        ray.init(address=None if in_job else "local", log_to_driver=False, logging_level="warning")
+    start_ray(default_address())
 
 
 def told(result: RunResult) -> str:

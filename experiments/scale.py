@@ -34,7 +34,7 @@ from experiments.compare_report import replace
 from experiments.full_runs import full_run
 from experiments.scale_report import machine, write_report
 from experiments.scale_tasks import TASKS, ScaleTask, make_task
-from experiments.vgg16_cifar import start_ray
+from experiments.vgg16_cifar import default_address, start_ray
 from experiments.vgg16_task import CLASSES, read_cifar
 
 MARKS = 20  # checkpoints of a fixed schedule, and points of its curve
@@ -208,7 +208,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
     parser.add_argument("--gpus-per-trial", type=float, default=0.25 if on_gpu else 0.0)
     parser.add_argument("--threads", type=int, help="of a fixed schedule's run (default: torch's own)")
-    parser.add_argument("--address", default="local", help='of the Ray cluster (default "local": a new one here)')
+    parser.add_argument(
+        "--address", default=default_address(), help='of the Ray cluster (default: "auto" in a job, else "local")'
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/scale"), help="folder of the runs (default runs/scale)")
     parser.add_argument("--report", action="store_true", help="write the tables and the figure to --results")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"))

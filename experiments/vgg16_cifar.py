@@ -207,8 +207,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus-per-trial", type=float, default=0.1 if on_gpu else 0.0)
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
     parser.add_argument("--slots", type=int, help="trials at the same time (default: as many as fit)")
-    in_cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-    parser.add_argument("--address", default="auto" if in_cluster else "local",
+    parser.add_argument("--address", default=default_address(),
                         help='of the Ray cluster ("auto": the one whose job this is, which is the default there; else "local": '
                         "a new one on this machine)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/vgg16"),
@@ -262,6 +261,11 @@ def main(argv: list[str] | None = None) -> None:
         start_ray(arguments.address)
     for job in jobs:
         run_job(job, arguments.out)
+
+
+def default_address() -> str:
+    """ "auto" in a job of a cluster, else "local": a Ray of one's own."""
+    return "auto" if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ else "local"
 
 
 def start_ray(address: str) -> None:
