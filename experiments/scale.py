@@ -58,7 +58,7 @@ class Row:
 
 def _paper(task: ScaleTask) -> dict[str, Any]:
     """Five stages of ten probes; nothing else differs from the policy's own settings."""
-    tau = task.steps // 5
+    tau = -(-task.steps // 5)
     return {"stage_steps": tau, "max_stage_steps": tau, "lr_interval": task.interval, "probe_reports": 4}
 
 

@@ -181,25 +181,51 @@ def test_further_seeds_come_after_all_rows_of_the_first(text: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_policies_train_through_ray_and_the_table_names_what_was_not_run(text: str, tmp_path: Path) -> None:
-    task, out = bytes_task(text, epochs=2), tmp_path / "runs"
-    arguments = scale.parse(["--slots", "2", "--gpus-per-trial", "0"])
-    anchored = scale.run_row(task, "anchored", 0, out, arguments)
+def test_the_policies_train_through_ray(text: str, tmp_path: Path) -> None:
+    task, arguments = bytes_task(text), scale.parse(["--slots", "2", "--gpus-per-trial", "0"])
+    anchored = scale.run_row(task, "anchored", 0, tmp_path, arguments)
     assert [curve["chosen"] for curve in anchored["curves"]].count(True) == 1
     assert all(curve["points"] for curve in anchored["curves"])
-    paper = scale.run_row(task, "paper", 0, out, arguments)
+    paper = scale.run_row(task, "paper", 0, tmp_path, arguments)
     assert len(paper["lrs"]) == 5
-    scale.run_row(task, "linear, untuned", 0, out, arguments)
+    for outcome in (anchored, paper):
+        assert outcome["compute"] > 1.0
+        assert outcome["test"].keys() == outcome["val"].keys() == {"loss", "accuracy"}
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_the_comparisons_columns_and_names_what_was_not_run(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "MARKS", 2)
+    task, out = bytes_task(text, epochs=0.3), tmp_path / "runs"
+    untuned = scale.run_row(task, "linear, untuned", 0, out, scale.parse([]))
+    race = {**untuned, "method": "anchored", "test": {"loss": untuned["test"]["loss"] - 0.5, "accuracy": 0.25}}
+    for seed in (0, 1):
+        (out / "outcomes" / f"anchored-{seed}.json").write_text(json.dumps({**race, "seed": seed}))
     scale.main(["--report", "--out", str(out), "--results", str(tmp_path)])
     rows = json.loads((tmp_path / "scale.json").read_text())
-    assert [row["method"] for row in rows] == ["anchored", "linear, untuned", "paper"]
-    compare = json.loads(Path("experiments/results/compare.json").read_text())
+    assert [(row["method"], row["seeds"], row["interval_decades"]) for row in rows] == [
+        ("anchored", 2, 6),
+        ("linear, untuned", 1, None),
+    ]
+    assert rows[1]["minus_anchored"] == pytest.approx([0.5, 0.0])
+    compare = json.loads(Path(scale.__file__).with_name("results").joinpath("compare.json").read_text())
     wanted = {"epochs", "width", "images_per_s", "hardware", *compare[0]}
     assert all(wanted <= row.keys() for row in rows)
     table = (tmp_path / "scale.md").read_text()
     assert "| linear, best of 3 | not run yet |" in table
-    assert '--tasks bytes --rows "linear, best of 3" "constant + averaged weights, best of 2"' in table
+    assert '--tasks bytes --rows "linear, best of 3" "constant + averaged weights, best of 2" "paper"' in table
+    assert "`python -m experiments.scale --data DIR --tasks cifar10`" in table
     assert (tmp_path / "scale.png").stat().st_size > 0
+    (out / "outcomes" / "anchored-1.json").unlink()  # another machine's rows stay beside those that are made anew
+    for file in out.glob("outcomes/bytes-*"):
+        file.unlink()
+    scale.main(["--report", "--out", str(out), "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "scale.json").read_text())
+    assert {(row["method"], row["seeds"]) for row in rows} == {("anchored", 1), ("linear, untuned", 1)}
 
 
 def test_without_a_finished_row_there_is_no_report(tmp_path: Path) -> None:
