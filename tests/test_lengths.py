@@ -73,12 +73,13 @@ def test_too_few_hours_and_a_trial_that_fails_are_errors(monkeypatch: pytest.Mon
     assert lengths.steps_of_hours(given[0], 1.0, *given[1:], {})[0] == pytest.approx(
         (3600 / 1.35 - 25 * 2.0) / 0.1, abs=1
     )
-    assert lengths.steps_of_hours(given[0], 1.0, *given[1:], {"slots": 1})[0] == pytest.approx(
-        (3600 / 2.0 - 25 * 2.0) / 0.1, abs=1
-    )
     steps, told = lengths.steps_of_hours(given[0], 1.0, *given[1:], {"workers": "elastic"})
     assert steps == pytest.approx((3600 / (2.0 / 2) - 25 * 2.0) / 0.1, abs=1)
     assert "about 1 T of wall-clock, if 2 workers are 2 times as fast as one" in told
+    mine = {"points_to_evaluate": [0.1, 0.2], "keep": True}
+    for options, wall in (({"slots": 1}, 2.0), ({"slots": 1, **mine}, 4.0), ({**mine, "keep": False}, 1.35)):
+        steps, _ = lengths.steps_of_hours(given[0], 1.0, *given[1:], options)
+        assert steps == pytest.approx((3600 / wall - 25 * 2.0) / 0.1, abs=1)
     with pytest.raises(ValueError, match=r"hours=0.01 are too few: a step takes 100 ms and a report 2e\+03 ms"):
         lengths.steps_of_hours(given[0], 0.01, *given[1:], {})
 

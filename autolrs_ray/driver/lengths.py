@@ -135,8 +135,10 @@ def steps_of_hours(
     fit = trials_that_fit(pace.resources, node_resources())
     slots = max(1, min(fit, search.get("slots") or fit))
     units = units_that_grow(slots, search.get("workers", 1))
+    own = search.get("points_to_evaluate")
+    kept = len(own) if search.get("keep") and isinstance(own, (list, tuple)) else 0
     _, wall = measured(slots // units, search.get("run_ahead", True))
-    wall /= units
+    wall = wall / units + kept / slots
     total = int((hours * 3600.0 / wall - RACE_REPORTS * report_s) / step_s)
     told = f"a step takes {1000 * step_s:.3g} ms and a report {1000 * report_s:.3g} ms"
     if total < LEAST_STEPS:
