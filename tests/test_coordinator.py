@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,16 +69,18 @@ def test_any_other_exception_of_our_own_ends_the_run_with_a_clear_error(begin: B
         run.start()
 
 
-def test_reports_further_apart_than_the_rungs_are_told_once(begin: Begin) -> None:
+def test_reports_further_apart_than_the_rungs_are_told_once_and_journaled_where_they_were_made(begin: Begin) -> None:
     run = begin()
     trial = run.start()
-    segment = run.search_alg.desk.segment(trial.trial_id)
-    run.report(trial, segment.boundaries[2], 1.0)
+    first, _, third = run.search_alg.desk.segment(trial.trial_id).boundaries[:3]
+    run.report(trial, third, 1.0)
     run.start()
-    assert (
-        len(begin.told("reports come too seldom", f"at step {segment.boundaries[2]}", f"{segment.boundaries[0]}, "))
-        == 1
-    )
+    (told,) = begin.told("reports come too seldom", f"at step {third}", f"{first}, ")
+    place, name = re.findall(r"(autolrs_ray[\w.]*)\.(\w+) names", told)[0]
+    assert hasattr(import_module(place), name)
+    read = [(event["step"], event["rung"]) for event in begin.events if event["event"] == Event.RUNG]
+    assert {step for step, _ in read} == {third}
+    assert len({rung for _, rung in read}) == len(read) > 1
 
 
 def test_a_scheduler_within_the_trainable_is_seen_under_the_papers_policy_too(begin: Begin) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from autolrs_ray import AutoLRSSearch
+from autolrs_ray import AutoLRSError, AutoLRSSearch
 from autolrs_ray.driver import coordinator
 from tests.fake_tune import RACE, Begin, FakeTune, Trainable, first_step
 
@@ -51,6 +52,21 @@ def test_it_says_what_it_continues_and_what_had_failed_and_tries_that_again(begi
     assert desk.told == f"{found}; all will be tried again"
     assert arm in {desk.arm(trial_id) for trial_id in desk.trials}
     assert again.search_alg.policy.failures() == []
+
+
+def test_a_race_that_has_ended_for_want_of_learning_rates_says_why_when_it_is_begun_again(begin: Begin) -> None:
+    run = begin()
+
+    def diverge() -> None:
+        for _ in range(9):
+            run.report(run.start(), 1, math.nan)
+
+    with pytest.raises(AutoLRSError, match="no learning rate is left in the race"):
+        diverge()
+    with pytest.raises(
+        AutoLRSError, match=r"nothing left to train: no learning rate is left .* Start anew under another"
+    ):
+        begin().start()
 
 
 def test_a_run_that_another_thread_drives_is_refused_in_these_words(begin: Begin) -> None:

@@ -50,6 +50,24 @@ def test_a_silent_trial_is_given_up_after_report_timeout_s(dog: Watchdog, clock:
     assert 'resume="auto"' in str(raised.value)
 
 
+def test_a_probe_whose_save_hangs_is_given_up_once_and_the_main_trial_ends_the_run(
+    dog: Watchdog, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed, told, clock.s = [], [], 50.0
+    monkeypatch.setattr(watchdog.ray, "kill", killed.append)
+    monkeypatch.setattr(dog._desk, "warn", told.append, raising=False)
+    dog._live["a"].temporary_state.ray_actor = "its actor"
+    with pytest.raises(
+        AutoLRSError, match="the main trial has been writing a checkpoint for 11 s: does the storage answer"
+    ):
+        dog.look({}, {"a": 39.0})
+    monkeypatch.setattr(dog._desk, "arm", lambda trial_id: "s000p01")
+    for _ in range(3):
+        dog.look({}, {"a": 39.0})
+    assert killed == ["its actor"]
+    assert [message.startswith("s000p01 has been writing a checkpoint for 11 s") for message in told] == [True]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_trial_whose_next_report_lies_far_ahead_has_time_for_it(
     dog: Watchdog, clock: SimpleNamespace, workers: int

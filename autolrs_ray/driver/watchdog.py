@@ -104,9 +104,10 @@ class Watchdog:
         if trial.trial_id in self._given_up:
             return  # Tune has not noticed yet
         desk, arm = self._desk, self._desk.arm(trial.trial_id)
-        message = f"{arm} {what} (report_timeout_s={desk.settings.report_timeout_s:g})"
+        who = "the main trial" if arm == "main" else arm
+        message = f"{who} {what} (report_timeout_s={desk.settings.report_timeout_s:g})"
         if arm == "main":
-            raise AutoLRSError(f"the main trial {message}. The {desk.policy.last_good(arm)}. {desk.policy.progress()}")
+            raise AutoLRSError(f"{message}. The {desk.policy.last_good(arm)}. {desk.policy.progress()}")
         if actor is None:
             raise AutoLRSError(f"{message}, and this version of Ray does not let AutoLRS end it")
         desk.warn(message)
