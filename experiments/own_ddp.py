@@ -107,9 +107,13 @@ class Ranks:
         if self.alone is not None:
             return getattr(self.alone, method)(*arguments)
         waiting = answers = [getattr(actor, method).remote(*arguments) for actor in self.actors]
-        while waiting:  # one that has died is noticed at once, and not when the others are tired of waiting for it
-            done, waiting = ray.wait(waiting)
-            ray.get(done)
+        try:
+            while waiting:  # one that has died is noticed at once, and not when the others are tired of waiting for it
+                done, waiting = ray.wait(waiting)
+                ray.get(done)
+        except Exception:
+            self.close()
+            raise
         found = ray.get(answers)
         return sum(found) / len(found) if isinstance(found[0], float) else found[0]
 

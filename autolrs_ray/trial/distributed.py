@@ -193,13 +193,19 @@ class WorkerGroup:
             )
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call `method` on every rank at once; their answers, in order of rank. Raises as soon as one fails: where it has died
-        others may wait for it, for as long as torch lets them."""
-        answers = [getattr(worker, method).remote(*arguments) for worker in self._workers]
-        waiting = answers
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            ray.get(done)
+        """Call `method` on every rank at once; their answers, in order of rank.
+
+        Raises as soon as one fails, and ends all: where one has died the others may wait for it as long as torch lets them, and
+        this process's own end would wait for them.
+        """
+        waiting = answers = [getattr(worker, method).remote(*arguments) for worker in self._workers]
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                ray.get(done)
+        except Exception:
+            self.close()
+            raise
         return list(ray.get(answers))
 
     @property
