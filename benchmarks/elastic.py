@@ -104,7 +104,7 @@ def _simulations(quick: bool) -> list[tuple[str, ...]]:
 
 
 def measure(quick: bool, slots: int = 2) -> Section:
-    steps, rounds = (100, 1) if quick else (1200, 1)
+    steps, rounds = (100, 1) if quick else (800, 1)
     config = {"batch_size": fitting_batch()}
     plain: list[float] = []
     found: dict[tuple[str, Any], list[tuple[float, float, RunResult]]] = {}
