@@ -16,7 +16,7 @@ from autolrs_ray.record.journal import read_journal
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.trainer import Trainer
 from tests.faults.driver import OPTIONS
-from tests.faults.harness import COUNTS, SCALE, Driver, journal_text, refuse_repeated_work
+from tests.faults.harness import COUNTS, SCALE, UNSETTLED, Driver, journal_text, refuse_repeated_work
 from tests.faults.test_nodes import cluster as two_nodes
 from tests.faults.test_nodes import own_folder
 from tests.faults.trainables import build_shared
@@ -52,6 +52,7 @@ def ends_alike(driver: Driver) -> None:
     COUNTS["differences"] += not same
     assert same, (outcome["rows"], where, losses)
     refuse_repeated_work(driver.run)
+    COUNTS["driver_kills_survived"] += UNSETTLED.pop(driver.run, 0)
 
 
 def test_drivers_killed_while_trials_grow_and_shrink_change_nothing(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_node_lost_under_a_grown_trial_changes_nothing(tmp_path: Path, nodes: 
     config = json.dumps({"pause_s": 0.2})
     with Driver(tmp_path, ("--policy", "elastic", "--address", nodes.address, "--config", config)) as driver:
         assert driver.wait_until(lambda: 2 in sizes(tmp_path), every_s=0.05)
-        nodes.remove_node(nodes.worker_nodes[0], allow_graceful=False)
+        nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
         COUNTS["node_losses"] += 1
         assert driver.wait_until(
             lambda: "room for 1 trials at a time now, for 2 before" in journal_text(tmp_path), 0.05
