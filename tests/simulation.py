@@ -83,7 +83,7 @@ class Simulation:
         toy = before.train(next_report(segment, before.step), segment.lr_at)
         self.trained += toy.step - before.step
         self.running[arm] = (segment, toy)
-        point = Point(toy.step, toy.loss, toy.train_loss, toy.loss)
+        point = Point(toy.step, toy.loss, toy.train_loss, toy.loss, val_batches=8.0)
         changed = self.change(arm, point)
         if changed == "fail":
             self.leave(arm)
