@@ -44,7 +44,7 @@ MARKS = 20  # checkpoints of a fixed schedule, and points of its curve
 class Row:
     """A row of the table. policy: a search; else the fixed schedule `shape` at `lrs` of the task, of which the best is taken.
 
-    options: of the search, for a task.
+    options: of the search, for a task. tasks: that have this row. decades: of the search's interval.
     """
 
     policy: str | None = None
@@ -54,6 +54,7 @@ class Row:
     averaged: bool = False
     more_seeds: bool = False
     decades: int | None = None
+    tasks: tuple[str, ...] = TASKS
 
 
 def _paper(task: ScaleTask) -> dict[str, Any]:
@@ -68,6 +69,9 @@ ROWS = {
     "linear, best of 3": Row(shape="linear", lrs=lambda task: task.peaks, more_seeds=True),
     "constant + averaged weights, best of 2": Row(shape="constant", lrs=lambda task: task.constants, averaged=True),
     "paper": Row("paper", _paper, decades=2),
+    "anchored, batch x 2 from .5 T": Row(
+        "anchored", lambda task: {"batch_growth": {0.5: 2}}, decades=6, tasks=("bytes",)
+    ),
 }
 
 
@@ -131,15 +135,16 @@ def tested(task: ScaleTask, state: dict[str, Any]) -> dict[str, float]:
 # -- the policies ------------------------------------------------------------------------------------------------------
 
 
-def run_search(task: ScaleTask, row: Row, seed: int, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_search(task: ScaleTask, method: str, seed: int, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """A run of the pair on Ray, and its final model's metrics."""
+    row = ROWS[method]
     start_ray(arguments.address)
     resources = {"cpu": arguments.cpus_per_trial}
     if arguments.gpus_per_trial:
         resources["gpu"] = arguments.gpus_per_trial
     result = autolrs_ray.run(
         task.build, task.steps, policy=row.policy, config=task.config, seed=seed, storage_path=out,
-        name=run_name(task, seed, row.policy), resources=resources, slots=arguments.slots, **row.options(task),
+        name=run_name(task, seed, method), resources=resources, slots=arguments.slots, **row.options(task),
     )  # fmt: skip
     data = RunData.load(result.folder)
     arms = sorted(data.reports) if data.anchored else [data.arm]
@@ -169,7 +174,7 @@ def run_row(task: ScaleTask, method: str, seed: int, out: Path, arguments: argpa
     if file.exists():
         return dict(json.loads(file.read_text()))
     task.prepare(task.config)
-    found = run_search(task, row, seed, out, arguments) if row.policy else run_fixed(task, row, seed, out)
+    found = run_search(task, method, seed, out, arguments) if row.policy else run_fixed(task, row, seed, out)
     outcome = dict(
         task=task.name, title=task.title, method=method, tuned=len(row.lrs(task)) > 1, seed=seed, steps=task.steps,
         epochs=task.epochs, width=task.config["width"], batch_size=task.batch_size, **found,
@@ -189,7 +194,7 @@ def planned(tasks: list[ScaleTask], rows: list[str], seeds: int) -> list[tuple[S
         for task in tasks
         for seed in range(seeds)
         for method in rows
-        if seed == 0 or ROWS[method].more_seeds
+        if task.name in ROWS[method].tasks and (seed == 0 or ROWS[method].more_seeds)
     ]
 
 
@@ -220,7 +225,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.report:
-        write_report(arguments.out, arguments.results, {name: row.decades for name, row in ROWS.items()}, TASKS)
+        methods = {name: {method: row.decades for method, row in ROWS.items() if name in row.tasks} for name in TASKS}
+        write_report(arguments.out, arguments.results, methods)
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

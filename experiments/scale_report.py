@@ -43,19 +43,26 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores{f' ({bf16})' if bf16 else ''}, torch {torch.__version__}"
 
 
-def summarise(outcomes: list[dict[str, Any]], methods: Mapping[str, int | None]) -> list[dict[str, Any]]:
-    """Rows of scale.json, one per setting and method, over its seeds, in the order of `methods`, which have the decades that
-    each searches.
+Methods = Mapping[str, Mapping[str, int | None]]
+"""Task -> the methods that its table has, in their order -> decades of the interval that each searches."""
+
+
+def summarise(outcomes: list[dict[str, Any]], methods: Methods) -> list[dict[str, Any]]:
+    """Rows of scale.json, one per setting and method, over its seeds, in the order of `methods`.
 
     minus_anchored: of the test loss, over the seeds that both have. curves: [step, validation accuracy] of the first seed.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for outcome in sorted(outcomes, key=lambda outcome: int(outcome["seed"])):
         groups[(*(outcome[name] for name in SAME), outcome["method"])].append(outcome)
-    order = list(methods)
-    ordered = sorted(groups.items(), key=lambda item: (*map(str, item[0][:-1]), order.index(item[0][-1])))
+    tasks = list(methods)
+
+    def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tasks.index(key[0]), *map(str, key[1:-1]), list(methods[key[0]]).index(key[-1])
+
+    ordered = sorted(groups.items(), key=lambda item: place(item[0]))
     return [
-        {**_row(found, groups.get((*key[:-1], "anchored"), [])), "interval_decades": methods[key[-1]]}
+        {**_row(found, groups.get((*key[:-1], "anchored"), [])), "interval_decades": methods[key[0]][key[-1]]}
         for key, found in ordered
     ]
 
@@ -116,9 +123,7 @@ def _number(value: list[float] | None, digits: int, sign: str = "", scale: float
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
 
 
-def write_report(
-    out: Path, results: Path, methods: Mapping[str, int | None], tasks: tuple[str, ...]
-) -> list[dict[str, Any]]:
+def write_report(out: Path, results: Path, methods: Methods) -> list[dict[str, Any]]:
     """Write scale.json, scale.md and scale.png into `results` from the outcomes in `out`. Returns the rows.
 
     Rows of an earlier report, from another machine say, stay unless `out` has runs of the same setting and method. Raises
@@ -143,8 +148,8 @@ def write_report(
         settings[key(row)[:-1]].append(row)
     parts = ["# At size\n\nMade by `python -m experiments.scale --report`; numbers in scale.json.\n"]
     parts += ["![Validation accuracy against epochs, with the trunks of the race](scale.png)\n"]
-    parts += [section(found, methods) for found in settings.values()]
-    absent = [task for task in tasks if all(row["task"] != task for row in rows)]
+    parts += [section(found, methods[found[0]["task"]]) for found in settings.values()]
+    absent = [task for task in methods if all(row["task"] != task for row in rows)]
     if absent:
         told = "\n".join(f"- `{task}`: `python -m experiments.scale --data DIR --tasks {task}`" for task in absent)
         parts += [f"## Not run yet\n\n{told}\n"]

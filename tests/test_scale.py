@@ -177,6 +177,10 @@ def test_further_seeds_come_after_all_rows_of_the_first(text: str) -> None:
     plan = [(method, seed) for _, method, seed in scale.planned([bytes_task(text)], list(scale.ROWS), 2)]
     assert plan[: len(scale.ROWS)] == [(method, 0) for method in scale.ROWS]
     assert plan[len(scale.ROWS) :] == [("anchored", 1), ("linear, best of 3", 1)]
+    other = replace(bytes_task(text), name="resnet")
+    assert {method for _, method, _ in scale.planned([other], list(scale.ROWS), 1)} == {
+        method for method in scale.ROWS if "batch" not in method
+    }
 
 
 @pytest.mark.ray
@@ -217,7 +221,10 @@ def test_the_table_has_the_comparisons_columns_and_names_what_was_not_run(
     assert all(wanted <= row.keys() for row in rows)
     table = (tmp_path / "scale.md").read_text()
     assert "| linear, best of 3 | not run yet |" in table
-    assert '--tasks bytes --rows "linear, best of 3" "constant + averaged weights, best of 2" "paper"' in table
+    assert (
+        '--tasks bytes --rows "linear, best of 3" "constant + averaged weights, best of 2" "paper" "anchored, batch x 2'
+        in table
+    )
     assert "`python -m experiments.scale --data DIR --tasks cifar10`" in table
     assert (tmp_path / "scale.png").stat().st_size > 0
     (out / "outcomes" / "anchored-1.json").unlink()  # another machine's rows stay beside those that are made anew
@@ -230,4 +237,4 @@ def test_the_table_has_the_comparisons_columns_and_names_what_was_not_run(
 
 def test_without_a_finished_row_there_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no finished rows"):
-        write_report(tmp_path, tmp_path, {}, ())
+        write_report(tmp_path, tmp_path, {})
