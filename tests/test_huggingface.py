@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from autolrs_ray import WeightAverages
 from tests.crashes import Malice
 from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk, updates_here
 
@@ -86,12 +87,21 @@ def test_a_restored_trial_goes_on_exactly_where_it_was(tmp_path: Path, monkeypat
     from autolrs_ray.integrations.huggingface import fit
 
     trial = TrialStub(tmp_path, monkeypatch)
-    fit(trainer_with(tmp_path / "unused"), trunk(0, 3, 8))
+    fit(trainer_with(tmp_path / "unused"), trunk(0, 3, 8), (0.25, 1.0))
     trial.source = trial.checkpoint(3)  # in the middle of an epoch of 4 steps
-    fit(trainer_with(tmp_path / "unused"), trunk(3, 8))
+    last = trainer_with(tmp_path / "unused")
+    fit(last, trunk(3, 8), (0.25, 1.0))
     assert [report["step"] for report in trial.reports] == [3, 8, 8]
     assert trial.reports[1]["val_loss"] == trial.reports[2]["val_loss"] != trial.reports[0]["val_loss"]
     assert trial.reports[1]["train_loss"] == pytest.approx(trial.reports[2]["train_loss"], rel=1e-5)
+    assert trial.reports[1]["averaged_loss"] == trial.reports[2]["averaged_loss"] != trial.reports[2]["val_loss"]
+    averages = WeightAverages(last.model, (0.25, 1.0))
+    averages.load_state_dict(torch.load(trial.checkpoint(8) / "averages.pt", weights_only=True))
+    with averages.applied():
+        assert last.evaluate()["eval_loss"] == pytest.approx(trial.reports[2]["averaged_loss"], rel=1e-6)
+    trial.source = None
+    with pytest.raises(ValueError, match=r"compared by 'val_f1', which is none of .*'val_loss'"):
+        fit(trainer_with(tmp_path / "unused"), trunk(0, 3, 8), (1.0,), metric="val_f1")
 
 
 def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from autolrs_ray import WeightAverages
 from tests.crashes import Malice
 from tests.doc_blocks import TrialStub, blocks, check_every_update, run_section, trunk, updates_here
 
@@ -187,15 +188,15 @@ def test_a_restored_trial_goes_on_with_the_same_weights_and_averages(
     validation = parts["loader"](slice(256, 320), False)
 
     def train(config: dict[str, Any]) -> Any:
-        exec(blocks("Lightning")[2], parts)
         trainer = parts["L"].Trainer(
             accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[parts["averaging"]] if averaging else [],
+            enable_model_summary=False,
         )  # fmt: skip
         parts["L"].seed_everything(0, verbose=False)
         rows = Subset(parts["loader"](slice(0, 256), False).dataset, list(range(32)) * 8)  # 8 times the same batch
         loader = DataLoader(rows, batch_size=32)
-        fit(trainer, parts["Classifier"](), config, train_dataloaders=loader, val_dataloaders=validation)
+        fit(trainer, parts["Classifier"](), config, (0.25, 1.0) if averaging else (), train_dataloaders=loader,
+            val_dataloaders=validation)  # fmt: skip
         return trainer
 
     train(trunk(0, 6, 20))
@@ -207,9 +208,19 @@ def test_a_restored_trial_goes_on_with_the_same_weights_and_averages(
     saved = torch.load(trial.checkpoint(20) / "trainer.ckpt", weights_only=False)
     module = parts["Classifier"]()
     module.load_state_dict(saved["state_dict"])
-    losses = [torch.nn.functional.cross_entropy(module.network(x), y).item() for x, y in validation]
-    assert sum(losses) / len(losses) == pytest.approx(trial.reports[2]["val_loss"], rel=1e-5)
-    assert ("current_model_state" in saved) == averaging
+
+    def loss_of(expected: float) -> None:
+        losses = [torch.nn.functional.cross_entropy(module.network(x), y).item() for x, y in validation]
+        assert sum(losses) / len(losses) == pytest.approx(expected, rel=1e-5)
+
+    loss_of(trial.reports[2]["val_loss"])
+    assert ("AutoLRSCallback" in saved["callbacks"]) == averaging
+    if averaging:
+        assert trial.reports[1]["averaged_loss"] == pytest.approx(trial.reports[2]["averaged_loss"], rel=1e-6)
+        averages = WeightAverages(module, (0.25, 1.0))
+        averages.load_state_dict(saved["callbacks"]["AutoLRSCallback"])
+        with averages.applied():
+            loss_of(trial.reports[2]["averaged_loss"])
 
 
 def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,18 +137,26 @@ def test_the_schedule_in_the_report_is_the_learned_one(anchored: Path) -> None:
     assert LearnedSchedule.from_json(json.dumps(schedule)) == LearnedSchedule.load(anchored)
 
 
-def test_the_code_that_it_gives_for_a_replay_runs(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_torch, under_tune, _ = Page(render(RunData.load(paper))).code
-    names: dict[str, Any] = {"optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)}
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_code_that_it_gives_for_a_replay_runs(
+    averaged: bool, paper: Path, anchored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = anchored if averaged else paper
+    page = Page(render(RunData.load(run)))
+    in_torch, under_tune, _ = page.code
+    model = torch.nn.Linear(1, 1)
+    names: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
     exec(in_torch, names)
-    schedule = LearnedSchedule.load(paper)
+    schedule = LearnedSchedule.load(run)
+    assert ("averages" in names) == averaged == ("This run ended in averaged weights" in page.text)
     assert names["scheduler"].get_last_lr() == [schedule.lr_at(0)]
     called: list[Any] = []
     monkeypatch.setattr("ray.tune.run", lambda *arguments, **options: called.append((arguments, options)))
     exec(under_tune, {**names, "trainable": "mine"})
     ((arguments, options),) = called
-    assert (arguments, options["config"]) == (("mine",), {"seed": 1})
-    assert options["scheduler"].debug_string() == f"AutoLRS replay: {len(schedule.pieces)} pieces, 60 steps"
+    assert (arguments, options["config"]) == (("mine",), {"seed": 1, "averaging": True} if averaged else {"seed": 1})
+    steps = schedule.total_steps
+    assert options["scheduler"].debug_string() == f"AutoLRS replay: {len(schedule.pieces)} pieces, {steps} steps"
 
 
 def test_it_fetches_nothing_and_runs_the_one_script_that_copies(paper: Path) -> None:

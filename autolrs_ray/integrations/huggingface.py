@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from ray import tune
 
 from autolrs_ray.integrations import missing, stopped
 from autolrs_ray.integrations.follower import Follower
+from autolrs_ray.training.averages import WeightAverages
 
 try:
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 except ModuleNotFoundError as error:
     raise missing(error, "huggingface") from error
 
+AVERAGES = "averages.pt"
 _REFUSED = {
     "load_best_model_at_end": "what a run leaves is the state at its end, which the learning rates were chosen for",
     "save_only_model": "trials go on from checkpoints, which must hold the optimizer too",
@@ -36,16 +39,22 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
     no report.
     """
 
-    def __init__(self, config: Mapping[str, Any], sets: int = 1) -> None:
-        self.follower = Follower(config)
+    def __init__(self, config: Mapping[str, Any], sets: int = 1, averaged: Averaged | None = None) -> None:
+        self.follower, self.averaged = Follower(config), averaged
         self._sets, self._awaited, self._logged, self._to_save = sets, 0, False, False
         self._metrics: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.averaged is not None:
+            self.averaged.begin(model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.follower.write_lr(optimizer, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         due, end = self.follower.report_due(state.global_step), self.follower.end
+        if self.averaged is not None:
+            self.averaged.weights.update(state.global_step)
         self._awaited, self._logged = self._sets if due else 0, False
         self._to_save = due and self.follower.checkpoint_due(state.global_step)
         control.should_evaluate = control.should_evaluate or due
@@ -76,6 +85,8 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
         for name, value in (metrics or {}).items():
             self._metrics[f"val_{name.removeprefix('eval_')}" if name.startswith("eval_") else name] = value
         self._awaited -= 1
+        if not self._awaited and self.averaged is not None:
+            self._metrics.update(self.averaged.evaluate())
         if not self._awaited and not self.follower.checkpoint_due(state.global_step):
             tune.report(self._report(state))
 
@@ -85,6 +96,8 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
         self._to_save = False
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         try:
+            if self.averaged is not None:
+                self.averaged.save(folder)
             tune.report(self._report(state), checkpoint=tune.Checkpoint.from_directory(folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,8 +109,55 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
         return self.follower.report(state.global_step, metrics)
 
 
-def fit(trainer: Trainer, config: Mapping[str, Any]) -> None:
+class Averaged:
+    """Averages of the weights that `trainer` trains, evaluated as the Trainer evaluates, but for its log and its callbacks.
+
+    over, metric, mode: as WeightAverages has them. folder: of the checkpoint that the trial goes on from.
+    """
+
+    def __init__(self, trainer: Trainer, over: Sequence[float], metric: str, mode: str, folder: str | None) -> None:
+        self._trainer, self._over, self._metric, self._mode, self._folder = trainer, over, metric, mode, folder
+        self.weights: WeightAverages
+
+    def begin(self, model: Any) -> None:
+        """The Trainer may have built its model only now."""
+        self.weights = WeightAverages(model, self._over)
+        path = os.path.join(self._folder, AVERAGES) if self._folder else ""
+        if os.path.exists(path):
+            self.weights.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def save(self, folder: str) -> None:
+        torch.save(self.weights.state_dict(), os.path.join(folder, AVERAGES))
+
+    def evaluate(self) -> dict[str, float]:
+        return self.weights.evaluate(self._validate, self._metric, self._mode)
+
+    def _validate(self) -> dict[str, float]:
+        sets = self._trainer.eval_dataset
+        named = {f"eval_{name}": data for name, data in sets.items()} if isinstance(sets, dict) else {"eval": sets}
+        found: dict[str, float] = {}
+        for prefix, data in named.items():
+            loader = self._trainer.get_eval_dataloader(data)
+            found |= self._trainer.evaluation_loop(loader, "Evaluation", metric_key_prefix=prefix).metrics
+        metrics = {f"val_{name.removeprefix('eval_')}": float(value) for name, value in found.items()}
+        if self._metric not in metrics:
+            raise ValueError(
+                f"averages are compared by {self._metric!r}, which is none of {sorted(metrics)}: give fit its metric"
+            )
+        return metrics
+
+
+def fit(
+    trainer: Trainer,
+    config: Mapping[str, Any],
+    average_over: Sequence[float] = (),
+    metric: str = "val_loss",
+    mode: str = "min",
+) -> None:
     """Train `trainer`'s model as `config` says, from the trial's checkpoint where there is one, with the LRs of the pair.
+
+    average_over: keep averages of the weights over these parts of the run, (0.25, 0.5, 1.0) say, as WeightAverages does, and
+    report the metrics of the best, by `metric` and `mode` ("min" or "max"), beside those of the raw weights.
 
     The intervals of logging aside, the trainer's own plans (max_steps, num_train_epochs, learning_rate, lr_scheduler_type,
     the strategies and intervals of evaluation and saving, eval_on_start, output_dir) are not used: the trial's segment decides.
@@ -132,6 +192,8 @@ def fit(trainer: Trainer, config: Mapping[str, Any]) -> None:
     with ExitStack() as stack:
         args.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="autolrs-"))
         folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
+        if average_over:
+            callback.averaged = Averaged(trainer, average_over, metric, mode, folder)
         trainer.train(resume_from_checkpoint=folder)
     if end is not None and trainer.state.global_step < end:
         raise stopped(trainer.state.global_step, end, own, "the training data are empty")

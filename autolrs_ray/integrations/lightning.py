@@ -6,14 +6,16 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from ray import tune
 
 from autolrs_ray.integrations import missing, stopped
 from autolrs_ray.integrations.follower import Follower
+from autolrs_ray.training.averages import WeightAverages
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -48,11 +50,25 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
     Raises ValueError where there is no validation data, or another number of optimizers than one.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.follower = Follower(config)
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        averages: WeightAverages | None = None,
+        metric: str = "val_loss",
+        mode: str = "min",
+    ) -> None:
+        self.follower, self.averages, self._metric, self._mode = Follower(config), averages, metric, mode
+        self._averaged: dict[str, float] = {}
         self._seed = int(config.get("seed", 0))
         self._step, self._due = 0, False
         self._loss, self._count = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.averages is None else self.averages.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.averages is not None:
+            self.averages.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Seed by the step too: Lightning restores no random numbers, and with the seed alone every restored segment would
@@ -75,6 +91,26 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
             schedule.strict = False  # one that waits for a metric has no say: validation comes where the pair wants it
         self._step = trainer.global_step
         trainer.check_val_every_n_epoch, trainer.val_check_batch = None, NEVER
+        if self.averages is not None:
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.run = partial(self._validate, trainer, validation.run)
+
+    def _validate(self, trainer: Trainer, run: Callable[[], Any]) -> Any:
+        """Validate all averages where a report is due, before the raw weights, with which all that is logged ends."""
+        if self._due and self.averages is not None:
+            self._due = False
+            self._averaged = self.averages.evaluate(partial(self._validated, trainer, run), self._metric, self._mode)
+            self._due = True
+        return run()
+
+    def _validated(self, trainer: Trainer, run: Callable[[], Any]) -> dict[str, float]:
+        run()
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        if self._metric not in found:
+            raise ValueError(
+                f"averages are compared by {self._metric!r}, which is none of {sorted(found)}: give fit its metric"
+            )
+        return found
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Callbacks that unfreeze a part of the model give it a share of the LR they find, at the start of an epoch."""
@@ -95,6 +131,8 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
             parts = trainer.accumulate_grad_batches  # Lightning has divided the loss by it
             self._loss, self._count = self._loss + loss.detach() * parts, self._count + 1
         before, self._step = self._step, trainer.global_step
+        if self.averages is not None and self._step > before:
+            self.averages.update(self._step)
         missed = [step for step in range(before + 1, self._step) if self.follower.report_due(step)]
         if missed:
             raise RuntimeError(
@@ -109,7 +147,7 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._due:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | self._averaged
         if self._count:
             metrics["train_loss"] = float(self._loss) / self._count
         self._due, self._loss, self._count = False, 0.0, 0
@@ -124,9 +162,20 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **data: Any) -> None:
+def fit(
+    trainer: Trainer,
+    module: LightningModule,
+    config: Mapping[str, Any],
+    average_over: Sequence[float] = (),
+    metric: str = "val_loss",
+    mode: str = "min",
+    **data: Any,
+) -> None:
     """Train `module` as `config` says, from the trial's checkpoint where there is one, with the LRs of the pair.
 
+    average_over: keep averages of the weights over these parts of the run, (0.25, 0.5, 1.0) say, as WeightAverages does, and
+    report the metrics of the best, by `metric` and `mode` ("min" or "max"), beside those of the raw weights. Validation then
+    runs once more for each.
     data: what `trainer.fit` takes (train_dataloaders, val_dataloaders, datamodule). Under the pair the trial's segment
     decides how far training goes. The trainer's own max_epochs and validation interval are not used, and its max_steps are
     those of the whole run, for schedulers and whatever else asks for them. Build the trainer with `logger=False,
@@ -142,7 +191,8 @@ def fit(trainer: Trainer, module: LightningModule, config: Mapping[str, Any], **
     if trainer.barebones:
         raise ValueError("barebones=True is not possible here: nothing is logged then, and the metric has to be")
     own = [other for other in trainer.callbacks if not isinstance(other, (ProgressBar, ModelSummary))]
-    callback = AutoLRSCallback(config)
+    averages = WeightAverages(module, average_over) if average_over else None
+    callback = AutoLRSCallback(config, averages, metric, mode)
     trainer.callbacks.insert(0, callback)
     end = callback.follower.end
     if end is not None:

@@ -86,6 +86,7 @@ def render(data: RunData, steps_per_epoch: float | None = None) -> str:
     name = os.path.basename(normal(data.history.folder))
     return environment.get_template("report.html.j2").render(
         found=found, name=name, main=main, search=search, cost=cost, headline=_headline(data, found), averaged=_averaged(data),
+        ends_averaged=data.result.weights == "averaged",
         settings=_settings(data), environment=_environment(data), schedule=schedule, folder=_quoted(data),
         download=None if schedule is None else _data_uri("application/json", schedule.encode()), script=SCRIPT,
         script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
