@@ -54,6 +54,24 @@ def test_the_last_of_several_exceptions_and_of_several_failures_counts() -> None
     assert parse(first + "\n" + traceback("OSError: two", USERS)).error == "OSError: two"
 
 
+def test_a_group_of_exceptions_is_read_like_one() -> None:
+    text = """Failure # 1 (occurred)
+  + Exception Group Traceback (most recent call last):
+  |   File "/home/me/train.py", line 3, in load
+  |     raise ExceptionGroup("many", [ValueError("a"), KeyError("b")])
+  | ExceptionGroup: many (2 sub-exceptions)
+  +-+---------------- 1 ----------------
+    | ValueError: a
+    +---------------- 2 ----------------
+    | KeyError: 'b'
+    +------------------------------------
+"""
+    crash = parse(text)
+    assert crash.kind == "ExceptionGroup"
+    assert (crash.file, crash.line) == ("/home/me/train.py", 3)
+    assert crash.error == "ExceptionGroup: many (2 sub-exceptions) ValueError: a KeyError: 'b'"
+
+
 def test_of_a_lost_process_it_is_told_why_and_not_what_ray_calls_it() -> None:
     text = (
         "Failure # 1 (occurred)\nThe actor died unexpectedly before finishing this task.\n\tclass_name: T\n"

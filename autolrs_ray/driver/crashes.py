@@ -33,6 +33,10 @@ _NOT_THE_USERS = (
     str(Path(ray.__file__).parent),
     *(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")),
 )
+_IN_GROUP = re.compile(
+    r"^( *\|)+ ?|^ *\+ (?=Exception Group Traceback)"
+)  # how Python draws the lines of an ExceptionGroup
+_GROUP_RULE = re.compile(r"^[ |]*\+[-+]+")
 _MISSING = re.compile(r"No such file or directory: '(?P<path>[^']+)'")
 _LONGEST = 300
 _UNKNOWN = "it raised an error"
@@ -99,6 +103,7 @@ def crash_of(trial: tune.experiment.Trial) -> Crash:
 def parse(text: str) -> Crash:
     """The last exception in `text`, a traceback as Tune writes it."""
     lines = _COLOUR.sub("", text.rpartition("Failure # ")[2]).splitlines()
+    lines = [_IN_GROUP.sub("", line) for line in lines if not _GROUP_RULE.match(line)]
     frames = [(i, found) for i, line in enumerate(lines) if (found := _FRAME.match(line))]
     after = frames[-1][0] + 1 if frames else 0
     rest = lines[after:] if frames else lines[1:] or lines

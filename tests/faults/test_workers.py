@@ -64,7 +64,7 @@ def test_a_probe_whose_setup_hangs_is_given_up_and_a_silent_main_trial_names_its
     with Driver(tmp_path, again) as driver:
         assert driver.finish() == 1
         message = driver.errors.read_text().splitlines()[-1]
-    assert "the main trial main has reported nothing for 10 s (report_timeout_s=10)" in message
+    assert "the main trial has reported nothing for 10 s (report_timeout_s=10)" in message
     checkpoint = message.split("last good checkpoint is ")[1].split(" (step 120)")[0]
     assert (Path(checkpoint) / "state.pt").exists()
     warnings = [event["message"] for event in read_journal(tmp_path / "run") if event["event"] == "warning"]
