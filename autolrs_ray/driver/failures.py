@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from ray.tune.experiment import Trial
@@ -17,8 +18,9 @@ def no_reset(trial: Trial, crash: Crash) -> AutoLRSError | None:
     """What ends the run where Tune cannot reuse the actors of `trial`, which has crashed so; None for any other crash."""
     if _NO_RESET not in crash.error:
         return None
+    name = re.sub("-[0-9a-f]{8}$", "", trial.trainable_name)  # `run` has added that
     return AutoLRSError(
-        f"{trial.trainable_name} cannot be reused: its reset_config returns False. Implement it (take the new config, return "
+        f"{name} cannot be reused: its reset_config returns False. Implement it (take the new config, return "
         "True) or run with reuse_actors=False."
     )
 
