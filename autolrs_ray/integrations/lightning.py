@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
 FILE = "trainer.ckpt"
 _REFUSED = {
     EarlyStopping: "AutoLRS decides which trials stop, and the winner trains to the end",
-    StochasticWeightAveraging: "it sets learning rates of its own; WeightAveraging averages without",
+    StochasticWeightAveraging: "it sets learning rates of its own; average_over of fit averages without",
     LearningRateFinder: "it sets the learning rate, which is searched here; lr_range_test can be run before",
     BatchSizeFinder: "trials would train with batches of different sizes, and could not be compared",
 }
