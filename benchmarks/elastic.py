@@ -8,6 +8,7 @@ for workers on a virtual clock, over losses of the digits task.
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -142,6 +143,6 @@ def measure(quick: bool, slots: int = 2) -> Section:
         note="Every ratio is to a data-parallel run right before it. Slots in use: share of the slot-seconds in which a "
         "worker trained or evaluated. Restarts: of trials that change their size. Simulated: a restart takes 3 s, a trial in "
         "another one's actor .3 s; 10 min, 1 h, 10 h: what plain data-parallel training takes; scaling: what each further "
-        "worker adds.",
+        f"worker adds. Load averages of the machine at the end: {', '.join(f'{load:.0f}' for load in os.getloadavg())}.",
         figures=figures,
     )  # fmt: skip
