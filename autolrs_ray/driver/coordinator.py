@@ -137,7 +137,8 @@ class Coordinator:
             if trial.trial_id not in self._live and not trial.is_finished():
                 trial.set_status(Trial.TERMINATED)
             return
-        if trial.placement_group_factory != self._resources:
+        again = trial.trial_id in self._live  # Tune tries it once more, with the workers that it has grown to
+        if not again and trial.placement_group_factory != self._resources:
             raise ValueError(
                 f"trials ask for different resources ({trial.placement_group_factory.required_resources} and "
                 f"{self._resources.required_resources}): probes and the main trial take turns on the same slots, so "
