@@ -252,8 +252,7 @@ class Rows:
 
     def _batches(self, step: int) -> range:
         """The numbers of those that the step takes."""
-        first = self.growth.first(step)
-        return range(first, first + self.growth.factor(step))
+        return range(self.growth.first(step), self.growth.first(step) + self.growth.factor(step))
 
     def _sampled(self, sampler: Draw | Sampler[int], generator: torch.Generator, epoch: int) -> Any:
         """What `sampler` draws, whichever generator it draws from: they are all functions of (seed, epoch)."""
@@ -270,8 +269,7 @@ class Rows:
 
     def at(self, step: int) -> Tensor:
         """(size(step),) rows of the batch at `step`, on the device."""
-        parts = [self._batch(number) for number in self._batches(step)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat([self._batch(number) for number in self._batches(step)])
 
     def _batch(self, number: int) -> Tensor:
         epoch, position = divmod(number, self.steps_per_epoch)
