@@ -151,6 +151,8 @@ def test_the_same_crash_of_an_arm_twice_is_enough_unless_a_machine_was_lost() ->
         False, False, False, True,
     ]  # fmt: skip
     assert not any(crashes.again("c", Crash("ActorDiedError: it")) for _ in range(3))
+    assert not any(crashes.again("d", Crash("OSError: a store that does not answer")) for _ in range(3))
+    assert [crashes.again("e", Crash("NotImplementedError")) for _ in range(2)] == [False, True]  # no save_checkpoint
 
 
 def test_a_function_that_was_left_by_an_exit_is_told_so_and_is_tried_twice_at_most() -> None:

@@ -150,4 +150,5 @@ class Crashes:
     def again(self, arm: str, crash: Crash) -> bool:
         """Whether `arm` has ended just so before: then a third try is no use. Lost processes and machines do not count."""
         before, self._last[arm] = self._last.get(arm), crash.place
-        return before == crash.place and bool(crash.file or crash.error == _EXIT) and not crash.of_the_cluster
+        own = bool(crash.file) or crash.error == _EXIT or crash.kind in PLAIN_MISTAKES
+        return before == crash.place and own and not crash.of_the_cluster
