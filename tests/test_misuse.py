@@ -230,21 +230,9 @@ class TestOnRay:
         ("policy", "config", "message"),
         [
             ("paper", {"omit": "step"}, 'does not report "step"'),
-            ("anchored", {"omit": "val_loss"}, 'does not report the metric "val_loss"'),
-            ("paper", {"report": {"step": 1.5}}, '"step" must be a whole number'),
-            ("anchored", {"report": {"step": math.nan}}, '"step" must be a whole number'),
-            ("paper", {"report": {"step": -10}}, '"step" must be a whole number'),
             ("anchored", {"report": {"val_loss": True}}, '"val_loss" must be a float, got True'),
-            ("paper", {"report": {"val_loss": "0.1"}}, "\"val_loss\" must be a float, got '0.1'"),
-            ("anchored", {"report": {"train_loss": None}}, '"train_loss" must be a float, got None'),
-            *(
-                (policy, {"report": {"val_loss": loss}}, message)
-                for policy, message in (
-                    ("paper", "none of the learning rates tried gave a finite loss"),
-                    ("anchored", "no learning rate is left in the race"),
-                )
-                for loss in (math.nan, math.inf, -math.inf)
-            ),
+            ("paper", {"report": {"val_loss": math.nan}}, "none of the learning rates tried gave a finite loss"),
+            ("anchored", {"report": {"val_loss": -math.inf}}, "no learning rate is left in the race"),
         ],
     )
     def test_reports_that_cannot_be_used(
