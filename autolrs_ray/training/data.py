@@ -25,6 +25,7 @@ from autolrs_ray.training.randomness import (
     reseed,
     seed_all,
     seed_of,
+    states_of_all,
 )
 from autolrs_ray.training.walk import generators_in
 
@@ -170,15 +171,33 @@ def share_of_rows(value: Any, rows: int, share: slice) -> Any:
 
 @dataclass
 class _Seeded(Dataset[Any]):
-    """A dataset of `data` in which a row's random numbers are functions of its key, those of the generators it holds too."""
+    """A dataset of `data` in which a row's random numbers are functions of its key, those of the generators it holds too.
+
+    Seeding Python's and NumPy's generators takes as long as a fiftieth of a small image. They are seeded once a batch has been
+    seen to move them, and that batch is loaded again.
+    """
 
     data: Any
 
     def __post_init__(self) -> None:
         self._generators = generators_in({"data": self.data})
+        self._draws_from_all = False
 
     def __getitem__(self, key: Key) -> Any:
         seed_all(key[0], CPU)
+        return self._row(key)
+
+    def __getitems__(self, keys: list[Key]) -> list[Any]:
+        if not self._draws_from_all:
+            before = states_of_all()
+            rows = [self._row(key) for key in keys]
+            if states_of_all() == before:
+                return rows
+            self._draws_from_all = True
+        return [self[key] for key in keys]
+
+    def _row(self, key: Key) -> Any:
+        torch.default_generator.manual_seed(key[0])
         if self._generators:
             reseed(self._generators, key[0])
         return self.data[key[1]]
@@ -341,7 +360,7 @@ class Loader:
 
     def _here(self, keys: list[Key], data: _Seeded | None = None) -> Batch:
         data = data or self._data
-        return self._placed(self._collate([data[key] for key in keys]))
+        return self._placed(self._collate(data.__getitems__(keys)))
 
     def _placed(self, batch: Any) -> Batch:
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:

@@ -38,6 +38,12 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
         torch.manual_seed(seed)
 
 
+def states_of_all() -> tuple[Any, ...]:
+    """Where Python's and NumPy's generators are: equal as long as nobody draws from them."""
+    state: tuple[Any, ...] = np.random.get_state()  # type: ignore[assignment]
+    return random.getstate(), *(part.tobytes() if isinstance(part, np.ndarray) else part for part in state)
+
+
 def reseed(generators: Iterable[Any], *key: int) -> None:
     """Seed generators that somebody made for himself: torch's, NumPy's and Python's, each by `key` and its place."""
     for place, generator in enumerate(generators):
