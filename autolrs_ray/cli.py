@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -156,7 +156,8 @@ def _print_table(header: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str
 
     table = Table(box=box.SIMPLE_HEAD)
     for title, numeric in header:
-        table.add_column(Text(title), justify="right" if numeric else "left")  # as it is: a metric may be called "[b]"
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(Text(title), justify=justify, overflow="fold")  # as it is: a metric may be called "[b]"
     for row in rows:
         table.add_row(*map(Text, row), style="bold" if row[-1] == "won" else None)
     Console(highlight=False).print(table)
