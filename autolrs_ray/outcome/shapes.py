@@ -67,7 +67,7 @@ _NEEDED: dict[Event, dict[str, Check]] = {
     Event.EXTEND: dict(step=_step, total_steps=_positive),
     Event.PROPOSAL: dict(arm=_text, lr=_positive),
     Event.SEGMENT: dict(arm=_text, role=_text, stage=_whole, lr=_number, start=_step, end=_step, began=_time, busy_s=_number),
-    Event.WORKERS: dict(arm=_text, step=_step, workers=_positive, slots=_positive),
+    Event.WORKERS: dict(time=_time, arm=_text, step=_step, workers=_positive, slots=_positive),
     Event.COMMIT: dict(end=_step, lr=_number),
     Event.CHOICE: dict(stage=_whole, lr=_number),
     Event.WARNING: dict(message=_text),

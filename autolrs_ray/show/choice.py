@@ -63,7 +63,7 @@ def choice(data: RunData) -> Choice | None:
     own = scores.get(data.arm, {}) if data.anchored else {}
     shared = {arm: max(set(points) & set(own), default=0) for arm, points in scores.items() if arm in lrs}
     shared = {arm: step for arm, step in shared.items() if step and arm != data.arm}
-    if not shared:
+    if not shared or data.arm not in lrs:
         return None
     ahead = {arm: data.sign * (scores[arm][step] - own[step]) for arm, step in shared.items()}
     arm = max(shared, key=lambda arm: (shared[arm], -ahead[arm]))

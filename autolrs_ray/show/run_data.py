@@ -161,7 +161,7 @@ class RunData:
                 (step, loss) for step, loss in zip(steps, event.get("losses", []), strict=False) if loss is not None
             ]
             found[event["arm"]] = [
-                {self.clock: step, key: sign * loss, "timestamp": event["time"]} for step, loss in losses
+                {self.clock: step, key: sign * loss, "timestamp": event.get("time")} for step, loss in losses
             ]
         for event in self.history.named(Event.RUNG, Event.EXTEND):
             if event["event"] == Event.RUNG:

@@ -16,7 +16,7 @@ from autolrs_ray.record.stores import is_uri, normal
 from autolrs_ray.show.run_data import Row, RunData
 
 FOLDER = "tensorboard"
-_HIDDEN = {*AUTO_RESULT_KEYS, "stage", "epoch", "durable_step"}
+_HIDDEN = {*AUTO_RESULT_KEYS, "stage", "epoch", "durable_step", "val_batches"}
 
 
 def save_tensorboard(run: str | os.PathLike[str] | RunData, output: str | os.PathLike[str] | None = None) -> Path:
