@@ -62,15 +62,20 @@ def counters_arrays_and_lists_in_attributes() -> Parts:
             self.lock, self.twice, self.me = threading.Lock(), (lambda x: 2 * x), [self]
             self.recent: Any = collections.deque([1.0], maxlen=2)
             self.seen: Any = {1}
+            self.of_weights: Any = dict.fromkeys(self.inner.parameters(), 0)
 
         def forward(self, x: Tensor) -> Any:
             self.calls, self.scale = self.calls + 1, self.scale * np.float32(1.01)
             self.array[0] += 1
             self.recent.append(float(self.calls))
             self.seen.add(self.calls % 3)
+            self.of_weights[self.inner[0].weight] += 1
             self.late = x.detach().mean()  # did not exist at the start
             with self.lock:
-                return self.twice(self.inner(x)) * float(sum(self.recent) + self.scale + self.array[0] + len(self.seen))
+                factor = sum(self.recent) + self.scale + self.array[0] + len(self.seen) + max(self.of_weights.values())
+                return self.twice(self.inner(x)) * float(factor)
+                    sum(self.recent) + self.scale + self.array[0] + len(self.seen) + max(self.of_weights.values())
+                )
 
     return with_adamw(Model())
 

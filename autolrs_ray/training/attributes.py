@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autolrs_ray.record.checkpoints import mapped
-from autolrs_ray.training.walk import CONTAINERS, MOST, PLAIN, Found, walk
+from autolrs_ray.training.walk import CONTAINERS, MOST, PLAIN, Found, keys_of, walk
 
 KIND, VALUE = "autolrs_kind", "value"  # of what weights_only=True does not read back, packed into a dict
 
@@ -243,7 +243,7 @@ def _assign(holder: Any, name: str, value: Any) -> None:
     if isinstance(holder, CellType):
         holder.cell_contents = value
     elif isinstance(holder, dict):
-        holder[next((key for key in holder if str(key) == name), name)] = value
+        holder[keys_of(holder).get(name, name)] = value
     elif isinstance(holder, list):
         holder[int(name)] = value
     elif hasattr(holder, "__dict__"):
@@ -253,7 +253,7 @@ def _assign(holder: Any, name: str, value: Any) -> None:
 def _remove(found: Found) -> None:
     holder, name = found.holder, found.path[-1]
     if isinstance(holder, dict):
-        holder.pop(next((key for key in holder if str(key) == name), name), None)
+        holder.pop(keys_of(holder).get(name, name), None)
     elif not isinstance(holder, (CellType, *CONTAINERS)) and hasattr(holder, "__dict__"):
         vars(holder).pop(name, None)
 

@@ -69,8 +69,10 @@ def _inside(found: Found, into_libraries: bool) -> Iterator[Found]:
         return
     if isinstance(value, CONTAINERS):
         if len(value) <= MOST:
-            parts = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from (Found((*path, str(key)), part, value) for key, part in parts)
+            parts = keys_of(value).items() if isinstance(value, dict) else enumerate(value)
+            yield from (
+                Found((*path, str(key)), value[part] if isinstance(value, dict) else part, value) for key, part in parts
+            )
     elif isinstance(value, nn.Module):
         if not of(value, "torch") or into_libraries:
             yield from _attributes(path, value, _OF_MODULES)
@@ -96,6 +98,11 @@ def _inside(found: Found, into_libraries: bool) -> Iterator[Found]:
             yield from (Found((*path, "defaults", str(i)), part, None) for i, part in enumerate(defaults))
     elif hasattr(value, "__dict__") and (into_libraries or not installed(value)):
         yield from _attributes(path, value, set())
+
+
+def keys_of(value: dict[Any, Any]) -> dict[str, Any]:
+    """The keys of `value` by name: as they are written where they are plain, of others (tensors, objects) their place."""
+    return {str(key) if isinstance(key, (*PLAIN, tuple)) else f"#{i}": key for i, key in enumerate(value)}
 
 
 def _attributes(path: Path, owner: Any, without: set[str]) -> Iterator[Found]:
