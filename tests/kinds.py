@@ -325,6 +325,18 @@ def a_further_module() -> Parts:
     return {"model": model, "optimizer": optimizer, "loss": loss, "modules": {"decoder": decoder}, "data": (ROWS, ROWS)}
 
 
+@kind
+def sparse_gradients_with_momentum_that_are_clipped() -> Parts:
+    model = nn.Sequential(nn.EmbeddingBag(9, 6, sparse=True), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return {"model": model, "optimizer": optimizer, "data": (TOKENS, CLASSES), "clip_norm": 0.1}
+
+
+@kind
+def wrapped_models() -> Parts:
+    return with_adamw(nn.DataParallel(torch.compile(mlp(), backend="eager")))
+
+
 def build(kind: Callable[[], Parts]) -> TrainingTask:
     parts: Parts = {"loss": cross_entropy, "data": (ROWS, CLASSES), "batch_size": 8, **kind()}
     inputs, targets = parts.pop("data")

@@ -1,39 +1,27 @@
-"""Kinds of tasks whose state lies in attributes, closures, hooks and generators of their own; and kinds that are refused."""
+"""Kinds of tasks whose state lies in attributes, closures, hooks and generators of their own."""
 
 from __future__ import annotations
 
 import collections
-import copy
 import random
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, ConcatDataset, Dataset, SequentialSampler, Subset, WeightedRandomSampler
+from torch.utils.data import ConcatDataset, Dataset, Subset, WeightedRandomSampler
 
-from tests.kinds import CLASSES, ROWS, TOKENS, Parts, cross_entropy, mlp, with_adamw
+from tests.kinds import CLASSES, ROWS, Parts, cross_entropy, mlp, with_adamw
 
 STATEFUL: dict[str, Callable[[], Parts]] = {}
-REFUSED: dict[str, tuple[Callable[[], Parts], str]] = {}
 
 
 def stateful(function: Callable[[], Parts]) -> Callable[[], Parts]:
     STATEFUL[function.__name__] = function
     return function
-
-
-def refused(message: str) -> Callable[[Callable[[], Parts]], Callable[[], Parts]]:
-    def note(function: Callable[[], Parts]) -> Callable[[], Parts]:
-        REFUSED[function.__name__] = (function, message)
-        return function
-
-    return note
 
 
 class Inner(nn.Module):
@@ -74,8 +62,6 @@ def counters_arrays_and_lists_in_attributes() -> Parts:
             with self.lock:
                 factor = sum(self.recent) + self.scale + self.array[0] + len(self.seen) + max(self.of_weights.values())
                 return self.twice(self.inner(x)) * float(factor)
-                    sum(self.recent) + self.scale + self.array[0] + len(self.seen) + max(self.of_weights.values())
-                )
 
     return with_adamw(Model())
 
@@ -317,13 +303,6 @@ def a_scheduler_of_the_momentum_in_a_hook() -> Parts:
     return {"model": model, "optimizer": optimizer}
 
 
-@stateful
-def sparse_gradients_with_momentum_that_are_clipped() -> Parts:
-    model = nn.Sequential(nn.EmbeddingBag(9, 6, sparse=True), nn.Linear(6, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return {"model": model, "optimizer": optimizer, "data": (TOKENS, CLASSES), "clip_norm": 0.1}
-
-
 # -- data and generators -----------------------------------------------------------------------------------------------
 
 
@@ -415,105 +394,3 @@ def batches_and_outputs_with_attributes() -> Parts:
     return with_adamw(
         Model(), train_data=Rows(0, 32), val_data=Rows(0, 8), collate_fn=collate, loss=loss, autocast=True
     )
-
-
-@stateful
-def wrapped_models() -> Parts:
-    return with_adamw(nn.DataParallel(torch.compile(mlp(), backend="eager")))
-
-
-# -- refused -----------------------------------------------------------------------------------------------------------
-
-
-@refused("model.late.bias, model.late.weight: added, taken away or replaced")
-def a_layer_added_while_it_trains() -> Parts:
-    class Model(Inner):
-        def forward(self, x: Tensor) -> Any:
-            if self.training and self.steps == 1:
-                self.late = nn.Linear(6, 6)
-            return super().forward(x)
-
-    return with_adamw(Model())
-
-
-@refused(r"loss.teacher.0 is a module that changes .*modules=")
-def a_teacher_that_nobody_saves() -> Parts:
-    class Loss:
-        def __init__(self, teacher: nn.Module) -> None:
-            self.teacher = [teacher]  # in a list, so that it does not count as part of the model
-
-        def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-            for mean, weight in zip(self.teacher[0].parameters(), model.parameters(), strict=True):
-                mean.data.lerp_(weight.data, 0.1)
-            return cross_entropy(output, target)
-
-    model = mlp()
-    return with_adamw(model, loss=Loss(copy.deepcopy(model)))
-
-
-@refused("model.mean.weight changes while the model is evaluated: .*self.training")
-def a_mean_that_evaluation_moves() -> Parts:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.own, self.mean = nn.Linear(6, 2), nn.Linear(6, 2).requires_grad_(False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.mean.weight.data.lerp_(self.own.weight.data, 0.1)
-            return self.own(x) + self.mean(x)
-
-    return with_adamw(Model())
-
-
-@refused(r"optimizers\[0\].*is a collections.deque, which a checkpoint cannot hold")
-def a_deque_in_an_optimizers_state() -> Parts:
-    class Queue(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            self.state[self.param_groups[0]["params"][0]]["recent"] = collections.deque([1.0])
-            return super().step(closure)
-
-    model = mlp()
-    return {"model": model, "optimizer": Queue(model.parameters(), lr=0.1)}
-
-
-@refused(r"Wants.step.. wants a closure .*def step.self, closure.")
-def an_optimizer_that_does_not_say_that_it_wants_a_closure() -> Parts:
-    class Wants(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            closure()
-            return super().step()
-
-    model = mlp()
-    return {"model": model, "optimizer": Wants(model.parameters(), lr=0.1)}
-
-
-@refused("val_data.file is an open file, and 2 processes would move its one position")
-def an_open_file_in_a_dataset_that_is_loaded_by_workers() -> Parts:
-    class Rows(Noisy):
-        def __init__(self, first: int, last: int) -> None:
-            super().__init__(first, last)
-            self.file = Path(__file__).open()  # noqa: SIM115
-
-    return with_adamw(mlp(), train_data=Noisy(0, 32), val_data=Rows(32, 40), num_workers=2)
-
-
-@refused("sampler is a BatchSampler: give a function")
-def a_sampler_of_batches() -> Parts:
-    return with_adamw(mlp(), sampler=BatchSampler(SequentialSampler(range(32)), 8, True))
-
-
-@refused("must be a scalar tensor, .* got a float: return the tensor")
-def a_loss_that_is_a_number() -> Parts:
-    return with_adamw(mlp(), loss=lambda output, target: cross_entropy(output, target).item())
-
-
-@refused("does not depend on anything that is trained")
-def nothing_to_train() -> Parts:
-    return with_adamw(mlp().requires_grad_(False))
-
-
-@refused("is a ScriptModule, whose state cannot be put back")
-def a_scripted_model() -> Parts:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return with_adamw(torch.jit.trace(mlp().eval(), ROWS[:2]))

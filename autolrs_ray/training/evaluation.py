@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autolrs_ray.training.data import Batch, on_tensors
+from autolrs_ray.training.batches import Batch, on_tensors
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -7,20 +7,17 @@ from typing import Any
 
 import torch
 
+from autolrs_ray.training.batches import Batch, channels_last, on_tensors, share_of_rows
 from autolrs_ray.training.data import (
-    Batch,
     Data,
     Key,
     Loader,
     Rows,
-    channels_last,
     drawn,
     length,
-    on_tensors,
     pairs_of,
     placed,
     row_device,
-    share_of_rows,
     validation_keys,
 )
 from autolrs_ray.training.randomness import AUGMENT, STEP, VALIDATION, generator_of, reseed, seed_all, seed_of

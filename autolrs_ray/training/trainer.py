@@ -18,7 +18,8 @@ from torch.optim.swa_utils import update_bn
 from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.record.checkpoints import FORMAT, read_checkpoint, require_format, write_checkpoint
 from autolrs_ray.training.averages import WeightAverages, buffers_put_back, lowest
-from autolrs_ray.training.data import Batch, Data, checked_data, drawn, held_out, length, placed
+from autolrs_ray.training.batches import Batch
+from autolrs_ray.training.data import Data, checked_data, drawn, held_out, length, placed
 from autolrs_ray.training.evaluation import weighted_sums
 from autolrs_ray.training.feed import Feed
 from autolrs_ray.training.gradients import checked_loss, clip, first_weights

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from autolrs_ray.core.policy import AutoLRSError
 from autolrs_ray.record.checkpoints import snapshot
-from autolrs_ray.training.data import chosen, length, on_tensors
+from autolrs_ray.training.batches import on_tensors
+from autolrs_ray.training.data import chosen, length
 from autolrs_ray.training.gradients import first_weights
 from autolrs_ray.training.optimizers import parameters_of
 from autolrs_ray.training.randomness import random_numbers_put_back

@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autolrs_ray.core.growth import BatchGrowth
 from autolrs_ray.record.checkpoints import read_checkpoint, snapshot, write_checkpoint
-from autolrs_ray.training.data import Batch, Data
+from autolrs_ray.training.batches import Batch
+from autolrs_ray.training.data import Data
 from autolrs_ray.training.optimizers import parameters_of
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
