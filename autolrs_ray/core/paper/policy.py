@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_points
 from autolrs_ray.core.envelopes import LogInterval, envelope_factor
 from autolrs_ray.core.events import Event
+from autolrs_ray.core.paper.cost import MAX_ROLLBACKS, MAX_ROUNDS, bound, usual
 from autolrs_ray.core.paper.forecast import Forecast
 from autolrs_ray.core.paper.probes import (
     Start,
@@ -21,13 +21,9 @@ from autolrs_ray.core.paper.probes import (
     series_of,
 )
 from autolrs_ray.core.paper.proposals import Probe, ProposalRule
-from autolrs_ray.core.paper.state import PaperState
+from autolrs_ray.core.paper.state import MAIN, PaperState
 from autolrs_ray.core.policy import AutoLRSError, Point, Verdict, refuse_ignored_lr
 from autolrs_ray.core.segments import Segment
-
-MAIN = "main"
-MAX_ROUNDS = 2  # rounds of probes in a stage whose probes all diverged; each round lies two decades lower
-MAX_ROLLBACKS = 3  # times the main trial may diverge in one stage before the run ends
 
 
 @dataclass
@@ -76,10 +72,6 @@ class PaperPolicy(PaperState):
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
     @property
-    def done(self) -> bool:
-        return self.phase == "done"
-
-    @property
     def trials_needed(self) -> int:
         return 1 + self.num_lrs * self._stages
 
@@ -88,20 +80,10 @@ class PaperPolicy(PaperState):
         return self.q
 
     def usual(self, slots: int) -> tuple[float, float]:
-        """Compute and wall-clock on `slots` slots, in full runs, where no stage is trained again."""
-        stages, q = self.plan.stages(), self._rule.round_of(max(1, slots))
-        probed = sum(stage.probe_steps for stage in stages) / self.total_steps
-        again = sum(stage.probe_steps for stage in stages if self.promote and stage.probe_steps < stage.steps)
-        given = again / self.total_steps
-        return 1.0 + self.num_lrs * probed - given, 1.0 + -(-self.num_lrs // q) * probed - given
+        return usual(self.plan, self.num_lrs, self._rule.round_of(max(1, slots)), self.promote)
 
     def cost(self, slots: int) -> tuple[float, float]:
-        """As if every stage were trained as often, and its probes were tried as often, as a stage may be."""
-        stages, q = self.plan.stages(), self._rule.round_of(max(1, slots))
-        probed = (MAX_ROUNDS - 1) * sum(stage.probe_steps for stage in stages) / self.total_steps
-        trained = MAX_ROLLBACKS * sum(stage.steps for stage in stages) / self.total_steps
-        compute, wall_clock = self.usual(slots)
-        return compute + trained + self.num_lrs * probed, wall_clock + trained + -(-self.num_lrs // q) * probed
+        return bound(self.plan, self.num_lrs, self._rule.round_of(max(1, slots)), self.promote)
 
     def wanted(self) -> list[Segment]:
         if self.phase == "search":
@@ -129,20 +111,8 @@ class PaperPolicy(PaperState):
     def _main_segment(self) -> Segment:
         if self.phase == "warmup":
             end = self.plan.warmup_steps
-            return Segment(
-                MAIN,
-                "main",
-                -1,
-                self.plan.warmup_lr,
-                0,
-                (end,),
-                self.main_reports,
-                None,
-                None,
-                self.total_steps,
-                end,
-                self.growth.points,
-            )
+            return Segment(MAIN, "main", -1, self.plan.warmup_lr, 0, (end,), self.main_reports, None, None,
+                           self.total_steps, end, self.growth.points)  # fmt: skip
         assert self.chosen is not None
         probe = self.probes[self.chosen]
         promoted = self.promote and probe.checkpoint is not None and probe.step < self.stage.end
@@ -388,21 +358,11 @@ class PaperPolicy(PaperState):
                 self.emit(Event.WARNING, stage=self.stage.index, message=f"probe {arm} failed: {reason}")
                 self._resolve(i, "failed")
 
-    def failures(self) -> list[float]:
-        return [probe.lr for probe in self.probes if probe.status == "failed"] if self.phase == "search" else []
-
     def try_again(self) -> None:
         """As Policy's: the failed probes of the round."""
         if self.phase == "search":
             for probe in self.probes[self.rounds * self.num_lrs :]:
                 probe.status = "open" if probe.status == "failed" else probe.status
-
-    def is_open(self, arm: str) -> bool:
-        if arm == MAIN:
-            return not self.done
-        return self.phase == "search" and any(
-            self._arm(i) == arm and probe.status == "open" for i, probe in enumerate(self.probes)
-        )
 
     def lost(self, path: str) -> None:
         for probe in self.probes:
@@ -420,13 +380,3 @@ class PaperPolicy(PaperState):
             self._begin()
             return
         self._return_to_stage(back)
-
-    def progress(self) -> dict[str, Any]:
-        resolved = sum(probe.status != "open" for probe in self.probes)
-        best = self._leading()
-        return dict(
-            phase=self.phase, stage=self.stage.index, stages=self._stages, resolved=resolved,
-            trials=max(len(self.probes), (self.rounds + 1) * self.num_lrs),
-            lr=self.probes[best].lr if best is not None else None, loss=self.loss, step=self.step,
-            total_steps=self.total_steps,
-        )  # fmt: skip

@@ -13,6 +13,9 @@ from autolrs_ray.core.paper.probes import best_of
 from autolrs_ray.core.paper.proposals import Probe, ProposalRule
 from autolrs_ray.core.policy import Point, Policy, way_on
 
+MAIN = "main"
+"""The arm of the run itself."""
+
 
 @dataclass
 class PaperState(Policy):
@@ -69,6 +72,30 @@ class PaperState(Policy):
 
     def _leading(self) -> int | None:
         return best_of(self.probes) if self.chosen is None else self.chosen
+
+    @property
+    def done(self) -> bool:
+        return self.phase == "done"
+
+    def is_open(self, arm: str) -> bool:
+        if arm == MAIN:
+            return not self.done
+        return self.phase == "search" and any(
+            self._arm(i) == arm and probe.status == "open" for i, probe in enumerate(self.probes)
+        )
+
+    def failures(self) -> list[float]:
+        return [probe.lr for probe in self.probes if probe.status == "failed"] if self.phase == "search" else []
+
+    def progress(self) -> dict[str, Any]:
+        resolved = sum(probe.status != "open" for probe in self.probes)
+        best = self._leading()
+        return dict(
+            phase=self.phase, stage=self.stage.index, stages=self._stages, resolved=resolved,
+            trials=max(len(self.probes), (self.rounds + 1) * self.num_lrs),
+            lr=self.probes[best].lr if best is not None else None, loss=self.loss, step=self.step,
+            total_steps=self.total_steps,
+        )  # fmt: skip
 
     def checkpoints(self) -> set[str]:
         leading = self._leading()
