@@ -62,8 +62,7 @@ class Translator(nn.Module):
         encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.transformer = nn.Transformer(width, heads, layers, layers, 4 * width, batch_first=True, norm_first=True,
                                           custom_encoder=encoder)  # fmt: skip
-        causal = torch.ones(length, length, dtype=torch.bool).triu(1)
-        self.register_buffer("causal", causal, persistent=False)
+        self.register_buffer("causal", torch.ones(length, length, dtype=torch.bool).triu(1), persistent=False)
 
     def forward(self, pairs: Tensor) -> Tensor:
         source, target = pairs.long().split(self.length, 1)

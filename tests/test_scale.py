@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision.datasets.cifar
 
+from autolrs_ray.core.policies import make_policy
 from autolrs_ray.training.trainer import Trainer
 from experiments import full_runs, scale, scale_tasks
 from experiments.scale_report import write_report
@@ -185,16 +186,21 @@ def test_further_seeds_come_after_all_rows_of_the_first(text: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_policies_train_through_ray(text: str, tmp_path: Path) -> None:
-    task, arguments = bytes_task(text), scale.parse(["--slots", "2", "--gpus-per-trial", "0"])
-    anchored = scale.run_row(task, "anchored", 0, tmp_path, arguments)
+def test_a_policy_trains_through_ray(text: str, tmp_path: Path) -> None:
+    arguments = scale.parse(["--slots", "2", "--gpus-per-trial", "0"])
+    anchored = scale.run_row(bytes_task(text, epochs=0.5), "anchored", 0, tmp_path, arguments)
     assert [curve["chosen"] for curve in anchored["curves"]].count(True) == 1
     assert all(curve["points"] for curve in anchored["curves"])
-    paper = scale.run_row(task, "paper", 0, tmp_path, arguments)
-    assert len(paper["lrs"]) == 5
-    for outcome in (anchored, paper):
-        assert outcome["compute"] > 1.0
-        assert outcome["test"].keys() == outcome["val"].keys() == {"loss", "accuracy"}
+    assert anchored["compute"] > 1.0
+    assert anchored["test"].keys() == anchored["val"].keys() == {"loss", "accuracy"}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_the_papers_policy_has_five_stages_and_the_interval_of_the_task(epochs: int, text: str) -> None:
+    task = bytes_task(text, epochs)
+    policy: Any = make_policy("paper", task.steps, **scale.ROWS["paper"].options(task))
+    assert len(policy.plan.stages()) == 5
+    assert policy.lr_interval == (1e-4, 1e-2)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
