@@ -50,17 +50,15 @@ def automatic(steps: int, config: dict[str, Any], folder: str, policy: str, work
 
 def restarts(result: RunResult) -> tuple[int, float]:
     """Trials that began with another number of workers than before, and the seconds until they trained."""
-    began: dict[str, list[float]] = {}
+    seen, changed, waits = set(), {}, []  # changed: arm -> when, until its next segment tells when it trained
     for event in result.events:
-        if event["event"] == "segment":
-            began.setdefault(event["arm"], []).append(event["began"])
-    seen, waits = set(), []
-    for event in result.events:
+        arm = event.get("arm")
         if event["event"] == "workers":
-            after = [began_at for began_at in began.get(event["arm"], ()) if began_at >= event["time"] - 1.0]
-            if event["arm"] in seen and after:
-                waits.append(max(0.0, min(after) - event["time"]))
-            seen.add(event["arm"])
+            if arm in seen:
+                changed[arm] = event["time"]
+            seen.add(arm)
+        elif event["event"] == "segment" and arm in changed:
+            waits.append(max(0.0, event["began"] - changed.pop(arm)))
     return len(waits), sum(waits)
 
 
@@ -105,7 +103,7 @@ def _simulations(quick: bool) -> list[tuple[str, ...]]:
 
 
 def measure(quick: bool, slots: int = 2) -> Section:
-    steps, rounds = (100, 1) if quick else (800, 1)
+    steps, rounds = (100, 1) if quick else (300, 1)
     config = {"batch_size": fitting_batch()}
     plain: list[float] = []
     found: dict[tuple[str, Any], list[tuple[float, float, RunResult]]] = {}

@@ -11,13 +11,14 @@ import torch
 
 import autolrs_ray
 from autolrs_ray import RunResult
-from autolrs_ray.core import workers
 from autolrs_ray.core.policies import make_policy
+from autolrs_ray.driver import elastic
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
 from experiments import own_ddp
 from tests.cluster.test_distributed import plain_task
+from tests.races import alternating
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -39,11 +40,8 @@ def build(config: dict[str, Any]) -> TrainingTask:
 
 
 @pytest.fixture
-def growth_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the clocks of this machine say: one alone is sooner with two workers, two are side by side."""
-    monkeypatch.setattr(workers, "RESTARTS", 0)
-    monkeypatch.setattr(workers.Pace, "knows", lambda pace, units: True)
-    monkeypatch.setattr(workers.Pace, "predicted_s", lambda pace, units: {1: 1.0, 2: 0.6}[units])
+def sizes_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic, "best_units", alternating)
 
 
 def widths(result: RunResult, arm: str | None = None) -> list[int]:
@@ -62,7 +60,7 @@ def troubles(events: list[dict[str, Any]]) -> list[str]:
     return [event["message"] for event in events if event["event"] in ("warning", "error")]
 
 
-@pytest.mark.usefixtures("growth_pays")
+@pytest.mark.usefixtures("sizes_alternate")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_path: Path) -> None:
     options = POLICIES[policy]
@@ -89,7 +87,7 @@ def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_
     assert {event["workers"] for event in result.events if event["event"] == "segment"} == {1, 2}
 
 
-@pytest.mark.usefixtures("growth_pays")
+@pytest.mark.usefixtures("sizes_alternate")
 def test_the_example_of_a_loop_of_ones_own_grows_and_ends_as_one_process_does(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_lrs": 2, "lr_interval": (1e-2, 1.0), "commits": 2, "slots": 2, "progress": False}
     resources = {"cpu": 1}
@@ -103,7 +101,6 @@ def test_the_example_of_a_loop_of_ones_own_grows_and_ends_as_one_process_does(tm
     assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-4)
 
 
-@pytest.mark.usefixtures("growth_pays")
 def test_threads_are_workers_on_cpus(tmp_path: Path) -> None:
     result = autolrs_ray.run(
         build, 20, workers="elastic", threads=True, num_lrs=1, slots=2, storage_path=tmp_path, progress=False

@@ -25,15 +25,16 @@ from ray.tune import Callback
 
 import autolrs_ray
 from autolrs_ray import RunResult
-from autolrs_ray.core import workers
 from autolrs_ray.core.paper import forecast, surrogate
 from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Verdict
 from autolrs_ray.core.race.policy import AnchoredPolicy
+from autolrs_ray.driver import elastic
 from autolrs_ray.record import files, journal, record
 from autolrs_ray.record.checkpoints import read_checkpoint
 from autolrs_ray.record.stores import local_copy
 from tests.faults.trainables import Fragile, Growing
+from tests.races import alternating
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": dict(
@@ -146,13 +147,6 @@ def every_second(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def let_growth_pay() -> None:
-    """Whatever the clocks of this machine say: one trial alone is sooner with two workers, two are side by side."""
-    workers.RESTARTS = 0
-    workers.Pace.knows = lambda self, units: True  # type: ignore[method-assign]
-    workers.Pace.predicted_s = lambda self, units: 1.0 / units**0.7  # type: ignore[method-assign]
-
-
 def digest(checkpoint: str) -> str:
     """SHA-256 of all weights and buffers of a checkpoint, "" for one that holds none."""
     state = hashlib.sha256()
@@ -193,7 +187,7 @@ def main() -> None:
         surrogate.FITS.update({name: every_second(fit) for name, fit in surrogate.FITS.items()})
         forecast._forecast = every_second(forecast._forecast)
     if given.policy == "elastic":
-        let_growth_pay()
+        elastic.best_units = alternating  # type: ignore[attr-defined]
     if given.killed_at:
         killed_at(given.killed_at)
     folder = tempfile.mkdtemp(prefix="alr", dir="/tmp")  # socket paths end at 107 bytes
