@@ -103,7 +103,7 @@ def _simulations(quick: bool) -> list[tuple[str, ...]]:
 
 
 def measure(quick: bool, slots: int = 2) -> Section:
-    steps, rounds = (100, 1) if quick else (300, 1)
+    steps, rounds = (100, 1) if quick else (1500, 1)
     config = {"batch_size": fitting_batch()}
     plain: list[float] = []
     found: dict[tuple[str, Any], list[tuple[float, float, RunResult]]] = {}
