@@ -48,6 +48,7 @@ def quick_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         yield request.getfixturevalue("ray_cluster")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("quick_cluster")
 def test_the_python_blocks_run_as_one_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

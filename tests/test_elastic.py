@@ -61,7 +61,7 @@ def troubles(events: list[dict[str, Any]]) -> list[str]:
 
 
 @pytest.mark.usefixtures("sizes_alternate")
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["anchored", pytest.param("paper", marks=pytest.mark.slow)])
 def test_a_run_that_grows_chooses_and_ends_as_one_process_does(policy: str, tmp_path: Path) -> None:
     options = POLICIES[policy]
     result = autolrs_ray.run(

@@ -91,6 +91,7 @@ def test_each_job_learns_from_real_data(name: str, tmp_path: Path) -> None:
     assert again.train(4, lambda step: STEADY[name]) == first
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_job_runs_on_the_cluster_and_tests_its_final_model(

@@ -84,6 +84,7 @@ def test_too_few_hours_and_a_trial_that_fails_are_errors(monkeypatch: pytest.Mon
         lengths.steps_of_hours(given[0], 0.01, *given[1:], {})
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_epochs_and_hours_become_steps_and_a_begun_run_keeps_them(

@@ -116,7 +116,10 @@ def test_tuner_with_function_api_takes_interval_and_metric_from_tune(tmp_path: P
     assert all(INTERVAL[0] <= row["lr"] <= INTERVAL[1] for row in result.rows)
 
 
-@pytest.mark.parametrize(("slots", "reuse"), [(1, True), (4, True), (2, False)])
+@pytest.mark.parametrize(
+    ("slots", "reuse"),
+    [(1, True), pytest.param(4, True, marks=pytest.mark.slow), pytest.param(2, False, marks=pytest.mark.slow)],
+)
 def test_same_schedule_whatever_actors_and_weights_of_the_plain_loop(tmp_path: Path, slots: int, reuse: bool) -> None:
     options = {"lr_interval": INTERVAL, **PAPER}
     result = autolrs_ray.run(

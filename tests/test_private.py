@@ -124,7 +124,7 @@ def test_a_trial_that_cannot_start_from_its_checkpoint_is_refused(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("policy", ["paper", "anchored"])
+@pytest.mark.parametrize("policy", [pytest.param("paper", marks=pytest.mark.slow), "anchored"])
 def test_a_run_without_any_of_them_ends_as_one_with_all(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,7 @@ def test_further_seeds_come_after_all_rows_of_the_first(text: str) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_policy_trains_through_ray(text: str, tmp_path: Path) -> None:

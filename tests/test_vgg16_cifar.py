@@ -330,6 +330,7 @@ def test_the_data_sets_folder_stays_out_of_git_and_out_of_jobs() -> None:
     assert {f"{vgg16_cifar.parse([]).data_dir}/", "runs/", ".venv/"} <= set(ignored)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_both_policies_train_report_and_draw_on_ray(
