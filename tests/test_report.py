@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from autolrs_ray.cli import app
 from autolrs_ray.outcome.schedule import LearnedSchedule
+from autolrs_ray.record.journal import read_journal
 from autolrs_ray.record.record import Record
 from autolrs_ray.show.choice import choice
 from autolrs_ray.show.page import number, render, save_report, seconds
@@ -210,6 +211,18 @@ def test_a_run_that_has_only_started_has_a_report_too(tmp_path: Path) -> None:
         text = Page(render(RunData.load(tmp_path / policy))).text
         assert "No loss has been reported yet" in text
         assert "There is no schedule to replay" in text
+
+
+@pytest.mark.parametrize("policy", ["paper", "anchored"])
+def test_a_run_that_was_ended_says_by_what(policy: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    whole = read_journal(request.getfixturevalue(policy))
+    record = Record(tmp_path / "ended")
+    record.append([*whole[: len(whole) // 2], {"event": "advice", "message": "look at the data"}])
+    record.append([{"event": "error", "message": "none of the <learning rates> gave a finite loss"}])
+    record.close()
+    text = Page(render(RunData.load(tmp_path / "ended"))).text
+    assert "the run was ended: none of the <learning rates> gave a finite loss" in text
+    assert "look at the data" in text
 
 
 def test_the_command_writes_the_file_it_prints(paper: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ _NEEDED: dict[Event, dict[str, Check]] = {
     Event.CHOICE: dict(stage=_whole, lr=_number),
     Event.WARNING: dict(message=_text),
     Event.ADVICE: dict(message=_text),
+    Event.ERROR: dict(message=_text),
     Event.STAGE: dict(stage=_whole, start=_step),
     Event.PROBE: dict(stage=_whole, probe=_step, arm=_text, lr=_positive, status=_text, series=_text,
                       forecast=_maybe(_number), steps=_list_of(_step)),

@@ -63,11 +63,13 @@ def _totals(data: RunData) -> Row:
 
 
 def _warnings(data: RunData) -> list[str]:
-    """What went wrong and was mended, in order; and a choice at the edge of what was tried."""
+    """What went wrong, in order, whether it was mended or has ended the run; and a choice at the edge of what was tried."""
     told = []
-    for event in data.history.named(Event.WARNING, Event.ROLLBACK, Event.RESUME):
-        if event["event"] == Event.WARNING:
+    for event in data.history.named(Event.WARNING, Event.ADVICE, Event.ERROR, Event.ROLLBACK, Event.RESUME):
+        if event["event"] in (Event.WARNING, Event.ADVICE):
             told.append(event["message"])
+        elif event["event"] == Event.ERROR:
+            told.append(f"the run was ended: {event['message']}")
         elif event["event"] == Event.ROLLBACK:
             told.append(f"stage {event['stage']}: at step {event['step']} the main trial was above the stage's start, with LR "
                         f"{event['lr']:.3g}; trained again with {event['new_lr']:.3g}")  # fmt: skip
