@@ -217,10 +217,13 @@ def test_a_run_that_has_only_started_has_a_report_too(tmp_path: Path) -> None:
 def test_a_run_that_was_ended_says_by_what(policy: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     whole = read_journal(request.getfixturevalue(policy))
     record = Record(tmp_path / "ended")
-    record.append([*whole[: len(whole) // 2], {"event": "advice", "message": "look at the data"}])
+    record.append([*whole[: 2 * len(whole) // 3], {"event": "advice", "message": "look at the data"}])
     record.append([{"event": "error", "message": "none of the <learning rates> gave a finite loss"}])
     record.close()
-    text = Page(render(RunData.load(tmp_path / "ended"))).text
+    data = RunData.load(tmp_path / "ended")
+    last = data.history.rows[-1]
+    assert data.result.loss == min(last["loss"], last.get("averaged_loss", last["loss"]))  # of the better weights
+    text = Page(render(data)).text
     assert "the run was ended: none of the <learning rates> gave a finite loss" in text
     assert "look at the data" in text
 

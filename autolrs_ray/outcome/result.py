@@ -101,7 +101,8 @@ class RunResult:
         trained = sum(event["end"] - event["start"] for event in segments)
         batches = sum(history.growth.first(event["end"]) - history.growth.first(event["start"]) for event in segments)
         main_steps = max((row["end"] for row in rows), default=0)
-        loss = last.get("loss")
+        found = [last.get(key) for key in ("loss", "averaged_loss")]  # of the better weights, at the end as before it
+        loss = min((value for value in found if value is not None), default=None)
         metric = -loss if loss is not None and history.config["mode"] == "max" else loss
         return cls(
             folder=history.folder, done=history.done is not None, policy=history.policy, metric=metric, loss=loss,
