@@ -105,6 +105,7 @@ def is_worker(pid: int) -> bool:
         return False
 
 
+@pytest.mark.skipif(SCALE < 20, reason="with FAULTS=20")
 def test_a_node_lost_under_a_grown_trial_changes_nothing(tmp_path: Path, nodes: Any) -> None:
     """A trial with a worker on each of two nodes goes on with one on one, and grows again with the next node."""
     config = json.dumps({"pause_s": 0.2})
