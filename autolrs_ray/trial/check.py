@@ -263,6 +263,8 @@ def _check(trainable: type[AutoLRSTrainable], config: dict[str, Any], workers: i
     except UntrainableError:
         raise
     except Exception as error:  # it may want what only a trial has
+        if isinstance(error, KeyError) and error.args == ("autolrs",):
+            return rows, None  # its segment
         warned = (
             f"{trainable.__name__}.setup could not be tried out before the first trial: {type(error).__name__}: {error}"
         )
