@@ -91,12 +91,12 @@ def conforming(name: str, value: Any, kind: Any) -> Any:
             return origin(conforming(f"{name}[{i}]", item, parts[0 if many else i]) for i, item in enumerate(value))
     elif _is_plain(value, kind):
         return float(value) if kind is float else value
-    raise ValueError(f"{name} cannot be {_short(value)}")
+    raise ValueError(f"{name} cannot be {short(value)}")
 
 
 def _members(name: str, value: Any, kinds: dict[str, Any], optional: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{name} cannot be {_short(value)}")
+        raise ValueError(f"{name} cannot be {short(value)}")
     if wrong := sorted({*kinds} - optional - {*value}) or sorted(map(str, {*value} - {*kinds})):
         raise ValueError(f"{name} {'lacks' if wrong[0] in kinds else 'has an unknown'} {wrong[0]}")
     return {key: conforming(f"{name}.{key}", item, kinds[key]) for key, item in value.items()}
@@ -106,7 +106,7 @@ def _one_of(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     for kind in kinds:
         with suppress(ValueError):
             return conforming(name, value, kind)
-    raise ValueError(f"{name} cannot be {_short(value)}")
+    raise ValueError(f"{name} cannot be {short(value)}")
 
 
 def _is_plain(value: Any, kind: Any) -> bool:
@@ -119,7 +119,8 @@ def _is_plain(value: Any, kind: Any) -> bool:
     return isinstance(value, int) and abs(value) <= MOST if kind is int else kind is str and isinstance(value, str)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """`value` as an error names it, in 60 characters at most."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ray.tune.result import AUTO_RESULT_KEYS
 
+from autolrs_ray.core.checks import MOST
 from autolrs_ray.core.policy import Point
 from autolrs_ray.core.segments import Segment
 
@@ -17,7 +18,6 @@ VAL_BATCHES = "val_batches"  # key of the rows of the validation data, in traini
 _MEND = 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
 _TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
 VAL_LOSS, AVERAGED_LOSS = "val_loss", "averaged_loss"  # keys of the loss where the metric is another, to be maximised
-_MOST_STEPS = 2**53  # whole numbers that a float holds
 _TUNES = {*AUTO_RESULT_KEYS, "done", "should_checkpoint", "trial_id"}
 _NUMBERS = (int, float, np.integer, np.floating)
 
@@ -86,7 +86,7 @@ def step_of(result: dict[str, Any], key: str) -> int:
     step = result[key]
     if isinstance(step, bool) or not isinstance(step, _NUMBERS) or not 0 <= step < math.inf or step != int(step):
         raise TypeError(f'"{key}" must be a whole number of optimizer steps, got {step!r}')
-    if step > _MOST_STEPS:
+    if step > MOST:
         raise TypeError(f'"{key}" must be a whole number of optimizer steps, got one above 2**53')
     return int(step)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from autolrs_ray.core.checks import require_int, require_one_of, validate_interval
+from autolrs_ray.core.checks import require_int, require_one_of, short, validate_interval
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.growth import require_growth
 from autolrs_ray.record.journal import FORMAT
@@ -96,14 +96,14 @@ def what_is_wrong(event: Row, policy: str) -> str:
     """Why `event` cannot be one of a run under `policy`; "" if it can. Events of names that are not known are let be."""
     name = event.get("event")
     if name not in _NAMES:
-        return "" if isinstance(name, str) else f"an event without a name: {_short(event)}"
+        return "" if isinstance(name, str) else f"an event without a name: {short(event)}"
     needed = {**_NEEDED.get(Event(name), {}), **(_OF_PAPER if policy == "paper" else _OF_RACE).get(Event(name), {})}
     for key, check in needed.items():
         if key not in event or not check(event[key]):
-            return f"{name} with {key}={_short(event.get(key))}"
+            return f"{name} with {key}={short(event.get(key))}"
     for key, check in _WHERE_GIVEN.items():
         if key in event and not check(event[key]):
-            return f"{name} with {key}={_short(event[key])}"
+            return f"{name} with {key}={short(event[key])}"
     if name in (Event.COMMIT, Event.SEGMENT) and event.get("start", -1) >= event["end"]:
         return f"{name} from step {event['start']} to {event['end']}"
     return ""
@@ -116,7 +116,7 @@ def refuse_foreign(events: list[Row], where: str) -> None:
     )  # older ones do not say
     if not _step(written) or written > FORMAT:
         raise ValueError(
-            f"{where} is of format {_short(written)}, this version reads up to {FORMAT}: use the version that wrote it"
+            f"{where} is of format {short(written)}, this version reads up to {FORMAT}: use the version that wrote it"
         )
     if any("parent" in event for event in events if event.get("event") == Event.PROPOSAL):
         raise ValueError(f"{where} is of a race with branches, which are no more: use the version that wrote it")
@@ -126,7 +126,7 @@ def complete_config(config: Any, where: str) -> Row:
     """`config`, a run's, with what older versions left out. Raises ValueError, naming the value, for what is none."""
     try:
         if not isinstance(config, dict) or not isinstance(config.get("options", {}), dict):
-            raise TypeError(f"not a configuration: {_short(config)}")
+            raise TypeError(f"not a configuration: {short(config)}")
         whole: Row = {"metric": "val_loss", "mode": "min", "time_attr": "step", "options": {}, **config}
         require_one_of("policy", whole.get("policy"), ("paper", "anchored"))
         require_one_of("mode", whole["mode"], ("min", "max"))
@@ -135,12 +135,12 @@ def complete_config(config: Any, where: str) -> Row:
             whole["lr_interval"] = list(validate_interval(whole["lr_interval"]))
         for name, kind in (("metric", str), ("time_attr", str), ("averaged_metric", str)):
             if not isinstance(whole.get(name, "x"), kind) or not whole.get(name, "x"):
-                raise TypeError(f"{name} must be the name of a result key, got {_short(config[name])}")
+                raise TypeError(f"{name} must be the name of a result key, got {short(config[name])}")
         if not isinstance(whole["options"].get("envelope"), str | None):
-            raise TypeError(f"envelope must be a name, got {_short(config['options']['envelope'])}")
+            raise TypeError(f"envelope must be a name, got {short(config['options']['envelope'])}")
         if not _list_of(_positive)(whole["options"].get("points_to_evaluate") or []):
             raise TypeError(
-                f"points_to_evaluate must hold learning rates, got {_short(whole['options']['points_to_evaluate'])}"
+                f"points_to_evaluate must hold learning rates, got {short(whole['options']['points_to_evaluate'])}"
             )
         require_growth(whole["options"].get("batch_growth"))
         if whole["policy"] == "paper":
@@ -149,8 +149,3 @@ def complete_config(config: Any, where: str) -> Row:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} cannot be read: {error}") from None
     return whole
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

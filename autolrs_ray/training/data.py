@@ -109,7 +109,7 @@ def placed(data: Data, device: torch.device) -> Data:
 
 def row_device(data: Data, device: torch.device) -> torch.device:
     """Where the numbers of rows are wanted that are taken of `data` for `device`."""
-    return device if isinstance(data, tuple) else torch.device("cpu")
+    return device if isinstance(data, tuple) else CPU
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Rows:
     batch_size: int
     seed: int
     sampler: Draw | Sampler[int] | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU
     growth: BatchGrowth = field(default_factory=BatchGrowth)
 
     def __post_init__(self) -> None:
