@@ -203,6 +203,8 @@ def test_wrong_steps_states_and_parts_are_refused() -> None:
         averages.load_state_dict(WeightAverages(nn.Linear(3, 2)).state_dict())
     with pytest.raises(ValueError, match='mode must be "min" or "max"'):
         averages.evaluate(lambda: 1.0, mode="least")
+    with pytest.raises(ValueError, match=r"compared by 'val_loss', which is none of \['val_error'\]"):
+        averages.evaluate(lambda: {"val_error": 1.0})
     with pytest.raises(ValueError, match="different parts of the run"):
         WeightAverages(nn.Linear(2, 2), ())
 

@@ -105,12 +105,7 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
 
     def _validated(self, trainer: Trainer, run: Callable[[], Any]) -> dict[str, float]:
         run()
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-        if self._metric not in found:
-            raise ValueError(
-                f"averages are compared by {self._metric!r}, which is none of {sorted(found)}: give fit its metric"
-            )
-        return found
+        return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Callbacks that unfreeze a part of the model give it a share of the LR they find, at the start of an epoch."""

@@ -200,11 +200,15 @@ class WeightAverages:
         """The metrics of the average that is best, under the names that the pair looks for: "averaged_loss" for "val_loss".
 
         validate: () -> `metric`, or several metrics by name, of the model as it is when called. mode: "min" or "max", of
-        `metric`, by which the best is chosen.
+        `metric`, by which the best is chosen. Raises ValueError where `validate` does not tell `metric`.
         """
         if mode not in ("min", "max"):
             raise ValueError(f'mode must be "min" or "max", got {mode!r}')
         found = [value if isinstance(value, Mapping) else {metric: value} for value in self.each(validate)]
+        if metric not in found[0]:
+            raise ValueError(
+                f"averages are compared by {metric!r}, which is none of {sorted(found[0])}: give its name as metric"
+            )
         scores = [float(values[metric]) * (1.0 if mode == "min" else -1.0) for values in found]
         self._best = best = lowest(scores)
         self.find_trouble(scores)
