@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,9 @@ def test_second_driver_on_a_run_is_refused(tmp_path: Path, cluster: str, undistu
     slow = ("--address", cluster, "--config", json.dumps({"pause_s": 0.2}))
     with Driver(tmp_path, slow) as first:
         assert first.wait_until(lambda: '"event":"commit"' in journal_text(tmp_path))
+        first.process.send_signal(signal.SIGSTOP)  # else it may have ended before the second has started
         with Driver(tmp_path, slow) as second:
             assert second.finish() == 1
             assert "another process is driving the run" in second.errors.read_text()
+        first.process.send_signal(signal.SIGCONT)
         first.ends_as(undisturbed("paper"))
