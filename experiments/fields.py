@@ -166,10 +166,17 @@ class Found:
 
 
 def race(
-    field: Field, slots: int = 1, metric: str = "", averaging: bool = True, rule: Any = None, **options: Any
+    field: Field,
+    slots: int = 1,
+    metric: str = "",
+    averaging: bool = True,
+    rule: Any = None,
+    reports: int = 0,
+    **options: Any,
 ) -> Found:
     """Race on the field. metric: "accuracy" (nothing else is reported) or "accuracy beside the loss"; then the regret is in
-    accuracy too. rule: numbers of the rule other than its own."""
+    accuracy too. rule: numbers of the rule other than its own. reports: over the whole run, of a trainable whose step() is as
+    long as that; 2, 5 or 10 (0: those that are asked for)."""
     policy = policy_of(field, field.envelope, len(field.lrs), **options)
     if rule is not None:
         policy.follow(RacePlan.of(field.steps, **{"rise": policy.warmup, **rule}))
@@ -183,7 +190,7 @@ def race(
             return heard(arm, Point(point.step, raw, point.train_loss, averaged, *guides), can_save)
 
         policy.report = report  # type: ignore[method-assign]
-    run = run_slots(policy, trainer, slots)
+    run = run_slots(policy, trainer, slots, every=field.steps // reports if reports else 0)
     lr = run.events[-1]["lr"]
     finals, regret = accuracies(field), field.regret(lr)
     if metric:
@@ -219,6 +226,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "settled at .6 T": dict(rule={"settled": 0.6}),
     "patience": dict(rule={"patience": 1}),
     "no averages": dict(averaging=False),
+    "ten reports, an epoch each": dict(reports=10),
+    "five reports": dict(reports=5),
+    "two reports": dict(reports=2),
 }
 METRICS = {"highest accuracy, beside the loss": "accuracy beside the loss", "highest accuracy alone": "accuracy"}
 HEADS = ("", "fields", "mean regret, %", "above 1 %", "above 5 %", "most, %", "compute, T", "most, T")

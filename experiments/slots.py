@@ -27,8 +27,9 @@ class SlotRun:
     clock: int = 0
 
 
-def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
-    """Run `policy` to its end on `slots` slots; `trainer` is left in the final state.
+def run_slots(policy: Policy, trainer: Any, slots: int, every: int = 0) -> SlotRun:
+    """Run `policy` to its end on `slots` slots; `trainer` is left in the final state. every: steps between reports, of a
+    trainable whose step() is so long; 0: they come where they are asked for.
 
     A trial that was dropped while it trains learns it at its next report, as in the pair.
     Raises AutoLRSError where the policy gives up, or when it is not done and wants nothing.
@@ -40,8 +41,11 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
     store: dict[str, Any] = {}
     running: list[tuple[int, int, Segment, Any, int]] = []  # time of the next report, tie-break, segment, state, step
 
+    def report_after(segment: Segment, step: int) -> int:
+        return (step // every + 1) * every if every else next_report(segment, step)
+
     def push(segment: Segment, state: Any, step: int) -> None:
-        heapq.heappush(running, (run.clock + next_report(segment, step) - step, next(order), segment, state, step))
+        heapq.heappush(running, (run.clock + report_after(segment, step) - step, next(order), segment, state, step))
 
     while not policy.done:
         while free and (wanted := policy.wanted()):
@@ -56,7 +60,7 @@ def run_slots(policy: Policy, trainer: Any, slots: int) -> SlotRun:
             trainer.reset()
         else:
             trainer.load_state_dict(copy.deepcopy(state))
-        train_loss = trainer.train(next_report(segment, step), segment.lr_at)
+        train_loss = trainer.train(report_after(segment, step), segment.lr_at)
         run.steps += policy.growth.first(trainer.step) - policy.growth.first(step)
         averaged = trainer.evaluate(averaged=True)["loss"] if trainer.averaging else None
         size = getattr(trainer, "val_batches", None)

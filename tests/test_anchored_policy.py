@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -40,6 +41,36 @@ def test_fractions_that_fall_on_one_step_are_one_rung():
         RacePlan.of(10, (0.1, 0.5))
 
 
+@pytest.mark.parametrize("reports", [1, 2, 3, 7, 20, 60])
+def test_rungs_are_steps_at_which_a_trainable_reports(reports):
+    """An epoch a report, say: none is compared by what was measured elsewhere, and the walk still finds its way."""
+    every = 1000 // reports
+    policy = anchored(1000)
+
+    def losses(lr, step):
+        return 3.0 - min(step / 500, 1.0) + 0.1 * abs(math.log10(lr / 0.2))
+
+    while not policy.done:
+        segment = policy.wanted()[0]
+        policy.issue(segment.arm)
+        for step in range(segment.start + every, 1000 + every, every):
+            verdict = policy.report(segment.arm, Point(min(step, 1000), losses(segment.lr, step)))
+            if verdict is not Verdict.FINISH:
+                policy.saved(segment.arm, min(step, 1000), f"{segment.arm}@{step}")
+            if verdict not in (Verdict.CONTINUE, Verdict.SAVE):
+                break
+        policy.withdraw(segment.arm)
+        state = json.loads(json.dumps(policy.state_dict()))
+        policy = anchored(1000)  # the plan is kept
+        policy.load_state_dict(state)
+    assert policy.plan.steps == tuple(
+        sorted({min(1000, -(-step // every) * every) for step in RacePlan.of(1000).steps})
+    )
+    assert all(set(trunk.readings) <= set(policy.plan.fractions) for trunk in policy.trunks)
+    winner = next(trunk for trunk in policy.trunks if trunk.status == "won")
+    assert winner.lr == min((trunk.lr for trunk in policy.trunks), key=lambda lr: abs(math.log(lr / 0.2)))
+
+
 def test_the_smallest_lr_says_what_an_untrained_model_reads():
     policy = anchored(1000)
     baseline, largest = policy.wanted()
@@ -51,7 +82,7 @@ def test_the_smallest_lr_says_what_an_untrained_model_reads():
     assert next_report(largest, 0) == 20
     for step, loss, train in ((5, 2.0, 1.9), (10, 2.1, 2.1), (15, 1.9, 2.0), (20, 1.8, 2.0)):
         policy.report("t00", Point(step, loss, train))
-    assert policy.race.baseline.untrained.score == 2.1
+    assert policy.race.baseline.untrained.score == 2.0
     assert policy.race.baseline.untrained.train == pytest.approx(2.0)
     assert policy.race.baseline.untrained.sampling is None  # the size of the validation data was not reported
     assert policy.race.baseline.untrained.noise == pytest.approx(3.18 * math.sqrt(0.02 / 3) * math.sqrt(1.25))
@@ -63,7 +94,9 @@ def test_noise_is_that_of_means_over_quarters_however_often_a_trainable_reports(
     assert 0.01 < untrained_by(losses).noise < 0.06  # means over 100 steps, not single ones
     known = untrained_by([replace(point, val_batches=25.0) for point in losses])
     assert known.sampling == pytest.approx(2.0 * known.noise)  # a quarter of the rows of a part
-    assert untrained_by(losses[:1]).noise == 0.0
+    assert untrained_by(losses[:3]).noise == 0.0  # too few to tell
+    late = [Point(step, 1.0, loss) for step, loss in ((16, 2.58), (31, 2.57), (47, 2.52), (62, 2.49))]
+    assert untrained_by(late).noise < 0.2  # steps that four does not divide make four parts, too
     assert untrained_by([Point(1, 3.0)]).train is None
 
 

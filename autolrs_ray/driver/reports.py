@@ -119,8 +119,8 @@ def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) ->
 
 
 def too_seldom(segment: Segment, before: int | None, step: int) -> str:
-    """What is to be said of a report at `step`, after one at `before`, that has passed more than one boundary: its values count
-    at all of them. "" if it has not. before: None for the first since the trial was started or restored."""
+    """What is to be said of a report at `step`, after one at `before`, that has passed more than one boundary: its values are
+    not of all of them. "" if it has not. before: None for the first since the trial was started or restored."""
     since = segment.start if before is None else before
     passed = [boundary for boundary in segment.boundaries if since < boundary <= step]
     if len(passed) < 2:
@@ -128,7 +128,8 @@ def too_seldom(segment: Segment, before: int | None, step: int) -> str:
     apart = min(b - a for a, b in pairwise(passed))
     return (
         f"reports come too seldom: {segment.arm} reported at step {step} what was to be measured at steps "
-        f"{', '.join(map(str, passed[:5]))}{', ...' * (len(passed) > 5)}; it counts at all of these. Report at the steps that "
+        f"{', '.join(map(str, passed[:5]))}{', ...' * (len(passed) > 5)}. Learning rates are compared "
+        "at fewer steps now, which costs compute, and how far losses scatter is not known. Report at the steps that "
         f"autolrs_ray.integrations.follower.Follower names, or at least every {apart} steps"
     )
 

@@ -36,9 +36,9 @@ class Baseline:
         """Note a report of the smallest LR."""
         self.early = [*(earlier for earlier in self.early if earlier.step < point.step), point]
 
-    def conclude(self, at_end: bool = False) -> None:
-        """Once FIRST_READINGS have come, or the run is at its end, that is the untrained model."""
-        if self.untrained is None and self.early and (len(self.early) >= FIRST_READINGS or at_end):
+    def conclude(self, at_last: bool = False) -> None:
+        """Once FIRST_READINGS have come, that is the untrained model. at_last: however few have come."""
+        if self.untrained is None and self.early and (len(self.early) >= FIRST_READINGS or at_last):
             self.untrained = untrained_by(self.early)
             self.moved = len({score_of(point) for point in self.early}) > 1
             self.early = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ RUNGS: tuple[float, ...] = (0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.2, 0.24,
 """Shares of the run at which the race compares its trunks."""
 
 UNRISEN = 0.06
-"""The first rung of a race without a rise."""
+"""The first rung of a race without a rise, and the last that waits for more than one report of the smallest LR."""
 
 FIRST_READINGS = 4
-"""Reports of the smallest LR before anything is decided: of an untrained model's losses, and of how they scatter."""
+"""Reports of the smallest LR that say how far an untrained model's losses scatter; fewer do not."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,15 @@ class RacePlan:
 
     @classmethod
     def of(
-        cls, total_steps: int, fractions: tuple[float, ...] | None = None, rise: float = 0.2, **rule: Any
+        cls,
+        total_steps: int,
+        fractions: tuple[float, ...] | None = None,
+        rise: float = 0.2,
+        every: int = 1,
+        **rule: Any,
     ) -> RacePlan:
-        """Rungs at `fractions` of `total_steps`, the last at its end. Of fractions that fall on one step the latest is kept.
+        """Rungs at `fractions` of `total_steps`, rounded up to multiples of `every` steps, the last at the end. Of fractions
+        that fall on one step the latest is kept.
 
         None: those of RUNGS; without a rise from UNRISEN on only: a large learning rate at full height needs time.
         """
@@ -48,12 +55,18 @@ class RacePlan:
             require_float("each rung", fraction, 0.0, 1.0, low_open=True)
         if not fractions or list(fractions) != sorted(set(fractions)) or fractions[-1] != 1.0:
             raise ValueError(f"rungs must be increasing fractions of the run that end at 1, got {fractions}")
-        nominal = {max(1, round(fraction * total_steps)): fraction for fraction in fractions}
+        exact = {fraction: max(1, round(fraction * total_steps)) for fraction in fractions}
+        nominal = {min(total_steps, math.ceil(step / every) * every): fraction for fraction, step in exact.items()}
         return cls(total_steps, tuple(nominal.values()), tuple(nominal), rise, **rule)
+
+    def reported_every(self, steps: int) -> RacePlan:
+        """This plan, with those of its rungs that a trainable can be read at which reports every so many steps."""
+        rule = dict(settled=self.settled, close=self.close, patience=self.patience)
+        return RacePlan.of(self.total_steps, self.fractions, self.rise, steps, **rule)
 
     @property
     def first(self) -> float:
-        """The rung by which an untrained model's losses have been read: in FIRST_READINGS steps at the least."""
+        """The rung by which FIRST_READINGS reports are asked of the smallest LR: the first with as many steps."""
         return next((at for at, step in zip(self.fractions, self.steps, strict=True) if step >= FIRST_READINGS), 1.0)
 
     def step(self, fraction: float) -> int:

@@ -11,7 +11,7 @@ from autolrs_ray.core.checks import conforming, require_int
 from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import Point, finite_or_inf, refuse_ignored_lr
 from autolrs_ray.core.race.baseline import Baseline, baseline_of
-from autolrs_ray.core.race.plan import RacePlan
+from autolrs_ray.core.race.plan import UNRISEN, RacePlan
 from autolrs_ray.core.race.readings import final_of, score_of
 from autolrs_ray.core.race.rule import Course, Reading, walk
 from autolrs_ray.core.race.trouble import caveat, forgive, none_left
@@ -68,7 +68,7 @@ class Race:
         self.emit(Event.RUNG, arm=arm_of(i), probe=i, lr=trunk.lr, step=point.step, rung=rung, score=reading.score,
                   loss=point.loss, averaged_loss=point.averaged_loss, train_loss=reading.train)  # fmt: skip
         if i == baseline_of(self.trunks):
-            self.baseline.conclude(at_end=rung == self.plan.fractions[-1])
+            self.baseline.conclude(at_last=rung >= max(self.plan.first, UNRISEN))
 
     def give_up(self, i: int, status: str) -> None:
         """Trunk `i` has come to grief ("diverged" or "failed") past the last rung at which it was read."""

@@ -9,8 +9,8 @@ from autolrs_ray.core.policy import Point, finite_or_inf
 from autolrs_ray.core.race.plan import FIRST_READINGS
 from autolrs_ray.core.race.rule import Untrained
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18}
-"""Student's t by the number of readings: 95 % lie within so many standard deviations of their mean."""
+STUDENT = 3.18
+"""Student's t of FIRST_READINGS: 95 % lie within so many standard deviations of their mean."""
 
 
 def final_of(point: Point) -> float:
@@ -33,21 +33,21 @@ def _better(raw: float, averaged: float | None) -> float:
 
 
 def untrained_by(points: list[Point]) -> Untrained:
-    """What an untrained model reads, by the first reports of the smallest LR: the largest score, the mean of training losses.
+    """What an untrained model reads, by the first reports of the smallest LR: the first score of raw weights, the mean of
+    training losses.
 
     Noise is how far off the next would be in 95 of 100 cases (Student's t): of training losses by means over FIRST_READINGS
-    parts, since they are means themselves, of scores as they are. The validation data are
-    taken to scatter as batches do. Readings are rough without training losses or averages.
+    parts, since they are means themselves, of scores as they are. Of fewer readings it is not known, and counts as none. The
+    validation data are taken to scatter as batches do. Readings are rough without training losses or averages.
     """
-    scores = [score_of(point) for point in points if math.isfinite(score_of(point))]
-    raw = max(
-        (guide for point in points if math.isfinite(guide := guide_of(point))), default=max(scores, default=math.inf)
-    )
+    scores = [score for score in map(score_of, points) if math.isfinite(score)]
+    raw = next(filter(math.isfinite, map(guide_of, points)), max(scores, default=math.inf))
     rough = any(point.train_loss is None or point.averaged_loss is None for point in points)
     parts: dict[int, list[tuple[int, float]]] = {}
     for before, point in zip([0, *(point.step for point in points)], points, strict=False):
         if point.train_loss is not None and math.isfinite(point.train_loss):
-            part = (point.step * FIRST_READINGS - 1) // points[-1].step
+            middle = (before + point.step) / 2.0
+            part = int(FIRST_READINGS * middle / points[-1].step)
             parts.setdefault(part, []).append((point.step - before, point.train_loss))
     means = [sum(steps * loss for steps, loss in part) / sum(steps for steps, _ in part) for part in parts.values()]
     noise, val_batches = _scatter(means), next((point.val_batches for point in points if point.val_batches), None)
@@ -60,5 +60,4 @@ def untrained_by(points: list[Point]) -> Untrained:
 def _scatter(values: list[float]) -> float:
     """Half the width of the interval in which the next of such `values` lies in 95 of 100 cases."""
     count = len(values)
-    t = STUDENT.get(count, STUDENT[max(STUDENT)])
-    return t * stdev(values) * math.sqrt(1 + 1 / count) if count > 1 else 0.0
+    return STUDENT * stdev(values) * math.sqrt(1 + 1 / count) if count >= FIRST_READINGS else 0.0

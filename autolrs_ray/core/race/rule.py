@@ -71,14 +71,16 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
     One margin says who else is in question: `close` of the progress (from the untrained score to the leader's) times the share
     of the run that is left. From the end of the rise on, the next LR above the leader goes on too while it is near: behind by
     no more than the margin, or catching up so fast, per log of the steps, that it would be ahead by as much at the end. From
-    `settled` of the run on none joins, and the LR below goes on only while it is near as well; but where the leader's score
-    has got worse by more than the margin since the rung before, the walk goes on.
+    `settled` of the run on none joins, unless it is the first rung, and the LR below goes on only while it is near as well; but
+    where the leader's score has got worse by more than the margin since the rung before, the walk goes on.
 
     None leads that has not learned: its training loss must have fallen by more than its noise, and its score too, since running
     statistics lag behind. A score that has fallen by more than its sampling noise will do alone: batches may scatter by more
-    than all that there is to learn. While none has learned (a plateau), the largest LR that has not got worse, its training
-    loss by more than the noise and its score too, stands in for the leader, and it and the next below go on, whatever their
-    scores, until learning has lasted as long as the plateau. Where no training losses are reported, the score speaks for them.
+    than all that there is to learn. While none has learned (a plateau), the largest LR that has not got worse stands in for the
+    leader, and it and the next below go on, whatever their scores, until learning has lasted as long as the plateau. It has not
+    got worse whose training loss has not risen by more than its noise, and from the end of the rise on, when statistics have
+    had the time to follow, nor its score; nor, where training losses are noisy, whose score has fallen by more than it
+    scatters. Where no training losses are reported, the score speaks for them.
 
     Only ratios of differences of losses count, so that neither their scale matters nor a constant that is added to them. Of
     equal scores the lower training loss leads, then the better reading at the rung before, and so on.
@@ -159,8 +161,14 @@ class _Level:
         learned = [i for i in level if self._has_learned(i)]
         if learned:
             return self.best(learned), True
-        calm = [i for i in level if self._fall(i) >= -self._noise(i) or self._gain(i) > self._untrained.score_noise]
+        calm = [i for i in level if self._is_calm(i)]
         return (max(calm) if calm else min(level, default=None)), False
+
+    def _is_calm(self, i: int) -> bool:
+        """Whether it has not got worse."""
+        gain, noise, scatter = self._gain(i), self._untrained.noise, self._untrained.score_noise
+        follows = self._rung < self._plan.rise or gain >= -max(noise, scatter)
+        return (self._fall(i) >= -self._noise(i) and follows) or (noise > 0.0 and gain > scatter)
 
     def _fall(self, i: int) -> float:
         """By how much the training loss has fallen; the score, where no training loss is reported."""
@@ -191,8 +199,9 @@ class _Level:
         return below
 
     def walking(self, leader: int) -> bool:
-        """Whether the next LR below may still join: until the run has settled, and where the leader gets worse."""
-        if self._rung < self._plan.settled:
+        """Whether the next LR below may still join: at the first rung, until the run has settled, and where the leader gets
+        worse."""
+        if self._last is None or self._rung < self._plan.settled:
             return True
         before = self._before(leader)
         if before is None:
