@@ -83,6 +83,15 @@ def test_reports_further_apart_than_the_rungs_are_told_once_and_journaled_where_
     assert read == [(third, fraction)]
 
 
+def test_probes_that_report_once_an_epoch_are_told_to_be_dearer_than_was_said(begin: Begin) -> None:
+    for name in ("envelope", "warmup"):
+        begin.monkeypatch.delitem(RACE, name)
+    run = begin(policy="paper", stage_steps=100, probe_steps=20)
+    run.report(run.start(), 50, 1.0)
+    run.start()
+    assert begin.told("reports come too seldom", "for 20 steps and reported after 50", "2.5 times as many")
+
+
 def test_a_scheduler_within_the_trainable_is_seen_under_the_papers_policy_too(begin: Begin) -> None:
     for name in ("envelope", "warmup"):
         begin.monkeypatch.delitem(RACE, name)

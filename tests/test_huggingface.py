@@ -79,6 +79,7 @@ def test_without_the_pair_it_reports_optimizer_steps_and_its_scheduler_has_no_sa
     assert [(report["step"], report["lr"]) for report in trial.reports] == [(2, 0.25), (4, 0.25)]
     assert [report["epoch"] for report in trial.reports] == [0.5, 1.0]
     assert all(report["val_loss"] > 0 and report["train_loss"] > 0 for report in trial.reports)
+    assert {report["val_batches"] for report in trial.reports} == {4.0}  # 64 rows, four times as many as a step takes
     assert sorted(path.name for path in (tmp_path / "trial").iterdir()) == ["step-2", "step-4"]
     assert list((tmp_path / "unused").iterdir()) == []
 
@@ -206,6 +207,7 @@ def test_a_report_holds_the_metrics_of_all_evaluation_sets(tmp_path: Path, monke
     fit(trainer, config)
     assert [report["step"] for report in trial.reports] == [1, 2, 3, 5]
     assert all({"val_a_loss", "val_a_b_loss", "train_loss"} <= set(report) for report in trial.reports)
+    assert not any("val_batches" in report for report in trial.reports)  # of which set it would be
 
 
 def test_its_log_has_the_lr_in_use_and_its_schedule_the_whole_run(

@@ -83,6 +83,7 @@ def test_without_the_pair_it_reports_optimizer_steps_and_keeps_ratios(
     assert [(report["step"], report["lr"]) for report in trial.reports] == [(2, 0.5), (4, 0.5)]
     assert all(report["val_loss"] > 0 for report in trial.reports)
     assert [report["epoch"] for report in trial.reports] == [0.5, 1.0]  # 8 batches, two to a step
+    assert {report["val_batches"] for report in trial.reports} == {1.0}  # 64 rows, as many as a step takes
     means = [float(sum(losses[i : i + 4])) / 4 for i in (0, 4)]
     assert [report["train_loss"] for report in trial.reports] == pytest.approx(means, rel=1e-5)
     assert parts["trainer"].fit_loop.total_batch_idx + 1 == 8

@@ -16,6 +16,7 @@ from autolrs_ray.core.segments import Segment
 
 VAL_BATCHES = "val_batches"  # key of the rows of the validation data, in training batches
 _MEND = 'set every step\'s LR to autolrs_ray.lr_at(config, step) and report it as "lr"'
+_DUE = "Report at the steps that autolrs_ray.integrations.follower.Follower names"
 _TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
 VAL_LOSS, AVERAGED_LOSS = "val_loss", "averaged_loss"  # keys of the loss where the metric is another, to be maximised
 _TUNES = {*AUTO_RESULT_KEYS, "done", "should_checkpoint", "trial_id"}
@@ -119,8 +120,18 @@ def check_lr(result: dict[str, Any], segment: Segment, since: int, step: int) ->
 
 
 def too_seldom(segment: Segment, before: int | None, step: int) -> str:
-    """What is to be said of a report at `step`, after one at `before`, that has passed more than one boundary: its values are
-    not of all of them. "" if it has not. before: None for the first since the trial was started or restored."""
+    """What is to be said of a report at `step`, after one at `before`, that comes when a probe has been trained twice as long
+    as it was to be, or has passed more than one boundary: its values are not of all of them. "" if neither.
+
+    before: None for the first since the trial was started or restored.
+    """
+    length, trained = segment.end - segment.start, step - segment.start
+    if segment.role == "probe" and trained >= 2 * length:
+        return (
+            f"reports come too seldom: {segment.arm} was to be trained for {length} steps and reported after {trained}. If all "
+            f"probes do, the search takes {trained / length:.2g} times as many steps as was said. {_DUE}, or choose longer "
+            "stages (stage_steps) or probes (probe_steps)"
+        )
     since = segment.start if before is None else before
     passed = [boundary for boundary in segment.boundaries if since < boundary <= step]
     if len(passed) < 2:
@@ -128,9 +139,8 @@ def too_seldom(segment: Segment, before: int | None, step: int) -> str:
     apart = min(b - a for a, b in pairwise(passed))
     return (
         f"reports come too seldom: {segment.arm} reported at step {step} what was to be measured at steps "
-        f"{', '.join(map(str, passed[:5]))}{', ...' * (len(passed) > 5)}. Learning rates are compared "
-        "at fewer steps now, which costs compute, and how far losses scatter is not known. Report at the steps that "
-        f"autolrs_ray.integrations.follower.Follower names, or at least every {apart} steps"
+        f"{', '.join(map(str, passed[:5]))}{', ...' * (len(passed) > 5)}. Learning rates are compared at fewer steps now, "
+        f"which costs compute, and how far losses scatter is not known. {_DUE}, or at least every {apart} steps"
     )
 
 

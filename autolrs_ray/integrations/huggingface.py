@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,7 +34,8 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
     """Writes the LR right before every optimizer step, has the Trainer evaluate where the pair wants a report, and reports.
 
     A report holds the metrics of all evaluation sets, eval_NAME as val_NAME, train_loss (mean since the last log), step
-    (`state.global_step`), epoch, lr, stage and role. Checkpoints are the Trainer's own, attached where needed.
+    (`state.global_step`), epoch, val_batches (rows of the evaluation set, where there is one, in training batches), lr, stage
+    and role. Checkpoints are the Trainer's own, attached where needed.
     It comes before the Trainer's other callbacks, so that their log has the LR in use. What these evaluate or save besides is
     no report.
     """
@@ -85,6 +86,10 @@ class AutoLRSCallback(TrainerCallback):  # type: ignore[misc]
         for name, value in (metrics or {}).items():
             self._metrics[f"val_{name.removeprefix('eval_')}" if name.startswith("eval_") else name] = value
         self._awaited -= 1
+        rows = getattr(kwargs.get("eval_dataloader"), "dataset", None)
+        if self._sets == 1 and isinstance(rows, Sized):
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self._metrics["val_batches"] = len(rows) / batch
         if not self._awaited and self.averaged is not None:
             self._metrics.update(self.averaged.evaluate())
         if not self._awaited and not self.follower.checkpoint_due(state.global_step):

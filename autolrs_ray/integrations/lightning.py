@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from operator import mul
 from typing import Any
 
 from ray import tune
@@ -44,7 +45,7 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
     """Writes the LR right before every optimizer step, has Lightning validate where the pair wants a report, and reports.
 
     A report holds every scalar the module has logged, train_loss (mean since the last report), step (optimizer steps:
-    `trainer.global_step`), epoch (passes over the training data, where their length is known), lr, stage and role.
+    `trainer.global_step`), epoch (passes over the training data) and val_batches, where loaders tell them, lr, stage and role.
     Checkpoints are Lightning's own, attached where they are needed.
 
     Raises ValueError where there is no validation data, or another number of optimizers than one.
@@ -148,6 +149,7 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
         self._due, self._loss, self._count = False, 0.0, 0
         if math.isfinite(trainer.num_training_batches):
             metrics["epoch"] = self._step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        metrics |= _val_batches(trainer)
         report = self.follower.report(self._step, metrics)
         if not self.follower.checkpoint_due(self._step):
             tune.report(report)
@@ -155,6 +157,16 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
         with tempfile.TemporaryDirectory(prefix="autolrs-") as folder:
             trainer.save_checkpoint(os.path.join(folder, FILE), weights_only=False)
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def _val_batches(trainer: Trainer) -> dict[str, float]:
+    """The rows that it validates on, in batches of a training step, as a report has them; none where loaders do not tell."""
+    loaders = trainer.val_dataloaders if isinstance(trainer.val_dataloaders, list) else [trainer.val_dataloaders]
+    *sizes, size = (getattr(loader, "batch_size", None) for loader in (*loaders, trainer.train_dataloader))
+    if size is None or None in sizes or len(sizes) != len(trainer.num_val_batches):
+        return {}
+    rows = sum(map(mul, trainer.num_val_batches, sizes))
+    return {"val_batches": rows / (size * trainer.accumulate_grad_batches)} if math.isfinite(rows) else {}
 
 
 def fit(
