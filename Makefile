@@ -28,7 +28,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	tools/sandboxed $(BIN)/python -m pytest -q -m "not slow"
+	tools/sandboxed $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not ray"
+	tools/sandboxed $(BIN)/python -m pytest -q -m "ray and not slow"
 
 faults: $(STAMP)
 	tools/sandboxed $(BIN)/python -m pytest -q -m "slow and not hosts"

@@ -102,7 +102,7 @@ BUILDERS = [annotated, annotated_loosely, annotated_as_perhaps, special, bare, p
             lambda config: bare(config, 48), lambda config: task(), Builder(), Builder().build]  # fmt: skip
 
 
-@pytest.mark.parametrize("function", BUILDERS, ids=str)
+@pytest.mark.parametrize("function", BUILDERS)
 def test_a_function_that_builds_a_task_is_known_without_its_annotation(function: Any) -> None:
     assert builds_task(function)
     assert trainable_for(function).__name__.isidentifier()
