@@ -78,9 +78,9 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
     statistics lag behind. A score that has fallen by more than its sampling noise will do alone: batches may scatter by more
     than all that there is to learn. While none has learned (a plateau), the largest LR that has not got worse stands in for the
     leader, and it and the next below go on, whatever their scores, until learning has lasted as long as the plateau. It has not
-    got worse whose training loss has not risen by more than its noise, and from the end of the rise on, when statistics have
-    had the time to follow, nor its score; nor, where training losses are noisy, whose score has fallen by more than it
-    scatters. Where no training losses are reported, the score speaks for them.
+    got worse whose training loss has not risen by more than its noise. Where that is known, a score will do that has fallen by
+    more than it scatters; where it is not, the score must not have risen either, once statistics have had the rise of the LR to
+    follow. Where no training losses are reported, the score speaks for them.
 
     Only ratios of differences of losses count, so that neither their scale matters nor a constant that is added to them. Of
     equal scores the lower training loss leads, then the better reading at the rung before, and so on.
@@ -167,7 +167,7 @@ class _Level:
     def _is_calm(self, i: int) -> bool:
         """Whether it has not got worse."""
         gain, noise, scatter = self._gain(i), self._untrained.noise, self._untrained.score_noise
-        follows = self._rung < self._plan.rise or gain >= -max(noise, scatter)
+        follows = self._rung < self._plan.rise or noise > 0.0 or gain >= -scatter
         return (self._fall(i) >= -self._noise(i) and follows) or (noise > 0.0 and gain > scatter)
 
     def _fall(self, i: int) -> float:
