@@ -29,10 +29,9 @@ from typing import Any
 from autolrs_ray.show.run_data import read_lines
 from experiments.compare_lab import Lab
 from experiments.compare_methods import METHODS, setting
-from experiments.compare_report import RAY, hardware, write_report
+from experiments.compare_report import GROUPS, RAY, hardware, write_report
 from experiments.compare_tasks import DEFAULT_TASKS, Task, make_task
 
-GROUPS = ("main", "ablation")
 QUICK_METHODS = ("anchored", "paper", "constant", "constant + averaged weights", "linear",
                  "linear, default LR", "Schedule-Free, default LR", "Prodigy + cosine", "anchored, 2 decades",
                  "anchored, no warm-up", "anchored, no envelope")  # fmt: skip
@@ -132,7 +131,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="200 steps, 2 seeds, the main methods")
     parser.add_argument("--tasks", nargs="+", help="digits, digits_noise, char_lm, cifar16, cifar32")
-    parser.add_argument("--methods", nargs="+", help="names or groups: main, ablation, ray")
+    parser.add_argument("--methods", nargs="+", help="names or groups: main, growth, ablation, ray")
     parser.add_argument("--seeds", type=int, help="seeds a task (default: 5, for characters and CIFAR-10 3)")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--data-dir", help="torchvision root that holds cifar-10-batches-py")

@@ -169,7 +169,7 @@ def scaled_rungs(factor: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """group: "main", "ablation" or "ray". decades: width of the search interval."""
+    """group: "main", "growth", "ablation" or "ray". decades: width of the search interval."""
 
     name: str
     group: str
@@ -202,11 +202,11 @@ def _methods() -> list[Method]:
         Method(
             "one-cycle, best of raw and averaged", "main", partial(tuned, shape="one-cycle", weights="best"), tuned=True
         ),
-        _anchored("growth x 2 from .5 T", "main", batch_growth=GROWTH),
+        _anchored("growth x 2 from .5 T", "growth", batch_growth=GROWTH),
         *(
             Method(
                 f"{shape}, best of raw and averaged, growth x 2 from .5 T",
-                "main",
+                "growth",
                 partial(tuned, shape=shape, weights="best", growth=GROWTH),
                 tuned=True,
             )
