@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +154,14 @@ def test_one_slot_is_the_plain_loop(task: Task, tmp_path: Path) -> None:
 
 def test_many_slots_choose_the_same_and_end_sooner(task: Task, tmp_path: Path) -> None:
     trainer = memo_trainer(task, tmp_path)
-    runs = [
-        run_slots(make_policy("anchored", task.steps, (1e-3, 1.0), **options(task)), trainer, slots) for slots in (1, 5)
-    ]
-    assert runs[0].events[-1]["lr"] == runs[1].events[-1]["lr"]
-    assert task.steps <= runs[1].clock < runs[0].clock
+    policy = partial(make_policy, "anchored", task.steps, (1e-3, 1.0), **options(task))
+    runs = {slots: run_slots(policy(), trainer, slots) for slots in (1, 5)}
+    assert runs[1].events[-1]["lr"] == runs[5].events[-1]["lr"]
+    assert task.steps <= runs[5].clock < runs[1].clock
+    for slots, run in runs.items():
+        compute, wall_clock = policy().cost(slots)
+        assert run.steps <= compute * task.steps
+        assert run.clock <= wall_clock * task.steps
 
 
 @pytest.mark.parametrize(("slots", "expected"), [(1, 1.9), (10, 1.1)])  # five at a time at most
@@ -170,6 +174,8 @@ def test_paper_takes_the_time_of_the_closed_form(slots: int, expected: float, tm
     again = sum(event["event"] == "rollback" for event in run.events) * 50
     assert run.clock / 300 == pytest.approx(expected + again / 300)
     assert run.steps / 300 == pytest.approx(1.9 + again / 300)
+    assert policy.usual(slots) == pytest.approx((1.9, expected))
+    assert run.clock / 300 <= policy.cost(slots)[1]
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
