@@ -43,10 +43,12 @@ Change = Callable[[str, Point], Point | str | None]
 
 @dataclass
 class Simulation:
-    """Trials run on `slots` slots; `order` picks the one that reports next. `change` puts trouble in its way."""
+    """Trials run on `slots` slots; `order` picks the one that reports next. `change` puts trouble in its way. every: steps
+    between reports; 0: they come where they are due."""
 
     policy: Policy
     slots: int = 1
+    every: int = 0
     order: np.random.Generator | None = None
     change: Change = lambda arm, point: None
     can_save: Callable[[str, int], bool] = lambda arm, step: True
@@ -80,7 +82,8 @@ class Simulation:
         assert arms, f"nothing can make progress: {self.policy.progress()}"
         arm = arms[0] if self.order is None else arms[int(self.order.integers(len(arms)))]
         segment, before = self.running[arm]
-        toy = before.train(next_report(segment, before.step), segment.lr_at)
+        until = (before.step // self.every + 1) * self.every if self.every else next_report(segment, before.step)
+        toy = before.train(until, segment.lr_at)
         self.trained += toy.step - before.step
         self.running[arm] = (segment, toy)
         point = Point(toy.step, toy.loss, toy.train_loss, toy.loss, val_batches=8.0)

@@ -174,12 +174,13 @@ def test_free_slots_run_the_next_lrs_below_ahead_nearest_first_and_give_way():
     assert policy.breadth == 3
 
 
+@pytest.mark.parametrize("every", [0, 7, 13, 40])
 @pytest.mark.parametrize("slots", range(2, 13))
 @pytest.mark.parametrize("options", [{}, {"run_ahead": False}, {"envelope": "wsd"}, {"num_lrs": 12, "warmup": 0.0}])
-def test_decisions_do_not_depend_on_the_order_of_arrival_or_the_number_of_slots(slots, options):
-    runs = [Simulation(anchored(concurrency=1, **options)).run()]
+def test_decisions_do_not_depend_on_the_order_of_arrival_or_the_number_of_slots(every, slots, options):
+    runs = [Simulation(anchored(concurrency=1, **options), every=every).run()]
     runs += [
-        Simulation(anchored(concurrency=slots, **options), slots=slots, order=np.random.default_rng(seed)).run()
+        Simulation(anchored(concurrency=slots, **options), slots, every, np.random.default_rng(seed)).run()
         for seed in range(2)
     ]
 
@@ -190,7 +191,7 @@ def test_decisions_do_not_depend_on_the_order_of_arrival_or_the_number_of_slots(
     expected, *others = map(outcome, runs)
     assert all(other == expected for other in others)
     order = [[event["arm"] for event in run.of("rung")] for run in runs]
-    assert order[1] != order[2] or slots == 2
+    assert order[1] != order[2] or slots == 2 or every == 40
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

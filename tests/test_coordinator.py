@@ -72,15 +72,15 @@ def test_any_other_exception_of_our_own_ends_the_run_with_a_clear_error(begin: B
 def test_reports_further_apart_than_the_rungs_are_told_once_and_journaled_where_they_were_made(begin: Begin) -> None:
     run = begin()
     trial = run.start()
-    first, _, third = run.search_alg.policy.plan.steps[:3]
-    fraction = run.search_alg.policy.plan.fractions[2]
+    first, _, third = run.search_alg.desk.segment(trial.trial_id).boundaries[:3]
     run.report(trial, third, 1.0)
     run.start()
     (told,) = begin.told("reports come too seldom", f"at step {third}", f"{first}, ")
     place, name = re.findall(r"(autolrs_ray[\w.]*)\.(\w+) names", told)[0]
     assert hasattr(import_module(place), name)
     read = [(event["step"], event["rung"]) for event in begin.events if event["event"] == Event.RUNG]
-    assert read == [(third, fraction)]
+    assert {step for step, _ in read} == {third}
+    assert len({rung for _, rung in read}) == len(read) > 1
 
 
 def test_probes_that_report_once_an_epoch_are_told_to_be_dearer_than_was_said(begin: Begin) -> None:

@@ -60,9 +60,11 @@ class RacePlan:
         return cls(total_steps, tuple(nominal.values()), tuple(nominal), rise, **rule)
 
     def reported_every(self, steps: int) -> RacePlan:
-        """This plan, with those of its rungs that a trainable can be read at which reports every so many steps."""
+        """The plan for a trainable that reports every so many steps: this one, unless a report passes several of its rungs,
+        as one an epoch may; else the last of these, where that report is."""
         rule = dict(settled=self.settled, close=self.close, patience=self.patience)
-        return RacePlan.of(self.total_steps, self.fractions, self.rise, steps, **rule)
+        plan = RacePlan.of(self.total_steps, self.fractions, self.rise, steps, **rule)
+        return plan if len(plan.fractions) < len(self.fractions) else self
 
     @property
     def first(self) -> float:

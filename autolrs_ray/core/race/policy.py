@@ -94,7 +94,7 @@ class AnchoredPolicy(Policy):
         return self.race.plan
 
     def follow(self, plan: RacePlan) -> None:
-        """Race by another plan; before anything has been decided."""
+        """Race by another plan than the default; before anything has been reported."""
         self.race.follow(plan)
         self._boundaries = self._lay_boundaries()
 
@@ -216,10 +216,10 @@ class AnchoredPolicy(Policy):
             self._give_up(i, "diverged")
             return Verdict.FINISH
         if self.heir is None:
-            passed = sum(before < step <= point.step for step in self.plan.steps)
-            if passed > 1 and not self.race.baseline.known:  # an epoch a report, say
-                self.follow(self.plan.reported_every(point.step - before))
+            plan = self.plan
             self.race.hear(i, point, before)
+            if self.plan is not plan:
+                self._boundaries = self._lay_boundaries()
         crossed = any(before < boundary <= point.step for boundary in self._boundaries)
         if crossed:
             self._settle()

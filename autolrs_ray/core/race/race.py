@@ -42,8 +42,13 @@ class Race:
         self.follow(self.plan)
 
     def follow(self, plan: RacePlan) -> None:
-        """Race by `plan`."""
+        """Race by `plan`. Of what has been read at rungs that it has not, only who came to grief there is kept."""
         self.plan = plan
+        for trunk in self.trunks:
+            grief = [rung for rung, reading in trunk.readings.items() if not math.isfinite(reading.score)]
+            trunk.readings = {rung: reading for rung, reading in trunk.readings.items() if rung in plan.fractions}
+            for rung in grief:
+                trunk.readings[next(at for at in plan.fractions if at >= rung)] = Reading(math.inf)
         self._walk()
 
     def _walk(self) -> None:
@@ -51,14 +56,17 @@ class Race:
         self.course = walk([trunk.readings for trunk in self.trunks], self.baseline.untrained, self.plan)
 
     def hear(self, i: int, point: Point, before: int) -> None:
-        """A report of trunk `i`; the report before was at step `before`. Its readings at the rungs in between are noted."""
-        trunk, since = self.trunks[i], 0
+        """A report of trunk `i`; the report before was at step `before`. Its readings at the rungs in between are noted. Once
+        the smallest LR has been heard, the rungs are those that its reports do not pass in one."""
+        trunk, since, known = self.trunks[i], 0, self.baseline.known
         if not self.baseline.known and i == baseline_of(self.trunks):
             self.baseline.hear(point)
         for rung, step in zip(self.plan.fractions, self.plan.steps, strict=True):
             if before < step <= point.step and rung not in trunk.readings:
                 self._read(i, rung, since, point)
             since = step
+        if self.baseline.known and not known:
+            self.follow(self.plan.reported_every(point.step - before))
 
     def _read(self, i: int, rung: float, since: int, point: Point) -> None:
         """Note what trunk `i` reads at `rung`; the rung before lies at step `since`."""
