@@ -69,11 +69,12 @@ def _timed(call: Any, slots: int, *arguments: Any) -> tuple[float, Any]:
         return time.perf_counter() - began, result
 
 
-def simulated(losses: Losses, policy: str, slots: int, length_s: float, workers: Any, efficiency: float) -> Simulated:
+def simulated(
+    losses: Losses, policy: str, slots: int, length_s: float, workers: Any, efficiency: float, **race: Any
+) -> Simulated:
     """A run whose plain data-parallel training would take `length_s`."""
-    options = (
-        {} if policy == "anchored" else dict(stage_steps=SIMULATED_STEPS // 5, max_stage_steps=SIMULATED_STEPS // 5)
-    )
+    tau = SIMULATED_STEPS // 5
+    options = race if policy == "anchored" else dict(stage_steps=tau, max_stage_steps=tau)
     interval = PAPER["lr_interval"] if policy == "paper" else None
     given = ("val_loss", "min", "step", "train_loss", None, 0, None, False, False, 900.0, 60.0, workers)
     settings = RunSettings(SIMULATED_STEPS, policy, interval, *given, options)
@@ -87,15 +88,18 @@ def _simulations(quick: bool) -> list[tuple[str, ...]]:
     for policy in ("anchored", "paper"):
         losses = Losses(Trainer(lambda: build_digits({}), 0, policy == "anchored"))
         for slots in (8,) if quick else (8, 64):
-            cases = [(name, "elastic", 1.0) for name in LENGTHS_S]
-            cases += [("1 h", "elastic", 0.8), ("1 h", 1, 1.0)]
-            cases += [("1 h", (1, 8), 1.0)] if slots > 8 and policy == "anchored" else []
-            for name, workers, efficiency in cases:
-                found = simulated(losses, policy, slots, LENGTHS_S[name], workers, efficiency)
+            cases: list[tuple[str, Any, float, dict[str, Any]]] = [(name, "elastic", 1.0, {}) for name in LENGTHS_S]
+            cases += [("1 h", "elastic", 0.8, {}), ("1 h", 1, 1.0, {})]
+            if policy == "anchored":  # free slots train, and never run ahead
+                cases += [("1 h", "elastic", efficiency, {"run_ahead": False}) for efficiency in (1.0, 0.8)]
+            cases += [("1 h", (1, 8), 1.0, {})] if slots > 8 and policy == "anchored" else []
+            for name, workers, efficiency, race in cases:
+                found = simulated(losses, policy, slots, LENGTHS_S[name], workers, efficiency, **race)
                 wall, compute = found.seconds / LENGTHS_S[name], found.steps / SIMULATED_STEPS
                 use = found.trained_s / (slots * found.seconds)
                 rows.append((
-                    f"simulated: {policy}, workers={workers!r}, {slots} GPUs, {name}, scaling {efficiency:.0%}", "",
+                    f"simulated: {policy}, workers={workers!r}{', run_ahead=False' * bool(race)}, {slots} GPUs, {name}, "
+                    f"scaling {efficiency:.0%}", "",
                     f"{wall:.2f}", f"{compute:.2f}", f"{wall / compute:.2f}", f"{use:.0%}",
                     f"{found.restarts}",
                 ))  # fmt: skip
