@@ -71,6 +71,16 @@ def test_rungs_are_steps_at_which_a_trainable_reports(reports):
     assert winner.lr == min((trunk.lr for trunk in policy.trunks), key=lambda lr: abs(math.log(lr / 0.2)))
 
 
+@pytest.mark.parametrize("total", [7, 76, 900])
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+def test_rungs_stay_where_they_are_for_whoever_reports_at_them(total, warmup):
+    policy = anchored(total, warmup=warmup)
+    plan = policy.plan
+    simulation = Simulation(policy)
+    simulation.run()
+    assert policy.plan is plan
+
+
 def test_the_smallest_lr_says_what_an_untrained_model_reads():
     policy = anchored(1000)
     baseline, largest = policy.wanted()

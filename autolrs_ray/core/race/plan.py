@@ -60,11 +60,14 @@ class RacePlan:
         return cls(total_steps, tuple(nominal.values()), tuple(nominal), rise, **rule)
 
     def reported_every(self, steps: int) -> RacePlan:
-        """The plan for a trainable that reports every so many steps: this one, unless a report passes several of its rungs,
-        as one an epoch may; else the last of these, where that report is."""
+        """The plan for a trainable that reports every so many steps: of rungs that one report passes, the last, where that
+        report is."""
         rule = dict(settled=self.settled, close=self.close, patience=self.patience)
-        plan = RacePlan.of(self.total_steps, self.fractions, self.rise, steps, **rule)
-        return plan if len(plan.fractions) < len(self.fractions) else self
+        return RacePlan.of(self.total_steps, self.fractions, self.rise, steps, **rule)
+
+    def passed(self, before: int, step: int) -> int:
+        """How many rungs lie between two reports, or at the second."""
+        return sum(before < rung <= step for rung in self.steps)
 
     @property
     def first(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from autolrs_ray.core.checks import conforming, require_int
@@ -56,17 +57,19 @@ class Race:
         self.course = walk([trunk.readings for trunk in self.trunks], self.baseline.untrained, self.plan)
 
     def hear(self, i: int, point: Point, before: int) -> None:
-        """A report of trunk `i`; the report before was at step `before`. Its readings at the rungs in between are noted. Once
-        the smallest LR has been heard, the rungs are those that its reports do not pass in one."""
-        trunk, since, known = self.trunks[i], 0, self.baseline.known
+        """A report of trunk `i`; the report before was at step `before`. Its readings at the rungs in between are noted. If
+        those of the smallest LR pass several rungs, as one an epoch may, there are fewer rungs from then on."""
+        trunk, since, steps = self.trunks[i], 0, [0]
         if not self.baseline.known and i == baseline_of(self.trunks):
             self.baseline.hear(point)
+            steps += [early.step for early in self.baseline.early]
         for rung, step in zip(self.plan.fractions, self.plan.steps, strict=True):
             if before < step <= point.step and rung not in trunk.readings:
                 self._read(i, rung, since, point)
             since = step
-        if self.baseline.known and not known:
-            self.follow(self.plan.reported_every(point.step - before))
+        apart = max((b - a for a, b in pairwise(steps) if self.plan.passed(a, b) > 1), default=0)
+        if apart and self.baseline.known:
+            self.follow(self.plan.reported_every(apart))
 
     def _read(self, i: int, rung: float, since: int, point: Point) -> None:
         """Note what trunk `i` reads at `rung`; the rung before lies at step `since`."""
