@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from autolrs_ray.record.record import Record
@@ -22,6 +23,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True)  # other examples: --hypothesis-profile default
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module")

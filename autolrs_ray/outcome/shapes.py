@@ -34,6 +34,10 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
+def _rate(value: Any) -> bool:
+    return _number(value) and value >= 0
+
+
 def _time(value: Any) -> bool:
     return _number(value) and 0 <= value < YEAR_10000
 
@@ -66,17 +70,17 @@ _NEEDED: dict[Event, dict[str, Check]] = {
     Event.RESUME: dict(step=_step),
     Event.EXTEND: dict(step=_step, total_steps=_positive),
     Event.PROPOSAL: dict(arm=_text, lr=_positive),
-    Event.SEGMENT: dict(arm=_text, role=_text, stage=_whole, lr=_number, start=_step, end=_step, began=_time, busy_s=_number),
+    Event.SEGMENT: dict(arm=_text, role=_text, stage=_whole, lr=_rate, start=_step, end=_step, began=_time, busy_s=_number),
     Event.WORKERS: dict(time=_time, arm=_text, step=_step, workers=_positive, slots=_positive),
-    Event.COMMIT: dict(end=_step, lr=_number),
-    Event.CHOICE: dict(stage=_whole, lr=_number),
+    Event.COMMIT: dict(end=_step, lr=_rate),
+    Event.CHOICE: dict(stage=_whole, lr=_rate),
     Event.WARNING: dict(message=_text),
     Event.ADVICE: dict(message=_text),
     Event.ERROR: dict(message=_text),
     Event.STAGE: dict(stage=_whole, start=_step),
     Event.PROBE: dict(stage=_whole, probe=_step, arm=_text, lr=_positive, status=_text, series=_text,
                       forecast=_maybe(_number), steps=_list_of(_step)),
-    Event.ROLLBACK: dict(stage=_whole, step=_step, lr=_number, new_lr=_number),
+    Event.ROLLBACK: dict(stage=_whole, step=_step, lr=_rate, new_lr=_rate),
     Event.RUNG: dict(arm=_text, step=_step, score=_maybe(_number)),
     Event.DECISION: dict(step=_step, kept=_list_of(_number)),
     Event.TRUNK: dict(arm=_text, status=_text),
