@@ -214,6 +214,16 @@ def test_a_trainable_that_ignores_the_learning_rate_is_found_out():
         Simulation(anchored(), change=lambda arm, point: Point(point.step, 1.5, 2.5, 1.5)).run()
 
 
+@pytest.mark.parametrize("every", [10, 30, 60])
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+@pytest.mark.parametrize("slots", [1, 3, 12])
+def test_it_is_found_out_where_reports_pass_several_rungs(every, warmup, slots):
+    simulation = Simulation(anchored(concurrency=slots, warmup=warmup), slots, every)
+    simulation.change = lambda arm, point: Point(point.step, 1.0 / point.step, 2.0 / point.step)
+    with pytest.raises(AutoLRSError, match=r"does not use config\[\"lr\"\]"):
+        simulation.run()
+
+
 def test_equal_scores_alone_do_not_accuse_a_trainable_whose_training_losses_differ():
     simulation = Simulation(anchored(), change=lambda arm, point: replace(point, loss=-1.0, averaged_loss=-1.0))
     assert simulation.run().policy.done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -43,13 +43,17 @@ class Race:
         self.follow(self.plan)
 
     def follow(self, plan: RacePlan) -> None:
-        """Race by `plan`. Of what has been read at rungs that it has not, only who came to grief there is kept."""
+        """Race by `plan`. What has been read at rungs that it has not goes to the next that it has: training losses, since
+        those are means since the rung before, and who has come to grief."""
         self.plan = plan
         for trunk in self.trunks:
-            grief = [rung for rung, reading in trunk.readings.items() if not math.isfinite(reading.score)]
-            trunk.readings = {rung: reading for rung, reading in trunk.readings.items() if rung in plan.fractions}
-            for rung in grief:
-                trunk.readings[next(at for at in plan.fractions if at >= rung)] = Reading(math.inf)
+            found, first = {}, None
+            for rung, reading in sorted(trunk.readings.items()):
+                first = first or reading
+                to = next(at for at in plan.fractions if at >= rung)
+                if rung == to or not math.isfinite(reading.score):
+                    found[to], first = replace(reading, train=first.train), None
+            trunk.readings = found
         self._walk()
 
     def _walk(self) -> None:
