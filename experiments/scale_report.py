@@ -8,6 +8,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -199,7 +200,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]]) -> None:
             label = row["method"].split(",")[0] + lr if curve["chosen"] else None
             axis.plot(x, y, color=colour, linewidth=1.8 if curve["chosen"] else 0.8, label=label,
                       alpha=1.0 if curve["chosen"] else 0.45, zorder=3 if row["method"] == "anchored" else 2)  # fmt: skip
-    axis.set_title(rows[0]["title"], fontsize=9, loc="left", wrap=True)
+    axis.set_title(fill(rows[0]["title"], 45), fontsize=9, loc="left")
     axis.set_xlabel("epochs of the main training")
     axis.set_ylabel("validation accuracy, %")
     axis.grid(color="#dddddd", linewidth=0.6)
