@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autolrs_ray.core.checks import conforming, require_float, require_int
@@ -36,15 +36,9 @@ class RacePlan:
 
     @classmethod
     def of(
-        cls,
-        total_steps: int,
-        fractions: tuple[float, ...] | None = None,
-        rise: float = 0.2,
-        every: int = 1,
-        **rule: Any,
+        cls, total_steps: int, fractions: tuple[float, ...] | None = None, rise: float = 0.2, **rule: Any
     ) -> RacePlan:
-        """Rungs at `fractions` of `total_steps`, rounded up to multiples of `every` steps, the last at the end. Of fractions
-        that fall on one step the latest is kept.
+        """Rungs at `fractions` of `total_steps`, the last at its end. Of fractions that fall on one step the latest is kept.
 
         None: those of RUNGS; without a rise from UNRISEN on only: a large learning rate at full height needs time.
         """
@@ -55,15 +49,17 @@ class RacePlan:
             require_float("each rung", fraction, 0.0, 1.0, low_open=True)
         if not fractions or list(fractions) != sorted(set(fractions)) or fractions[-1] != 1.0:
             raise ValueError(f"rungs must be increasing fractions of the run that end at 1, got {fractions}")
-        exact = {fraction: max(1, round(fraction * total_steps)) for fraction in fractions}
-        nominal = {min(total_steps, math.ceil(step / every) * every): fraction for fraction, step in exact.items()}
+        nominal = {max(1, round(fraction * total_steps)): fraction for fraction in fractions}
         return cls(total_steps, tuple(nominal.values()), tuple(nominal), rise, **rule)
 
     def reported_every(self, steps: int) -> RacePlan:
         """The plan for a trainable that reports every so many steps: of rungs that one report passes, the last, where that
         report is."""
-        rule = dict(settled=self.settled, close=self.close, patience=self.patience)
-        return RacePlan.of(self.total_steps, self.fractions, self.rise, steps, **rule)
+        nominal = {
+            min(self.total_steps, math.ceil(step / steps) * steps): fraction
+            for fraction, step in zip(self.fractions, self.steps, strict=True)
+        }
+        return replace(self, fractions=tuple(nominal.values()), steps=tuple(nominal))
 
     def passed(self, before: int, step: int) -> int:
         """How many rungs lie between two reports, or at the second."""
