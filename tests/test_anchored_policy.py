@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -45,24 +44,18 @@ def test_fractions_that_fall_on_one_step_are_one_rung():
 def test_rungs_are_steps_at_which_a_trainable_reports(reports):
     """An epoch a report, say: none is compared by what was measured elsewhere, and the walk still finds its way."""
     every = 1000 // reports
-    policy = anchored(1000)
+    simulation = Simulation(anchored(1000), every=every)
 
-    def losses(lr, step):
-        return 3.0 - min(step / 500, 1.0) + 0.1 * abs(math.log10(lr / 0.2))
+    def losses(arm, point):
+        lr = simulation.running[arm][0].lr
+        return Point(point.step, 3.0 - min(point.step / 500, 1.0) + 0.1 * abs(math.log10(lr / 0.2)))
 
-    while not policy.done:
-        segment = policy.wanted()[0]
-        policy.issue(segment.arm)
-        for step in range(segment.start + every, 1000 + every, every):
-            verdict = policy.report(segment.arm, Point(min(step, 1000), losses(segment.lr, step)))
-            if verdict is not Verdict.FINISH:
-                policy.saved(segment.arm, min(step, 1000), f"{segment.arm}@{step}")
-            if verdict not in (Verdict.CONTINUE, Verdict.SAVE):
-                break
-        policy.withdraw(segment.arm)
-        state = json.loads(json.dumps(policy.state_dict()))
-        policy = anchored(1000)  # the plan is kept
-        policy.load_state_dict(state)
+    simulation.change = losses
+    while not simulation.policy.done:
+        simulation.act()
+        if not simulation.running:
+            simulation.interrupt(anchored(1000))  # the plan is kept
+    policy = simulation.policy
     assert policy.plan.steps == tuple(
         sorted({min(1000, -(-step // every) * every) for step in RacePlan.of(1000).steps})
     )
