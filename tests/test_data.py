@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from autolrs_ray import Trainer, TrainingTask
 from autolrs_ray.training.data import held_out
-from tests.test_training import assert_same
+from tests.trainings import assert_same
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(5))
 Y = (X[:, 0] > 0).long()

@@ -11,7 +11,7 @@ from autolrs_ray.core.policies import make_policy
 from autolrs_ray.core.policy import AutoLRSError
 from autolrs_ray.training.local import run_local
 from autolrs_ray.training.trainer import Trainer
-from tests.test_training import adamw, assert_same, momentum, noisy, task
+from tests.trainings import adamw, assert_same, momentum, noisy, task
 
 
 def paper(**options):

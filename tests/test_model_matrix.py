@@ -16,7 +16,7 @@ from autolrs_ray.record.checkpoints import STATE_FILE, read_checkpoint
 from tests.kinds import KINDS, build
 from tests.refused_kinds import REFUSED
 from tests.stateful_kinds import STATEFUL
-from tests.test_training import assert_same
+from tests.trainings import assert_same
 
 ALL = {**KINDS, **STATEFUL}
 SAVED = 3  # the step after which the state is saved; twice as many are trained

@@ -1,12 +1,9 @@
-"""Trainer: step t is a function of (seed, t), so the winning probe is the main run; checkpoints that can be trusted."""
+"""Trainer: step t is a function of (seed, t), so the winning probe is the main run."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import pickle
 import subprocess
 import sys
 from functools import partial
@@ -14,75 +11,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 
-from autolrs_ray.record.checkpoints import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    CheckpointError,
-    read_checkpoint,
-    verify_checkpoint,
-    write_checkpoint,
-)
-from autolrs_ray.training.task import TrainingTask, accuracy
+from autolrs_ray.training.task import accuracy
 from autolrs_ray.training.trainer import Trainer
-from tests.crashes import Malice, dies_after_renames
-
-GENERATOR = torch.Generator().manual_seed(5)
-X = torch.randn(80, 6, generator=GENERATOR)
-Y = (X[:, 0] * X[:, 1] > 0).long()
-
-
-def sgd(model, **options):
-    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, **options})
-
-
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.05)
-
-
-def momentum(model):
-    return sgd(model, momentum=0.9, nesterov=True, weight_decay=1e-3)
-
-
-def noisy(inputs, generator):
-    return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
-
-
-def net():
-    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 2))
-
-
-def task(optimizer=momentum, model=net, **options):
-    network = model()
-    defaults = dict(
-        loss=nn.functional.cross_entropy, train_data=(X[:64], Y[:64]), val_data=(X[64:], Y[64:]), batch_size=10,
-        metrics={"accuracy": accuracy},
-    )  # fmt: skip
-    return TrainingTask(model=network, optimizer=optimizer(network), **{**defaults, **options})
-
-
-def flat(value):
-    """Every tensor and number in a state, in order."""
-    if isinstance(value, dict):
-        return [item for key in value for item in flat(value[key])]
-    if isinstance(value, (list, tuple)):
-        return [item for entry in value for item in flat(entry)]
-    return [value.to_dense() if isinstance(value, torch.Tensor) else value]
-
-
-def assert_same(first, second):
-    first, second = flat(first), flat(second)
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        assert same, (a, b)
-
-
-def falling(step):
-    return 0.2 / (1 + step / 10)
-
+from tests.trainings import X, Y, adamw, assert_same, falling, momentum, noisy, sgd, task
 
 # -- promotion ---------------------------------------------------------------------------------------------------------
 
@@ -151,7 +84,7 @@ def test_reset_goes_back_to_the_very_start(optimizer):
 
 def test_every_process_starts_from_the_same_weights():
     code = (
-        "from tests.test_training import *\n"
+        "from autolrs_ray.training.trainer import Trainer\nfrom tests.trainings import falling, task\n"
         "t = Trainer(lambda: task(), 7); t.train(9, falling)\n"
         "print(t.evaluate()['loss'].hex(), t.batch(9)[0].sum().item().hex())"
     )
@@ -288,145 +221,6 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
     assert float(moved.detach()) == pytest.approx(1e-3, rel=1e-3)
 
 
-# -- averaged weights --------------------------------------------------------------------------------------------------
-
-
-def test_averaged_weights_and_buffers_follow_the_plain_formula():
-    """average(t) = average(t - 1) + min(1, 1 / (part * t)) * (current - average(t - 1)), over weights and batch-norm
-    statistics. Over all of the run that is the plain mean."""
-    trainer = Trainer(lambda: task(average_over=(0.25, 1.0)), 0, averaging=True)
-    twins = {part: {} for part in trainer.task.average_over}
-    for step in range(1, 41):
-        trainer.train(step, falling)
-        for part, twin in twins.items():
-            for name, value in trainer.model.state_dict().items():
-                if not value.is_floating_point():
-                    twin[name] = value.clone()
-                elif step == 1:
-                    twin[name] = value.double().clone()
-                else:
-                    twin[name] += min(1.0, 1.0 / (part * step)) * (value.double() - twin[name])
-    for index, twin in enumerate(twins.values()):
-        with trainer.evaluated(index) as model:
-            ours = copy.deepcopy(model.state_dict())
-        assert ours.keys() == twin.keys()
-        for name, value in ours.items():
-            assert torch.allclose(value.double(), twin[name].double(), atol=1e-6), name
-        assert not torch.allclose(ours["0.weight"], trainer.model.state_dict()["0.weight"], atol=1e-4)
-
-
-def test_the_averages_are_torchs_own_to_the_last_bit_and_count():
-    trainer = Trainer(lambda: task(), 0, averaging=True)
-    weight = []
-
-    def twin(i):
-        return AveragedModel(
-            trainer.model, multi_avg_fn=lambda old, new, _: _lerp(list(old), list(new), weight[i]), use_buffers=True
-        )
-
-    twins = [twin(i) for i in range(3)]
-    for step in range(1, 30):
-        trainer.train(step, falling)
-        weight[:] = [min(1.0, 1.0 / (part * step)) for part in trainer.task.average_over]
-        for other in twins:
-            other.update_parameters(trainer.model)
-    for index, other in enumerate(twins):
-        with trainer.evaluated(index) as model:
-            assert_same(model.state_dict(), other.module.state_dict())
-
-
-def _lerp(old, new, weight):
-    if old[0].is_floating_point():
-        torch._foreach_lerp_(old, new, weight)
-    else:
-        torch._foreach_copy_(old, new)
-
-
-def by_hand(trainer):
-    """Validation loss of every average."""
-    return [loss_of(trainer, index, X[64:], Y[64:]) for index in range(3)]
-
-
-def loss_of(trainer, index, inputs, targets):
-    with trainer.evaluated(index) as model:
-        found = nn.functional.cross_entropy(model.eval()(inputs), targets).item()
-        model.train()
-    return found
-
-
-def test_the_average_that_is_best_on_the_validation_data_counts():
-    trainer = Trainer(lambda: task(), 0, averaging=True)
-    best = set()
-    for lr in (0.01, 3.0):  # slow: the latest weights are the best; noisy: the longer the average, the better
-        trainer.reset()
-        trainer.train(40, lambda step, lr=lr: lr)
-        losses = by_hand(trainer)
-        assert trainer.best_average == losses.index(min(losses))
-        found = trainer.evaluate(averaged=True)["loss"]
-        assert found == pytest.approx(min(losses), rel=1e-6)
-        assert [m["loss"] for m in trainer.evaluate_averages()] == pytest.approx(losses, rel=1e-6)
-        loss = loss_of(trainer, trainer.best_average, X[:64], Y[:64])
-        assert trainer.evaluate((X[:64], Y[:64]), averaged=True)["loss"] == pytest.approx(loss, rel=1e-6)
-        assert trainer.evaluate()["loss"] != found
-        best.add(trainer.best_average)
-    assert len(best) == 2, "one of them is the best at any learning rate"
-
-
-def test_without_averages_there_is_none_to_evaluate():
-    trainer = Trainer(lambda: task(), 0)
-    for call in (lambda: trainer.evaluate(averaged=True), trainer.evaluate_averages, lambda: trainer.best_average):
-        with pytest.raises(ValueError, match="averaging=True"):
-            call()
-
-
-@pytest.mark.parametrize(
-    ("parts", "error", "message"),
-    [
-        ((), ValueError, r"one or more different parts of the run, got \(\)"),
-        ((0.5, 0.5), ValueError, r"different parts of the run, got \(0.5, 0.5\)"),
-        ((0.25, 0.0), ValueError, "each part of average_over must be a finite number in .*, got 0.0"),
-        ((4,), ValueError, "each part of average_over must be a finite number in .*, got 4"),
-        (0.25, TypeError, "average_over must be a list or tuple, got 0.25"),
-    ],
-)
-def test_parts_of_the_run_that_cannot_be_averaged_over_are_refused(parts, error, message):
-    with pytest.raises(error, match=message):
-        task(average_over=parts)
-
-
-def test_the_best_average_is_known_where_its_state_is_loaded(tmp_path):
-    trainer = Trainer(lambda: task(), 0, averaging=True)
-    trainer.train(40, lambda step: 3.0)
-    assert trainer.state_dict()["averages"]["best"] is None, "nobody has looked yet"
-    best = trainer.best_average
-    trainer.save(tmp_path)
-    trainer.reset()
-    assert trainer.state_dict()["averages"]["best"] is None
-    trainer.load(tmp_path)
-    assert trainer.state_dict()["averages"]["best"] == best
-    trainer.train(41, falling)
-    assert trainer.state_dict()["averages"]["best"] is None, "that was of another step"
-
-
-def test_a_checkpoint_without_averages_begins_them_where_it_stands(tmp_path):
-    Trainer(lambda: task(), 0).save(tmp_path)
-    trainer = Trainer(lambda: task(), 0, averaging=True)
-    trainer.train(10, falling)
-    trainer.load(tmp_path)
-    now = trainer.model[0].weight.detach().clone()
-    for index in range(3):
-        with trainer.evaluated(index) as model:
-            assert torch.equal(model[0].weight, now)
-
-
-def test_states_of_another_format_or_with_other_averages_are_refused():
-    trainer = Trainer(lambda: task(average_over=(0.25,)), 0, averaging=True)
-    with pytest.raises(ValueError, match=r"holds averages over \(0.25,\) of the run.*keep average_over"):
-        Trainer(lambda: task(), 0, averaging=True).load_state_dict(trainer.state_dict())
-    with pytest.raises(ValueError, match="of format 2, this version reads format 3"):
-        trainer.load_state_dict({**trainer.state_dict(), "format": 2})
-
-
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
@@ -500,96 +294,3 @@ def test_a_task_that_cannot_be_trained_is_refused(options, message):
 def test_a_build_function_that_returns_something_else_is_refused():
     with pytest.raises(TypeError, match="must return a TrainingTask, got int"):
         Trainer(lambda: 3)
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    trainer = Trainer(lambda: task(adamw), 0, averaging=True)
-    trainer.train(7, falling)
-    trainer.save(tmp_path / "c")
-    return tmp_path / "c"
-
-
-def test_checkpoints_hold_tensors_and_plain_values_only(checkpoint):
-    state = torch.load(checkpoint / STATE_FILE, weights_only=True)
-    assert state["step"] == 7
-    assert verify_checkpoint(checkpoint) == 7
-    assert sorted(os.listdir(checkpoint)) == [MANIFEST_FILE, STATE_FILE]  # no temporary files
-
-
-def refused(folder):
-    with pytest.raises(CheckpointError, match=str(folder)):
-        verify_checkpoint(folder)
-    trainer = Trainer(lambda: task(adamw), 0, averaging=True)
-    before = copy.deepcopy(trainer.state_dict())
-    with pytest.raises(CheckpointError, match=str(folder)):
-        trainer.load(folder)
-    assert_same(trainer.state_dict(), before)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, -1])
-def test_a_truncated_checkpoint_is_refused(checkpoint, keep):
-    content = (checkpoint / STATE_FILE).read_bytes()
-    (checkpoint / STATE_FILE).write_bytes(content[:keep])
-    refused(checkpoint)
-
-
-@pytest.mark.parametrize("position", [0, 0.25, 0.5, 0.99])
-def test_a_flipped_bit_is_refused(checkpoint, position):
-    content = bytearray((checkpoint / STATE_FILE).read_bytes())
-    content[int(position * len(content))] ^= 1
-    (checkpoint / STATE_FILE).write_bytes(content)
-    refused(checkpoint)
-
-
-@pytest.mark.parametrize("name", [STATE_FILE, MANIFEST_FILE])
-def test_a_missing_file_is_refused(checkpoint, name):
-    (checkpoint / name).unlink()
-    refused(checkpoint)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"size": 1}', '{"size": 1, "sha256": 2, "step": "x"}', "\xff"]
-)
-def test_a_damaged_manifest_is_refused(checkpoint, text):
-    (checkpoint / MANIFEST_FILE).write_bytes(text.encode("latin-1"))
-    refused(checkpoint)
-
-
-def test_a_missing_folder_is_refused(tmp_path):
-    refused(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("through_torch", [True, False])
-def test_a_malicious_pickle_with_a_matching_manifest_is_not_executed(checkpoint, tmp_path, through_torch):
-    flag, target = tmp_path / "executed", checkpoint / STATE_FILE
-    if through_torch:
-        torch.save({"step": 7, "model": Malice(flag)}, target)
-    else:
-        target.write_bytes(pickle.dumps(Malice(flag)))
-    from autolrs_ray.record.checkpoints import _sha256
-
-    manifest = {"size": target.stat().st_size, "sha256": _sha256(target), "step": 7}
-    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
-    assert verify_checkpoint(checkpoint) == 7
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
-        read_checkpoint(checkpoint)
-    assert not flag.exists()
-
-
-def test_a_checkpoint_cut_off_while_it_is_written_over_another_leaves_that_or_an_error(checkpoint):
-    """The process dies between any two of its steps: what is read afterwards is the old state, the new one, or an error."""
-    old = read_checkpoint(checkpoint)
-    for survives in range(2):
-        with dies_after_renames(survives):
-            write_checkpoint({**old, "step": 8}, checkpoint)
-        if survives == 0:
-            assert read_checkpoint(checkpoint)["step"] == 7
-        else:
-            with pytest.raises(CheckpointError):
-                read_checkpoint(checkpoint)
-    write_checkpoint({**old, "step": 8}, checkpoint)
-    assert read_checkpoint(checkpoint)["step"] == 8
