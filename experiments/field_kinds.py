@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,6 +33,10 @@ class Kind:
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def plain(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -59,6 +63,30 @@ def cancer() -> Part:
     data = load_breast_cancer()
     rows = torch.tensor(data.data).float()
     return (rows - rows.mean(0)) / rows.std(0), torch.tensor(data.target)
+
+
+@cache
+def raw_table(load: Callable[[], Any]) -> Part:
+    """The numbers as they come, from thousandths to thousands."""
+    data = load()
+    return torch.tensor(data.data).float(), torch.tensor(data.target)
+
+
+@cache
+def housing() -> Part:
+    """Prices by income, age, rooms, population, latitude and longitude, each in its own unit."""
+    generator = torch.Generator().manual_seed(0)
+    low, width = torch.tensor([0.0, 0.0, 1.0, 0.0, 32.0, -124.0]), torch.tensor([10.0, 50.0, 8.0, 5000.0, 10.0, 10.0])
+    rows = low + width * torch.rand(3000, 6, generator=generator)
+    price = 0.4 * rows[:, 0] + 0.01 * rows[:, 1] - 1e-4 * rows[:, 3] + 0.3 * rows[:, 4].sin()
+    return rows, (price + 0.05 * rows[:, 0] * torch.randn(3000, generator=generator))[:, None]
+
+
+@cache
+def shares() -> Part:
+    """Images whose pixels add up to one."""
+    images, labels = digits()
+    return images / images.sum((1, 2, 3), keepdim=True), labels
 
 
 def split(data: Part, seed: int, train: int, val: int) -> tuple[Part, Part]:
@@ -251,7 +279,7 @@ def classify(
         metrics = {} if loss in (of_both, matching) else {"accuracy": accuracy}
         return TrainingTask(net, optimizer(net), loss, train, val, batch, metrics=metrics, **options)
 
-    return Kind(build, steps, SGD if optimizer is sgd else ADAM)
+    return Kind(build, steps, ADAM if optimizer is adam else SGD)
 
 
 def on(
@@ -262,6 +290,7 @@ def on(
     rows: tuple[int, int],
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam,
     batch: int = 32,
+    interval: tuple[float, float] | None = None,
     **options: Any,
 ) -> Kind:
     def build(seed: int) -> TrainingTask:
@@ -269,7 +298,7 @@ def on(
         net = model()
         return TrainingTask(net, optimizer(net), loss, train, val, batch, **options)
 
-    return Kind(build, steps, SGD if optimizer is sgd else ADAM)
+    return Kind(build, steps, interval or (SGD if optimizer is sgd else ADAM))
 
 
 def images() -> Part:
@@ -311,4 +340,31 @@ KINDS: dict[str, Kind] = {
     "fourth powers": on(diabetes, lambda: mlp(32, 2, 10, 1), 300, spiky, (300, 142), batch=16),
     "raw targets": on(diabetes, lambda: mlp(32, 2, 10, 1), 400, mse, (300, 142), batch=16),
     "small table": on(cancer, lambda: mlp(32, 1, 30, 2), 200, functional.cross_entropy, (300, 100), sgd, 16),
+    "raw pixels": classify(partial(mlp, 64, 2), 300, scale=255.0),
+    "raw pixels, wider, plain SGD": classify(partial(mlp, 128, 2), 300, plain, scale=255.0),
+    "raw pixels, AdamW": classify(partial(mlp, 64, 2), 300, adam, scale=255.0),
+    "raw wine": on(
+        partial(raw_table, load_wine), lambda: mlp(64, 2, 13, 3), 300, functional.cross_entropy, (106, 72), sgd
+    ),
+    "raw wine, AdamW": on(
+        partial(raw_table, load_wine), lambda: mlp(64, 2, 13, 3), 300, functional.cross_entropy, (106, 72)
+    ),
+    "raw cancer": on(
+        partial(raw_table, load_breast_cancer),
+        lambda: mlp(64, 2, 30, 2),
+        300,
+        functional.cross_entropy,
+        (341, 228),
+        sgd,
+    ),
+    "raw cancer, AdamW": on(
+        partial(raw_table, load_breast_cancer), lambda: mlp(64, 2, 30, 2), 300, functional.cross_entropy, (341, 228)
+    ),
+    "raw housing": on(housing, lambda: mlp(64, 2, 6, 1), 300, mse, (2000, 1000), batch=64),
+    "raw housing, absolute error": on(
+        housing, lambda: mlp(64, 2, 6, 1), 400, functional.l1_loss, (2000, 1000), batch=64
+    ),
+    "linear, small inputs": on(
+        shares, lambda: mlp(64, 0), 300, functional.cross_entropy, (1000, 397), plain, interval=(1e-3, 1e3)
+    ),
 }

@@ -132,7 +132,7 @@ def test_a_reading_s_training_loss_is_the_mean_per_step_since_the_rung_before():
 
 def best_at(lr):
     """Losses of a race in which the LR nearest to `lr` learns fastest and most."""
-    return lambda x, step: 3.0 - (2.0 - 0.2 * abs(math.log(x / lr))) * min(1.0, step / 100)
+    return lambda x, step: 3.0 - (2.0 - 0.2 * abs(math.log(x / lr))) * min(1.0, step / 400)
 
 
 def test_the_walk_goes_down_from_the_largest_to_one_below_the_best():

@@ -278,6 +278,36 @@ def test_a_validation_loss_that_does_not_follow_the_training_loss_is_not_judged(
     assert course.winner == 1
 
 
+def destroyed(dead: int, learning: int) -> tuple[Untrained, Readings]:
+    """Inputs of the size of hundreds: the untrained model reads 17. Of some LRs nothing but the bias is left at the first rung,
+    which reads 2.3 or so; the others come down from 17 and pass them at .12 T."""
+    whole: Readings = []
+    for i in range(learning):
+        best = 0.5 + 0.1 * (learning - 1 - i)
+        slow = {rung: 17.0 * (0.02 / rung) ** 1.4 * 0.9**i + best * (1.0 - rung / 4) for rung in RUNGS}
+        whole.append({rung: Reading(score, score) for rung, score in slow.items()})
+    for i in range(dead):
+        flat = {rung: 2.3 - 0.01 * i + 2.0 * (0.02 / rung) ** 4 for rung in RUNGS}
+        whole.append({rung: Reading(score, score) for rung, score in flat.items()})
+    return Untrained(17.0, 17.0, 3.0, 0.5), whole
+
+
+@pytest.mark.parametrize("dead", [2, 3, 4, 7])
+def test_the_walk_passes_over_networks_that_large_learning_rates_have_destroyed(dead: int):
+    untrained, whole = destroyed(dead, learning=4)
+    course, _ = race(untrained, whole)
+    assert course.winner == 3
+    assert course.decisions[0].leader > 3  # at first they are far ahead
+
+
+def test_where_all_are_stuck_the_walk_goes_on_as_if_none_was():
+    flat = [dict.fromkeys(RUNGS, Reading(score, score)) for score in (0.4, 0.3, 0.2, 0.1)]
+    course, seen = race(Untrained(1.0, 1.0), flat)
+    assert course.winner == 3
+    assert max(seen[2]) == 0.32
+    assert [max(trunk) for trunk in seen[:2]] == [0.24, 0.24]
+
+
 def test_a_trunk_that_blows_up_after_the_rise_hands_over_to_the_one_below():
     untrained, whole = field_of(0.5, 0.4, 0.3, 0.2)
     for rung in RUNGS:

@@ -130,8 +130,7 @@ class Race:
 
     def sort_out(self) -> None:
         """Every trunk's status: in play, waiting for its turn below, or given up."""
-        play, winner, decisions = self.course.play, self.course.winner, self.course.decisions
-        leader = decisions[-1].leader if decisions else None
+        play, winner = self.course.play, self.course.winner
         for i, trunk in enumerate(self.trunks):
             if trunk.broken or trunk.status == "won":
                 continue
@@ -141,7 +140,7 @@ class Race:
                     self._tell(i, "all other learning rates have diverged; it starts again")
                 self.turn(i, "open")
             elif trunk.readings and trunk.status != "dropped":
-                passed = winner is not None or (leader is not None and i > leader)
+                passed = winner is not None or i > max(play, default=i)
                 self.turn(i, "dropped" if passed and trunk.lr not in self.kept else "waiting")
 
     def turn(self, i: int, status: str) -> None:

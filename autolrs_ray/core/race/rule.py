@@ -74,6 +74,11 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
     `settled` of the run on none joins, unless it is the first rung, and the LR below goes on only while it is near as well; but
     where the leader's score has got worse by more than the margin since the rung before, the walk goes on.
 
+    A large LR may destroy a network in its first steps: its units are dead, it predicts a constant, and that may be far better
+    than an untrained model whose inputs or targets are of the size of hundreds. So until `settled` the walk passes over what is
+    stuck: where the second half of its training has brought the leader no more than `close` of what the first half has,
+    the one that goes on below it is the next of which that cannot be said.
+
     None leads that has not learned: its training loss must have fallen by more than its noise, and its score too, since running
     statistics lag behind. A score that has fallen by more than its sampling noise will do alone: batches may scatter by more
     than all that there is to learn. While none has learned (a plateau), the largest LR that has not got worse stands in for the
@@ -100,7 +105,7 @@ def walk(field: Field, untrained: Untrained | None, plan: RacePlan) -> Course:
                 return Course(tuple(decisions), missing, frozenset(play.intersection(race.alive)))
             level = [i for i in race.alive if i in play]
             leader, judged = race.leader(level)
-            below = race.next_below(leader, play)
+            below = race.next_below(leader, judged, play)
             walking = leader is None or race.walking(leader)
             if below is None or below in play or not walking:
                 break
@@ -189,14 +194,28 @@ class _Level:
         """By how much the score has got better."""
         return self._untrained.score - self._score(i)
 
-    def next_below(self, leader: int | None, play: set[int]) -> int | None:
-        bound = min(play) if leader is None else leader
-        below = max((i for i in self.alive if i < bound), default=None)
+    def next_below(self, leader: int | None, judged: bool, play: set[int]) -> int | None:
+        below = self._below(min(play) if leader is None else leader, judged)
         if (
             leader is None and below is None
         ):  # all have diverged, down to the smallest: back to the last that was given up
             return min(self.alive, default=None)
         return below
+
+    def _below(self, i: int, judged: bool) -> int | None:
+        """The next LR below `i`; where `i` has learned and is stuck, the next that is not, or has not been here."""
+        lower = [j for j in reversed(self.alive) if j < i]
+        passing = judged and self._is_stuck(i)
+        return next((j for j in lower if not (passing and self._is_stuck(j))), lower[0] if lower else None)
+
+    def _is_stuck(self, i: int) -> bool:
+        """Whether the second half of its training has brought it no more than `close` of what the first half has."""
+        scores = {rung: reading.score for rung, reading in self._field[i].items()}
+        half = [scores[rung] for rung in sorted(scores) if rung <= self._rung / 2.0]
+        if not half or self._rung not in scores or self._rung >= self._plan.settled:
+            return False
+        best = min(half)
+        return best - scores[self._rung] <= self._plan.close * (half[0] - best)
 
     def walking(self, leader: int) -> bool:
         """Whether the next LR below may still join: at the first rung, until the run has settled, and where the leader gets
@@ -220,7 +239,7 @@ class _Level:
         judged = judged and progress > 0.0
         early = self._rung < 2.0 * (self._learning or self._rung)  # it has not been learning for as long as it was not
         play = {leader}
-        below = max((i for i in self.alive if i < leader), default=None)
+        below = self._below(leader, judged)
         above = min((i for i in level if i > leader), default=None)
         if below in level and (walking or early or not judged or self._near(below, leader, progress)):
             play.add(below)
