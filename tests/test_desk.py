@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from autolrs_ray import AutoLRSSearch
+from autolrs_ray import AutoLRSSearch, RunResult
 from autolrs_ray.core.policy import Point
+from tests.fake_tune import Begin, first_step
 
 POLICIES: dict[str, dict[str, Any]] = {"paper": {"stage_steps": 50, "num_lrs": 3}, "anchored": {"num_lrs": 3}}
 
@@ -70,3 +71,16 @@ def test_a_report_is_booked_on_the_arm_of_its_trial() -> None:
     assert not desk.knows("a")
     assert desk.policy.is_open(segment.arm)
     assert not desk.untouched
+
+
+def test_what_the_journal_warns_of_is_said_on_screen_and_in_the_result(
+    begin: Begin, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = begin()
+    trial = run.start()
+    run.search_alg.desk.warn("something was mended")
+    run.report(trial, first_step(run, trial), 0.5)
+    run.start()
+    assert begin.told("something was mended")
+    assert [record.message for record in caplog.records].count("AutoLRS: something was mended") == 1
+    assert "something was mended" in RunResult.load(begin.folder / "run").warnings

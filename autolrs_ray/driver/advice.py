@@ -1,10 +1,11 @@
-"""What a run's reports show that its user may want to know for the next one."""
+"""What the user of a run is told while it goes on, and what its reports show that is worth knowing for the next one."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+from autolrs_ray.core.events import Event
 from autolrs_ray.core.policy import Point, Policy
 
 logger = logging.getLogger(__name__)
@@ -13,6 +14,13 @@ HALF_WAY = 0.5
 """Share of the run from which on a batch that grows was measured to pay, and at which it is looked for."""
 PASSES = 2.0
 """Passes over the data up to which it was: rows that are seen again and again are no new ones."""
+
+
+def tell(events: list[dict[str, Any]]) -> None:
+    """Say on screen what the journal warns of."""
+    for event in events:
+        if event["event"] == Event.WARNING:
+            logger.warning("AutoLRS: %s", event["message"])
 
 
 class GrowthAdvice:

@@ -15,6 +15,7 @@ from autolrs_ray.core.policy import AutoLRSError, Point, Policy, Verdict
 from autolrs_ray.core.race.policy import AnchoredPolicy
 from autolrs_ray.core.segments import Segment
 from autolrs_ray.driver import resume
+from autolrs_ray.driver.advice import tell
 from autolrs_ray.driver.capacity import Capacity
 from autolrs_ray.driver.environment import environment
 from autolrs_ray.driver.nodes import require_shared
@@ -218,6 +219,7 @@ class Desk:
         try:
             record.append(events)
             record.write_state(self._state_config(), self.policy.state_dict())
+            tell(events)
             return
         except (RunTakenError, TypeError, ValueError) as error:
             failure = str(error)

@@ -49,7 +49,7 @@ class RunResult:
     loss: float | None
     checkpoint: str | None
     schedule: LearnedSchedule
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(repr=False)
     main_steps: int
     search_steps: int
     grown_steps: int
@@ -62,6 +62,12 @@ class RunResult:
         """Optimizer steps of all trials over the steps of the main training (the paper's policy: 1.9). A step whose batch has
         grown counts as many times."""
         return (self.main_steps + self.search_steps + self.grown_steps) / max(1, self.main_steps)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was warned of in the course of the run: a winner at an end of the interval, nothing learned, trouble that was
+        mended."""
+        return [event["message"] for event in self.events if event["event"] == Event.WARNING]
 
     @property
     def weights(self) -> str:
