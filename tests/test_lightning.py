@@ -119,6 +119,34 @@ def test_restored_trials_see_new_batches_and_all_the_same(monkeypatch: pytest.Mo
     assert not any(torch.equal(*pair) for pair in ((first, second), (second, last), (first, last)))
 
 
+@pytest.mark.parametrize("keeps_its_place", [False, True])
+def test_a_restored_stream_that_begins_anew_is_warned_of(
+    keeps_its_place: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    from ray import tune
+
+    from autolrs_ray.integrations.lightning import fit
+
+    TrialStub(tmp_path / "trial", monkeypatch)
+
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(parts["loader"](slice(0, 256), False).dataset)
+
+    for end in (1, 2):
+        parts = lightning_parts()
+        parts["trainer"].fit_loop.epoch_loop.max_steps = end
+        loader: Any = torch.utils.data.DataLoader(Stream(), batch_size=32)
+        if keeps_its_place:
+            loader.state_dict, loader.load_state_dict = dict, len
+        fit(parts["trainer"], parts["Classifier"](), {"lr": 0.1, "report_every": 1, "seed": 0},
+            train_dataloaders=loader, val_dataloaders=parts["loader"](slice(256, 320), False))  # fmt: skip
+        told = [str(warning.message) for warning in recwarn if "a stream, which begins anew" in str(warning.message)]
+        assert len(told) == (end == 2 and not keeps_its_place)
+        parts["trainer"].save_checkpoint(tmp_path / "trainer.ckpt")
+        monkeypatch.setattr(tune, "get_checkpoint", lambda: tune.Checkpoint.from_directory(tmp_path))
+
+
 def test_no_validation_data_and_two_optimizers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from autolrs_ray.integrations.lightning import fit
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from operator import mul
 from typing import Any
 
 from ray import tune
+from torch.utils.data import IterableDataset
 
 from autolrs_ray.integrations import missing, stopped
 from autolrs_ray.integrations.follower import Follower
@@ -91,6 +93,17 @@ class AutoLRSCallback(Callback):  # type: ignore[misc]
         for schedule in trainer.lr_scheduler_configs:
             schedule.strict = False  # one that waits for a metric has no say: validation comes where the pair wants it
         self._step = trainer.global_step
+        loader = trainer.train_dataloader
+        if (
+            self._step
+            and isinstance(getattr(loader, "dataset", None), IterableDataset)
+            and not hasattr(loader, "state_dict")
+        ):
+            warnings.warn(
+                f"restored at step {self._step}, and the training data are a stream, which begins anew: what comes late in it "
+                "is never seen. Give fit() a loader with state_dict() and load_state_dict() that keeps its place",
+                stacklevel=2,
+            )
         trainer.check_val_every_n_epoch, trainer.val_check_batch = None, NEVER
         if self.averages is not None:
             validation = trainer.fit_loop.epoch_loop.val_loop

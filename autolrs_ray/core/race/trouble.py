@@ -23,7 +23,8 @@ def caveat(winner: int, num_lrs: int, judged: bool, lr_interval: tuple[float, fl
     if num_lrs > 1 and not judged:
         return (
             "it has won, but no learning rate has learned anything: losses have not got better by more than "
-            "their noise. Look at the data, the loss and the model, or train for longer"
+            "their noise. Look at the data, the loss and the model, train for longer, or report val_loss beside a metric "
+            "that says little at first, as F1 does"
         )
     if num_lrs > 2 and winner in (0, num_lrs - 1):
         end, other = ("smallest", "lower") if winner == 0 else ("largest", "higher")
