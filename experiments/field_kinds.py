@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -24,11 +24,13 @@ Part = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """steps: T. interval: of the learning rates, six decades."""
+    """steps: T. interval: of the learning rates, six decades. raw: nothing is normalised; an untrained model is far worse than
+    the best constant prediction."""
 
     build: Callable[[int], TrainingTask]
     steps: int
     interval: tuple[float, float] = SGD
+    raw: bool = False
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -340,6 +342,9 @@ KINDS: dict[str, Kind] = {
     "fourth powers": on(diabetes, lambda: mlp(32, 2, 10, 1), 300, spiky, (300, 142), batch=16),
     "raw targets": on(diabetes, lambda: mlp(32, 2, 10, 1), 400, mse, (300, 142), batch=16),
     "small table": on(cancer, lambda: mlp(32, 1, 30, 2), 200, functional.cross_entropy, (300, 100), sgd, 16),
+}
+
+RAW: dict[str, Kind] = {
     "raw pixels": classify(partial(mlp, 64, 2), 300, scale=255.0),
     "raw pixels, wider, plain SGD": classify(partial(mlp, 128, 2), 300, plain, scale=255.0),
     "raw pixels, AdamW": classify(partial(mlp, 64, 2), 300, adam, scale=255.0),
@@ -368,3 +373,21 @@ KINDS: dict[str, Kind] = {
         shares, lambda: mlp(64, 0), 300, functional.cross_entropy, (1000, 397), plain, interval=(1e-3, 1e3)
     ),
 }
+
+KINDS |= {name: replace(kind, raw=True) for name, kind in RAW.items()}
+
+
+def best_constant(task: TrainingTask) -> float:
+    """The validation loss of the constant prediction that is best on the training data."""
+    (inputs, targets), (_, held_out) = task.train_data, task.val_data
+    guess = task.model(inputs[:1]).detach().zero_().requires_grad_()
+    optimizer = torch.optim.LBFGS([guess], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(guess.expand(len(targets), -1), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(task.loss(guess.detach().expand(len(held_out), -1), held_out))

@@ -35,7 +35,7 @@ from autolrs_ray.core.segments import next_report
 from autolrs_ray.show.run_data import read_lines
 from autolrs_ray.training.data import length
 from autolrs_ray.training.trainer import Trainer
-from experiments.field_kinds import KINDS, Kind
+from experiments.field_kinds import KINDS, Kind, best_constant
 from experiments.slots import run_slots
 from experiments.tables import markdown
 
@@ -81,7 +81,10 @@ class Field:
 
     @cached_property
     def start(self) -> float:
-        return max(row[2] for rows in self.rows[:3] for row in rows[:1] if math.isfinite(row[2]))
+        """What progress is counted from."""
+        untrained = max(row[2] for rows in self.rows[:3] for row in rows[:1] if math.isfinite(row[2]))
+        kind = KINDS[self.kind]
+        return min(untrained, best_constant(kind.build(self.seed))) if kind.raw else untrained
 
     def regret(self, lr: float) -> float:
         best = min(self.finals)
@@ -249,17 +252,25 @@ def tables(fields: list[Field]) -> str:
     kinds = {e: {f.kind for f in fields if f.envelope == e} for e in ENVELOPES}
     common = set.intersection(set(FEW_KINDS), *(found for found in kinds.values() if found))
     envelopes = [(e, [f for f in fields if f.envelope == e and f.kind in common and not f.seed]) for e in ENVELOPES]
-    default = [field for field in fields if field.envelope == ENVELOPES[0]]
+    raw = [field for field in fields if KINDS[field.kind].raw]
+    default = [field for field in fields if field.envelope == ENVELOPES[0] and field not in raw]
     scored = [field for field in default if "accuracy" in KINDS[field.kind].build(field.seed).metrics]
     by_envelope = [line(told(e), map(race, found)) for e, found in envelopes if found]
     by_variant = [line(name, (race(f, **options) for f in default)) for name, options in VARIANTS.items()]
     by_metric = [line(name, (race(f, metric=metric) for f in scored)) for name, metric in METRICS.items()]
-    by_kind = [line(kind, map(race, found)) for kind in KINDS if (found := [f for f in default if f.kind == kind])]
+    by_kind, by_raw = (
+        [line(kind, map(race, found)) for kind in KINDS if (found := [f for f in group if f.kind == kind])]
+        for group in (default, raw)
+    )
     parts = [
         ("By envelope", by_envelope),
         ("Under the default envelope, other numbers of the rule and other scores", by_variant + by_metric),
         ("By the number of learning rates, against the best of all", by_count),
         ("By kind, under the default envelope", by_kind),
+        (
+            "Inputs and targets as they come, against the best constant prediction",
+            [line("all", map(race, raw)), *by_raw],
+        ),
     ]
     return "\n\n".join(f"## {title}\n\n{markdown(HEADS, rows)}" for title, rows in parts if rows)
 
