@@ -23,6 +23,7 @@ from ray.tune.trainable.function_trainable import wrap_function
 
 from autolrs_ray import TrainingTask, trainable_for
 from autolrs_ray.driver.identity import changes, refuse_search_spaces, search_spaces, subject
+from autolrs_ray.record.journal import opened, sealed
 
 SCALE = 3
 
@@ -153,6 +154,7 @@ def by_global(config: dict[str, Any]) -> None:
         (Kind.A, Kind.B),
         (b"a", b"b"),
         (1j, 2j),
+        (1 << 1100, 1 << 1101),
         (range(3), range(4)),
         (torch.float32, torch.bfloat16),
         (date(2026, 1, 1), date(2026, 1, 2)),
@@ -180,6 +182,12 @@ def test_long_lists_count_and_what_holds_itself_is_read_to_an_end() -> None:
     around["self"] = around
     assert search_spaces(around) == []
     assert changes(subject(Model, {"x": around}), subject(Model, {"x": {"a": 2, "self": around}}))[0]
+
+
+@pytest.mark.parametrize("bits", [53, 1023, 1024, 20_000])
+def test_a_whole_number_of_any_size_can_be_written_and_read_again(bits: int) -> None:
+    event = {"event": "start", "subject": subject(Model, {"x": [1 << bits, {"y": -(1 << bits)}]})}
+    assert opened(sealed(event)) == event
 
 
 def test_another_trainable_and_another_python_are_told_apart() -> None:
