@@ -284,10 +284,16 @@ def test_compile_is_off_on_or_a_mode(asked, expected, monkeypatch):
         ({"val_data": (X[:0], Y[:0])}, "val_data is empty"),
         ({"val_fraction": 0.0}, "val_fraction must be a finite number in .0.0, 1.0., got 0.0"),
         ({"val_fraction": 1.5}, "val_fraction .* got 1.5"),
+        ({"clip_norm": -1.0}, r"clip_norm \(None turns clipping off\) must be a finite number in .0.0, inf., got -1.0"),
+        ({"clip_norm": 0}, "clip_norm .* got 0"),
+        ({"clip_norm": math.nan}, "clip_norm .* got nan"),
+        ({"clip_norm": math.inf}, "clip_norm .* got inf"),
+        ({"clip_norm": "1"}, "clip_norm .* must be a number, got '1'"),
+        ({"clip_norm": True}, "clip_norm .* must be a number, got True"),
     ],
 )
 def test_a_task_that_cannot_be_trained_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         task(**options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ class TrainingTask:
     average_over: where weights are averaged, one average for each part of the run so far, in (0, 1]: 0.25 spans about its
     last quarter, 1.0 all of it. The one that is best on the validation data counts. Each costs the memory of the weights,
     and a validation pass a report. Optimizers with modes average by themselves, and have no other averages.
+    clip_norm: largest norm of all gradients together, to which a larger one is scaled down; None: as they are.
     reestimate: batches on which the batch-norm statistics of averaged weights are estimated anew before they are evaluated; 0
     averages the statistics too.
     autocast: run forward passes in bfloat16, or in the dtype given; float16 wants a scaler (torch.amp.GradScaler).
@@ -93,6 +95,8 @@ class TrainingTask:
         require_int("num_workers", self.num_workers, 0)
         require_int("reestimate", self.reestimate, 0)
         self.average_over = require_parts("average_over", self.average_over)
+        if self.clip_norm is not None:
+            require_float("clip_norm (None turns clipping off)", self.clip_norm, 0.0, math.inf, low_open=True)
         self._check_data_options()
         self._check_optimizers()
 
