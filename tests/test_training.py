@@ -290,6 +290,16 @@ def test_compile_is_off_on_or_a_mode(asked, expected, monkeypatch):
         ({"clip_norm": math.inf}, "clip_norm .* got inf"),
         ({"clip_norm": "1"}, "clip_norm .* must be a number, got '1'"),
         ({"clip_norm": True}, "clip_norm .* must be a number, got True"),
+        ({"metrics": [accuracy]}, r"metrics must be a dict, as {\"accuracy\": accuracy}, got \[<function accuracy"),
+        (
+            {"metrics": {"loss": accuracy}},
+            "metrics has 'loss', and \"val_loss\" is reported anyway: choose another name",
+        ),
+        ({"metrics": {"batches": accuracy}}, "metrics has 'batches', and \"val_batches\" is reported anyway"),
+        ({"metrics": {"": accuracy}}, "each name in metrics must be a string that is not empty, got ''"),
+        ({"metrics": {3: accuracy}}, "each name in metrics must be a string that is not empty, got 3"),
+        ({"metrics": {"a": 3}}, r"metrics\['a'\] must be a function, .*got 3 \(int\)"),
+        ({"metrics": {"a": nn.L1Loss}}, r"metrics\['a'\] must be a function, .*L1Loss.*\(type\)"),
     ],
 )
 def test_a_task_that_cannot_be_trained_is_refused(options, message):

@@ -53,6 +53,15 @@ def require_bool(name: str, value: Any) -> bool:
     return value
 
 
+def require_function(name: str, value: Any) -> Any:
+    """Return `value` if it can be called; raise TypeError that names it otherwise, and for a class, which makes an object."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a function, or an object that can be called, got {value!r} ({type(value).__name__})"
+        )
+    return value
+
+
 def require_one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     """Return `value` if it is one of the names `allowed`; raise ValueError that names it, whatever it is, otherwise."""
     names = sorted(allowed)

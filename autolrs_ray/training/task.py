@@ -13,11 +13,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
-from autolrs_ray.core.checks import require_float, require_int
+from autolrs_ray.core.checks import require_float, require_function, require_int
 from autolrs_ray.training.averages import require_parts
 from autolrs_ray.training.data import Data, Draw, checked_data, checked_sampler, length
 from autolrs_ray.training.optimizers import needs_closure
 from autolrs_ray.training.walk import open_files_in
+
+OWN_METRICS = ("loss", "batches")
+"""What a report has by itself as "val_NAME" or "averaged_NAME"."""
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -97,6 +100,7 @@ class TrainingTask:
         self.average_over = require_parts("average_over", self.average_over)
         if self.clip_norm is not None:
             require_float("clip_norm (None turns clipping off)", self.clip_norm, 0.0, math.inf, low_open=True)
+        self._check_metrics()
         self._check_data_options()
         self._check_optimizers()
 
@@ -109,6 +113,16 @@ class TrainingTask:
         """What has a state besides the model: a loss that is a module, and `modules`, with "also_" before their names."""
         loss = {"loss": self.loss} if isinstance(self.loss, nn.Module) else {}
         return {**loss, **{f"also_{name}": module for name, module in self.modules.items()}}
+
+    def _check_metrics(self) -> None:
+        if not isinstance(self.metrics, Mapping):
+            raise TypeError(f'metrics must be a dict, as {{"accuracy": accuracy}}, got {self.metrics!r}')
+        for name, metric in self.metrics.items():
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"each name in metrics must be a string that is not empty, got {name!r}")
+            if name in OWN_METRICS:
+                raise ValueError(f'metrics has {name!r}, and "val_{name}" is reported anyway: choose another name')
+            require_function(f"metrics[{name!r}]", metric)
 
     def _check_data_options(self) -> None:
         given = [name for name in ("num_workers", "collate_fn") if getattr(self, name)]
