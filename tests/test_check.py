@@ -139,7 +139,7 @@ def test_what_reports_by_itself_is_none(function: Any) -> None:
             "none of the optimizer's parameters has a gradient",
         ),
         ({"metrics": {"broken": lambda output, target: output.nothing}}, AttributeError, "nothing"),
-        ({"modules": {"extra": object()}}, AttributeError, "named_parameters"),
+        ({"modules": {"extra": object()}}, TypeError, r"modules\[.extra.\] must be an nn.Module, got <object"),
     ],
 )
 def test_what_cannot_be_trained_is_told_at_once(changes: dict[str, Any], error: type, message: str) -> None:

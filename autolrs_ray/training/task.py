@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
-from autolrs_ray.core.checks import require_float, require_function, require_int
+from autolrs_ray.core.checks import require_bool, require_float, require_function, require_int
 from autolrs_ray.training.averages import require_parts
 from autolrs_ray.training.data import Data, Draw, checked_data, checked_sampler, length
+from autolrs_ray.training.evaluation import HALF
 from autolrs_ray.training.optimizers import needs_closure
 from autolrs_ray.training.walk import open_files_in
 
@@ -100,7 +101,9 @@ class TrainingTask:
         self.average_over = require_parts("average_over", self.average_over)
         if self.clip_norm is not None:
             require_float("clip_norm (None turns clipping off)", self.clip_norm, 0.0, math.inf, low_open=True)
+        self._check_functions()
         self._check_metrics()
+        self._check_modes()
         self._check_data_options()
         self._check_optimizers()
 
@@ -113,6 +116,29 @@ class TrainingTask:
         """What has a state besides the model: a loss that is a module, and `modules`, with "also_" before their names."""
         loss = {"loss": self.loss} if isinstance(self.loss, nn.Module) else {}
         return {**loss, **{f"also_{name}": module for name, module in self.modules.items()}}
+
+    def _check_functions(self) -> None:
+        require_function("loss", self.loss)
+        if self.augment is not None:
+            require_function("augment (None: none)", self.augment)
+        if not isinstance(self.modules, Mapping):
+            raise TypeError(f'modules must be a dict, as {{"teacher": teacher}}, got {self.modules!r}')
+        for name, module in (("model", self.model), *((f"modules[{name!r}]", m) for name, m in self.modules.items())):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be an nn.Module, got {module!r} ({type(module).__name__})")
+
+    def _check_modes(self) -> None:
+        if not isinstance(self.autocast, bool) and self.autocast not in HALF:
+            raise TypeError(f"autocast must be True, False, torch.bfloat16 or torch.float16, got {self.autocast!r}")
+        if not isinstance(self.scaler, torch.amp.GradScaler | None):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {self.scaler!r}")
+        if not isinstance(self.compile, str):
+            require_bool("compile, if it is no mode of torch.compile,", self.compile)
+            return
+        try:
+            torch.compile(nn.Identity(), mode=self.compile)
+        except RuntimeError as error:  # it names the modes
+            raise ValueError(f"compile={self.compile!r} is refused by torch.compile: {error}") from error
 
     def _check_metrics(self) -> None:
         if not isinstance(self.metrics, Mapping):
