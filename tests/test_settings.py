@@ -142,3 +142,21 @@ def test_an_option_that_this_version_does_not_have_is_refused_by_name(tmp_path: 
     theirs = search.desk.settings.describe()
     theirs["options"]["tolerances"] = [0.1]
     assert search.desk.settings.adopt(json.loads(json.dumps(theirs))) == {"tolerances": ([0.1], None)}
+
+
+@pytest.mark.parametrize("given", [{}, PAPER], ids=["anchored", "paper"])
+def test_another_function_as_the_envelope_is_refused_by_what_it_gives(given: dict[str, Any], tmp_path: Path) -> None:
+    opened(tmp_path, **given, envelope=lambda step: 1.0 - step / 800).close()
+    opened(tmp_path, **given, envelope=lambda step: 1.0 - step / 800).close()
+    with pytest.raises(ValueError, match=r"envelope: 'function <lambda>: 1, 0.95, .*, 0.5' -> '.*: 0.25, 0.25, "):
+        opened(tmp_path, **given, envelope=lambda step: 0.25)
+
+
+def test_a_function_that_was_recorded_by_its_name_alone_goes_on(tmp_path: Path) -> None:
+    search = AutoLRSSearch(400, envelope=lambda step: 0.25)
+    theirs = search.desk.settings.describe()
+    assert theirs["options"]["envelope"].startswith("function <lambda>: 0.25")
+    theirs["options"]["envelope"] = "function <lambda>"
+    assert search.desk.settings.adopt(theirs) == {}
+    theirs["options"]["envelope"] = "function other"
+    assert search.desk.settings.adopt(theirs).keys() == {"envelope"}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autolrs_ray.core.checks import require_int, require_one_of, validate_interval
+from autolrs_ray.core.envelopes import envelope_factor
 from autolrs_ray.core.growth import require_growth
 from autolrs_ray.core.paper.plan import StagePlan
 from autolrs_ray.core.paper.policy import PaperPolicy
@@ -80,7 +81,7 @@ def options_of(policy: Policy) -> dict[str, Any]:
     else:
         found = {name: getattr(policy, name) for name in _RACE_OPTIONS}
     found["batch_growth"] = [list(pair) for pair in policy.batch_growth.items()] or None
-    return {name: described(value) for name, value in found.items()}
+    return {name: described(value, policy.total_steps) for name, value in found.items()}
 
 
 def rule_of(policy: Policy) -> dict[str, Any] | None:
@@ -88,6 +89,16 @@ def rule_of(policy: Policy) -> dict[str, Any] | None:
     return policy.plan.state_dict() if isinstance(policy, AnchoredPolicy) else None
 
 
-def described(value: Any) -> Any:
-    """An option as a JSON value: a function by its name."""
-    return f"function {getattr(value, '__name__', '')}" if callable(value) else value
+def described(value: Any, total_steps: int) -> Any:
+    """An option as a JSON value: a function of steps by its name, and by what it gives at every tenth of a run."""
+    if not callable(value):
+        return value
+    factors = (envelope_factor(value, round(i * total_steps / 10), total_steps) for i in range(11))
+    return f"function {getattr(value, '__name__', '')}: {', '.join(f'{factor:.4g}' for factor in factors)}"
+
+
+def is_same_option(then: Any, now: Any) -> bool:
+    """Whether an option as it was described is as it is described now; a function may have been by its name alone."""
+    return bool(then == now) or (
+        isinstance(now, str) and now.startswith("function ") and now.partition(": ")[0] == then
+    )

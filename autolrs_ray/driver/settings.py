@@ -9,7 +9,7 @@ from typing import Any
 from ray.tune.search.sample import Domain, Float, LogUniform
 
 from autolrs_ray.core.checks import require_bool, require_float, require_int, validate_interval
-from autolrs_ray.core.policies import DEFAULT_INTERVALS, make_policy, options_of, rule_of
+from autolrs_ray.core.policies import DEFAULT_INTERVALS, is_same_option, make_policy, options_of, rule_of
 from autolrs_ray.core.policy import Policy
 from autolrs_ray.core.race.policy import FEW
 from autolrs_ray.core.workers import parse_workers
@@ -164,7 +164,7 @@ class RunSettings:
         kept = {name for name in options - given if name in now}  # one that there was not yet decided nothing
         fixed = {*ours} - {"options", "given", "rule", "slots"} | options
         changed = {name: (before.get(name), now.get(name)) for name in {**now, **before} if name in fixed - kept}
-        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        changed = {name: pair for name, pair in changed.items() if not is_same_option(*pair)}
         if "policy" in changed:
             return {"policy": changed["policy"]}
         if not changed.keys() - {"total_steps"}:
