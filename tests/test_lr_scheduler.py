@@ -62,6 +62,11 @@ def test_an_optimizer_without_an_lr_in_its_first_group_is_refused():
         LearnedLRScheduler(optimizer(0.0, 0.1), STAGES)
 
 
+def test_a_path_is_refused_with_what_reads_it():
+    with pytest.raises(TypeError, match=r"got 'learned.json'; LearnedSchedule.load reads files"):
+        LearnedLRScheduler(optimizer(0.1), "learned.json")
+
+
 def test_its_state_loads_with_weights_only_and_a_resumed_replay_goes_on_where_it_was():
     whole_optim = optimizer(0.1, 0.05)
     whole = replay(whole_optim, LearnedLRScheduler(whole_optim, STAGES), 60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from itertools import accumulate, pairwise
 
@@ -180,6 +181,11 @@ def test_a_journal_with_a_damaged_commit_still_gives_the_rest():
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def json_of(*edges, lr=0.1, growth=()):
+    pieces = [{"start": start, "end": end, "lr": lr} for start, end in edges or [(0, 50)]]
+    return json.dumps({"format": 1, "total_steps": 50, "pieces": pieces, "batch_growth": growth})
+
+
 @pytest.mark.parametrize("schedule", [STAGES, RACE, LearnedSchedule(5, ())])
 def test_json_comes_back_as_it_was(schedule, tmp_path):
     assert LearnedSchedule.from_json(schedule.to_json()) == schedule
@@ -238,11 +244,22 @@ def test_a_coarse_csv_is_held_from_row_to_row(tmp_path):
             "envelope 'no'",
         ),
         ('{"format": 1, "total_steps": 5, "pieces": [{"start": 0, "end": 5, "lr": 1, "colour": 1}]}', "colour"),
+        (json_of((0, 100)), "last piece must end at total_steps=50 or before, got 100"),
+        (json_of((0, 10), (20, 50)), "no learning rate from step 10 to 20: add a piece"),
+        (json_of((5, 50)), "no learning rate from step 0 to 5"),
+        (json_of(lr=10**400), "not a learned schedule: int too large"),
+        (json_of(growth=3), "batch_growth cannot be 3"),
+        (json_of(growth=[[1]]), r"batch_growth\[0\] cannot be \[1\]"),
+        (json_of(growth=[[5, 2.5]]), r"batch_growth\[0\]\[1\] cannot be 2.5"),
+        (json_of(growth=[[5, -2]]), "the multiple of the batch from step 5 on must be at least 2, got -2"),
+        (json_of(growth=[[-5, 2]]), "each step of batch_growth must be at least 0, got -5"),
+        (json_of(growth=[[5, 2], [3, 4]]), r"batch_growth must rise from step to step, got \[\[5, 2\], \[3, 4\]\]"),
+        (json_of(growth=[[3, 4], [5, 2]]), "batch_growth must rise from step to step"),
     ],
 )
 def test_a_file_that_is_no_schedule_is_refused(text, message, tmp_path):
     (tmp_path / "s.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{tmp_path}/s.json: .*{message}"):
         LearnedSchedule.load(tmp_path / "s.json")
 
 
@@ -254,13 +271,32 @@ def test_a_file_that_is_no_schedule_is_refused(text, message, tmp_path):
         ("a,b\n1,2\n", r"not a learned schedule: expected rows step,lr .*'step'"),
         ("step,lr\n0,x\n", "not a learned schedule.*'x'"),
         ("step,lr\n0\n", "not a learned schedule"),
-        ("step,lr\n5,0.1\n2,0.1\n", "end must be at least 6, got 2"),
+        ("step,lr\n5,0.1\n2,0.1\n", "steps must rise from row to row, got 2 after 5: sort them, each once"),
+        ("step,lr\n0,0.1\n0,0.2\n", "steps must rise from row to row, got 0 after 0"),
+        ("step,lr\n5,0.1\n9,0.1\n", "no learning rate from step 0 to 5"),
+        ("step,lr\n0,nan\n", "lr must be a finite number .* got nan"),
+        ("step,lr,batch\n0,0.1,0\n3,0.1,1\n", "batch at step 0 must be at least 1, got 0"),
+        ("step,lr,batch\n0,0.1,1\n3,0.1,-2\n", "batch at step 3 must be at least 1, got -2"),
+        ("step,lr,batch\n0,0.1,4\n3,0.1,2\n", r"batch_growth must rise from step to step, got \[\(0, 4\), \(3, 2\)\]"),
+        ('step,lr\n0,"' + "1" * 200_000 + '"', "not a learned schedule: expected rows step,lr .*field larger"),
     ],
 )
 def test_a_csv_that_is_no_schedule_is_refused(text, message, tmp_path):
     (tmp_path / "s.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{tmp_path}/s.csv: .*{message}"):
         LearnedSchedule.load(tmp_path / "s.csv")
+
+
+def test_a_csv_as_excel_writes_it_is_read(tmp_path):
+    (tmp_path / "S.CSV").write_text("step,lr,batch\r\n0,0.1,2\r\n5,0.2,4\r\n", "utf-8-sig", newline="")
+    loaded = LearnedSchedule.load(tmp_path / "S.CSV")
+    assert [(loaded.lr_at(step), loaded.batches_at(step)) for step in (0, 4, 5)] == [(0.1, 2), (0.1, 2), (0.2, 4)]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "s.json").write_bytes(b"\xff\xfe\x00junk")
+    with pytest.raises(ValueError, match=f"{tmp_path}/s.json: .*can't decode"):
+        LearnedSchedule.load(tmp_path / "s.json")
 
 
 def test_a_run_folder_is_a_schedule_too(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from autolrs_ray.core.checks import require_float, require_int
+from autolrs_ray.core.checks import conforming, require_float, require_int
 
 MOST = 64
 """Largest multiple of the batch that is taken for meant."""
@@ -64,6 +64,17 @@ class BatchGrowth:
     def from_config(cls, points: Iterable[Iterable[int]]) -> BatchGrowth:
         """Of JSON lists."""
         return cls(tuple((int(step), int(factor)) for step, factor in points))
+
+    @classmethod
+    def from_file(cls, points: Any) -> BatchGrowth:
+        """Of JSON values that anybody may have written. Raises ValueError for what is no growth, as `require_growth` does."""
+        found = cls(tuple(conforming("batch_growth", points, list[tuple[int, int]])))
+        for step, factor in found.points:
+            require_int("each step of batch_growth", step, 0)
+            require_int(f"the multiple of the batch from step {step} on", factor, 2, MOST)
+        if any(later < earlier or more <= less for (earlier, less), (later, more) in pairwise(found.points)):
+            raise ValueError(f"batch_growth must rise from step to step, got {points!r}")
+        return found
 
     def factor(self, step: int) -> int:
         """Batches that the update from `step` to `step + 1` takes."""

@@ -132,11 +132,11 @@ class LearnedSchedule:
                     f"format {data['format']!r} is not {FORMAT}, the one that autolrs_ray {__version__} reads: export the "
                     "schedule again with this version, or install the one that wrote it"
                 )
-            growth = BatchGrowth.from_config(data.get("batch_growth", ()))
+            growth = BatchGrowth.from_file(data.get("batch_growth", []))
             schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]), growth)
             schedule.to_json()
             return schedule
-        except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, OverflowError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a learned schedule: {error}") from error
 
     def to_csv(self, every: int = 1) -> str:
@@ -181,37 +181,68 @@ class LearnedSchedule:
         return LearnedSchedule(total_steps, tuple(pieces), growth)
 
     @classmethod
+    def from_csv(cls, text: str) -> LearnedSchedule:
+        """Of rows step,lr or step,lr,batch, held until the next row. Raises ValueError if `text` is no such schedule."""
+        try:
+            read = [
+                (int(row["step"]), float(row["lr"]), int(row.get("batch") or 1))
+                for row in csv.DictReader(text.splitlines())
+            ]
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"this is not a learned schedule: expected rows step,lr ({error!r})") from error
+        if not read:
+            raise ValueError("there are no rows; expected step,lr")
+        for (before, *_), (step, *_) in pairwise(read):
+            if step <= before:
+                raise ValueError(f"steps must rise from row to row, got {step} after {before}: sort them, each once")
+        for step, _, batch in read:
+            require_int(f"batch at step {step}", batch, 1)
+        ends = [step for step, *_ in read[1:]] + [read[-1][0] + 1]
+        multiples = [1, *(batch for *_, batch in read)]
+        grows = [(step, batch) for (step, _, batch), before in zip(read, multiples, strict=False) if batch != before]
+        pieces = tuple(Piece(step, end, lr) for (step, lr, _), end in zip(read, ends, strict=True))
+        return cls(ends[-1], pieces, BatchGrowth.from_file(grows))
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LearnedSchedule:
-        """From a JSON file, a CSV file with rows step,lr (held until the next row), or a run folder or its URI."""
+        """From a JSON file, a CSV file (".csv") with rows step,lr (held until the next row), or a run folder or its URI.
+
+        Raises ValueError, naming the file, for one that is no schedule, or that has a gap or more than its total_steps.
+        """
         file = Path(path)
         if is_uri(path) or file.is_dir():
             return cls.of(History.read(path))
-        if file.suffix != ".csv":
-            return cls.from_json(file.read_text())
         try:
-            with open(file, newline="") as rows:
-                read = [
-                    (int(row["step"]), float(row["lr"]), int(row.get("batch") or 1)) for row in csv.DictReader(rows)
-                ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is not a learned schedule: expected rows step,lr ({error!r})") from error
-        if not read:
-            raise ValueError(f"{file} has no rows; expected step,lr")
-        ends = [step for step, *_ in read[1:]] + [read[-1][0] + 1]
-        grows = [(step, batch) for (_, _, before), (step, _, batch) in pairwise(read) if batch != before]
-        pieces = tuple(Piece(step, end, lr) for (step, lr, _), end in zip(read, ends, strict=True))
-        return cls(ends[-1], pieces, BatchGrowth(tuple(grows)))
+            text = file.read_text("utf-8-sig")  # as Excel writes it
+            schedule = cls.from_csv(text) if file.suffix.lower() == ".csv" else cls.from_json(text)
+            schedule._refuse_gaps()
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        return schedule
+
+    def _refuse_gaps(self) -> None:
+        known = 0
+        for piece in self.pieces:
+            if piece.start > known:
+                raise ValueError(
+                    f"there is no learning rate from step {known} to {piece.start}: add a piece or rows for them"
+                )
+            known = piece.end
+        if known > self.total_steps:
+            raise ValueError(f"the last piece must end at total_steps={self.total_steps} or before, got {known}")
 
 
 class LearnedLRScheduler(LRScheduler):
     """Replays a learned schedule: step it once per optimizer step. Groups keep the ratios of their initial LRs.
 
     So do groups that are added later, whose initial LR is the one they come with. Past the schedule's end the last LR is
-    held, with a warning. Raises ValueError where the first group's is
+    held, with a warning. Raises TypeError for what is no schedule, ValueError where the first group's is
     not positive, and what the schedule raises at steps that it does not cover.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, last_epoch: int = -1) -> None:
+        if not isinstance(schedule, LearnedSchedule):
+            raise TypeError(f"schedule must be a LearnedSchedule, got {schedule!r}; LearnedSchedule.load reads files")
         self.schedule = schedule
         self._told = False
         super().__init__(optimizer, last_epoch)
