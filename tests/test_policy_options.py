@@ -24,6 +24,12 @@ BAD = [
     (dict(lr_interval=("a", "b")), TypeError, "min_lr must be a number, got 'a'"),
     (dict(lr_interval=(0.2, 0.1)), ValueError, "min_lr must be below max_lr, got low=0.2, high=0.1"),
     (dict(lr_interval=(0.1, 0.1)), ValueError, "min_lr must be below max_lr"),
+    (
+        dict(lr_interval=(0.1, 0.1009)),
+        ValueError,
+        r"lr_interval must span a factor of 1.01 .* got \(0.1, 0.1009\): widen it",
+    ),
+    (dict(envelope=lambda step: 0.0), ValueError, "the envelope is 0 at every step"),
     (dict(policy="pbt"), ValueError, "policy must be one of .* got 'pbt'"),
     (dict(colour="red"), TypeError, "has no option colour; it has"),
 ]

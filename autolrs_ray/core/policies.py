@@ -13,6 +13,9 @@ from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Policy
 from autolrs_ray.core.race.policy import AnchoredPolicy
 
+LEAST_RATIO = 1.01
+"""Of the ends of an interval: learning rates that differ by less give the same losses."""
+
 DEFAULT_INTERVALS = {"paper": (1e-3, 1e-1), "anchored": (1e-5, 10.0)}
 
 _COMMON_OPTIONS = ("batch_growth",)
@@ -69,8 +72,18 @@ def make_policy(
     if unknown:
         raise TypeError(f'policy="{name}" has no option {", ".join(unknown)}; it has {", ".join(sorted(allowed))}')
     interval = validate_interval(DEFAULT_INTERVALS[name] if lr_interval is None else lr_interval)
+    if interval[1] < LEAST_RATIO * interval[0]:
+        raise ValueError(f"lr_interval must span a factor of {LEAST_RATIO} at least, got {interval}: widen it")
     growth = require_growth(options.pop("batch_growth", None))
+    _refuse_zero(options.get("envelope"), total_steps)
     return build(total_steps, options, lr_interval=interval, seed=seed, concurrency=concurrency, batch_growth=growth)
+
+
+def _refuse_zero(envelope: Any, total_steps: int) -> None:
+    """Raise ValueError for a function that is 0 at every step, or at a thousand of them."""
+    steps = range(0, total_steps, max(1, total_steps // 1000))
+    if callable(envelope) and not any(envelope_factor(envelope, step, total_steps) for step in steps):
+        raise ValueError("the envelope is 0 at every step, and would train nothing: it must give a factor above 0")
 
 
 def options_of(policy: Policy) -> dict[str, Any]:
