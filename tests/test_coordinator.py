@@ -16,6 +16,7 @@ import ray
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter, Repeater
+from ray.tune.trainable.function_trainable import FunctionTrainable
 
 from autolrs_ray import AutoLRSError, AutoLRSScheduler
 from autolrs_ray.core.events import Event
@@ -45,6 +46,20 @@ def test_reports_that_would_never_end_a_trial_end_the_run(begin: Begin, reports:
     with pytest.raises((ValueError, TypeError), match=message):
         run.start()
     assert begin.told(message.partition("(")[0][:20])  # on record too
+
+
+class Function(FunctionTrainable):  # type: ignore[misc]
+    """What Tune makes of a function; nothing ever runs it."""
+
+
+def test_a_function_that_never_attaches_a_checkpoint_is_told_so_where_the_run_would_end(begin: Begin) -> None:
+    run = begin(trainable=Function)
+    trial = run.start()
+    for step in range(7, 200, 7):
+        assert run.report(trial, step, 1.0 / step) == "CONTINUE"
+    run.report(trial, 203, 0.005)
+    with pytest.raises(AutoLRSError, match=r"t\d\d has trained all 200 steps .* Pass checkpoint= to tune.report"):
+        run.start()
 
 
 def test_steps_and_losses_of_numpy_are_journaled_as_plain_numbers(begin: Begin) -> None:

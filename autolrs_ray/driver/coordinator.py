@@ -24,7 +24,7 @@ from autolrs_ray.driver.failures import Failures, no_reset
 from autolrs_ray.driver.identity import subject
 from autolrs_ray.driver.keeper import CheckpointKeeper
 from autolrs_ray.driver.nodes import node_resources, trials_that_fit
-from autolrs_ray.driver.reports import too_seldom
+from autolrs_ray.driver.reports import refuse_unsaved, too_seldom
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
 from autolrs_ray.driver.slots import Slots
 from autolrs_ray.driver.watchdog import Watchdog
@@ -69,6 +69,7 @@ class Coordinator:
         self._held: dict[str, Trial] = {}  # finished, or to be paused, as soon as their actors are wanted
         self._steps: dict[str, tuple[int, int]] = {}  # since a start: step of the last report, and how often it came
         self._failures = Failures(desk, first.max_failures)
+        self._savers: set[str] = set()  # trials that have attached a checkpoint to a report
         self._task = ReportsOfOneTask()
         self._said_spacing = False
         self._damage = ""  # of the checkpoint that a trial was to start from
@@ -230,16 +231,20 @@ class Coordinator:
             if not self._said_spacing and (warning := too_seldom(desk.segment(trial_id), before, step)):
                 self._said_spacing = True
                 desk.warn(warning)
-            verdict = desk.report(trial_id, point, self._can_save(result))
+            verdict = desk.report(trial_id, point, self._can_save(trial_id, result))
+            if verdict is Verdict.CONTINUE and self._function_api and trial_id not in self._savers:
+                refuse_unsaved(desk.segment(trial_id), step)
             if verdict is Verdict.SAVE and self._elastic.rests(trial_id):
                 verdict = Verdict.PAUSE
             self._clocks.heard(trial_id, step, verdict, result)
             return self._carry_out(trial, verdict, step, result)
         return TrialScheduler.NOOP
 
-    def _can_save(self, result: dict[str, Any]) -> bool:
+    def _can_save(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Class trainables save when asked; function trainables only by what they attached to this report."""
-        return not self._function_api or result.get("checkpoint_dir_name") is not None
+        attached = result.get("checkpoint_dir_name") is not None
+        self._savers |= {trial_id} if attached else set()
+        return attached or not self._function_api
 
     def _carry_out(self, trial: Trial, verdict: Verdict, step: int, result: dict[str, Any]) -> str:
         trial_id = trial.trial_id

@@ -11,7 +11,7 @@ import numpy as np
 from ray.tune.result import AUTO_RESULT_KEYS
 
 from autolrs_ray.core.checks import MOST
-from autolrs_ray.core.policy import Point
+from autolrs_ray.core.policy import AutoLRSError, Point
 from autolrs_ray.core.segments import Segment
 
 VAL_BATCHES = "val_batches"  # key of the rows of the validation data, in training batches
@@ -75,6 +75,16 @@ def point_of(
     by_loss = bool(keys_of_guides) or keys.loss == VAL_LOSS
     size = _number(result, VAL_BATCHES) if by_loss and VAL_BATCHES in result else None
     return Point(step, loss, train, averaged, guide, averaged_guide, size)
+
+
+def refuse_unsaved(segment: Segment, step: int) -> None:
+    """For a trial that has never attached a checkpoint, and is to train on until it does: raise AutoLRSError where the run's
+    steps are over."""
+    if not segment.start and step >= segment.total_steps > 0:
+        raise AutoLRSError(
+            f"{segment.arm} has trained all {segment.total_steps} steps of the run and attached no checkpoint to a report, so "
+            "that nothing can go on from it. Pass checkpoint= to tune.report at every report, or at least at those past a rung"
+        )
 
 
 def step_of(result: dict[str, Any], key: str) -> int:
