@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -150,6 +151,28 @@ def test_what_cannot_be_trained_is_told_at_once(changes: dict[str, Any], error: 
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]
     if "Long" in message:
         assert "inputs (16, 6) float32 and targets (16,) float32" in caught.value.__notes__[0]
+
+
+class Slope(nn.Module):
+    """What a physics-informed network is: a derivative with respect to its input."""
+
+    def __init__(self, wrapped: bool) -> None:
+        super().__init__()
+        self.net, self.wrapped = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)), wrapped
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad() if self.wrapped else nullcontext():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return slope[:, :2]
+
+
+def test_a_model_that_takes_derivatives_is_told_how_it_is_evaluated() -> None:
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        check_task(lambda: task(model=Slope(wrapped=False)), 0)
+    assert "with torch.enable_grad():" in caught.value.__notes__[0]
+    trainer, _ = check_task(lambda: task(model=Slope(wrapped=True)), 0)
+    assert math.isfinite(trainer.evaluate()["loss"])
 
 
 def test_what_can_be_trained_passes_and_a_share_of_the_batch_is_enough() -> None:

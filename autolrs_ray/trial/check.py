@@ -149,7 +149,15 @@ def _check_one_step(trainer: Trainer) -> None:
             "parameters of the model that is trained"
         )
     rows = min(length(trainer.val_data), trainer.task.eval_batch_size)
-    found = trainer.evaluate(chosen(trainer.val_data, torch.arange(rows)))
+    try:
+        found = trainer.evaluate(chosen(trainer.val_data, torch.arange(rows)))
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            error.add_note(
+                "Evaluation runs without gradients: a model whose forward takes derivatives must run it in "
+                "`with torch.enable_grad():`"
+            )
+        raise
     if math.isnan(found["loss"]):
         raise ValueError(f"the validation loss of the first batch is {found['loss']} after one step at LR {lr:g}")
 
