@@ -39,7 +39,16 @@ def test_how_many_validation_rows_there_are_counts_where_they_are_scored_by_the_
     ("result", "error", "message"),
     [
         ({"val_loss": 1.0}, ValueError, r'does not report "step".*time_attr\. Reported: \[\'val_loss\'\]'),
-        ({"step": 30}, ValueError, 'does not report the metric "val_loss"'),
+        (
+            {"step": 30, "lr": 1.0, "done": False, "train_loss": 2.0},
+            ValueError,
+            r"does not report the metric \"val_loss\": report it\. Reported: \['lr', 'step', 'train_loss'\]",
+        ),
+        (
+            {"step": 30, "accuracy": 0.5, "best": True, "val_mse": 2.0},
+            ValueError,
+            r'does not report the metric "val_loss": report it, or give metric="val_mse", with mode="max" if it is to be',
+        ),
         ({"step": True, "val_loss": 1.0}, TypeError, '"step" must be a whole number of optimizer steps, got True'),
         ({"step": 30, "val_loss": None}, TypeError, r'"val_loss" must be a float, got None \(NoneType\)'),
         ({"step": 30, "val_loss": 1.0, "train_loss": "1"}, TypeError, '"train_loss" must be a float'),

@@ -20,6 +20,7 @@ _DUE = "Report at the steps that autolrs_ray.integrations.follower.Follower name
 _TOLERANCE = 0.02  # of the LR, for trainables that compute it in single precision
 VAL_LOSS, AVERAGED_LOSS = "val_loss", "averaged_loss"  # keys of the loss where the metric is another, to be maximised
 _TUNES = {*AUTO_RESULT_KEYS, "done", "should_checkpoint", "trial_id"}
+_NO_METRICS = {"lr", "epoch", "stage", "batches", "batch_size", "durable_step", VAL_BATCHES}
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -65,6 +66,8 @@ def point_of(
         )
     check_lr(result, segment, step - max(1, (segment.end - segment.start) // 10), step)
     check_batches(result, segment, step)
+    if keys.loss not in result:
+        raise ValueError(_without_metric(result, keys))
     loss = sign * _number(result, keys.loss)
     if not step and not math.isfinite(loss):
         return None  # before the first step no learning rate is to blame
@@ -95,7 +98,7 @@ def step_of(result: dict[str, Any], key: str) -> int:
             f"report or name another key by time_attr. Reported: {_own(result)}"
         )
     step = result[key]
-    if isinstance(step, bool) or not isinstance(step, _NUMBERS) or not 0 <= step < math.inf or step != int(step):
+    if not _is_number(step) or not 0 <= step < math.inf or step != int(step):
         raise TypeError(f'"{key}" must be a whole number of optimizer steps, got {step!r}')
     if step > MOST:
         raise TypeError(f'"{key}" must be a whole number of optimizer steps, got one above 2**53')
@@ -170,11 +173,22 @@ def check_batches(result: dict[str, Any], segment: Segment, step: int) -> None:
         )
 
 
+def _without_metric(result: dict[str, Any], keys: ReportKeys) -> str:
+    """What is to be said of a report without the metric: which other number may be meant, the first of validation if any is."""
+    known = {keys.step, keys.train, *_NO_METRICS}
+    others = [key for key in _own(result) if key not in known and _is_number(result.get(key))]
+    meant = sorted(others, key=lambda key: not key.startswith("val"))[:1]
+    mend = f', or give metric="{meant[0]}", with mode="max" if it is to be high' if meant else ""
+    return f'the trainable does not report the metric "{keys.loss}": report it{mend}. Reported: {_own(result)}'
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+
+
 def _number(result: dict[str, Any], key: str) -> float:
-    if key not in result:
-        raise ValueError(f'the trainable does not report the metric "{key}". Reported: {_own(result)}')
     value = result[key]
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+    if not _is_number(value):
         mend = "; call .item() on tensors" if hasattr(value, "item") else ""
         raise TypeError(f'"{key}" must be a float, got {value!r:.200} ({type(value).__name__}){mend}')
     try:
