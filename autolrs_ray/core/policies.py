@@ -111,10 +111,10 @@ def rule_of(policy: Policy) -> dict[str, Any] | None:
 
 
 def described(value: Any, total_steps: int) -> Any:
-    """An option as a JSON value: a function of steps by its name, and by what it gives at every tenth of a run."""
+    """An option as a JSON value: a function of steps by its name, and by what it gives at every tenth of a run's steps."""
     if not callable(value):
         return value
-    factors = (envelope_factor(value, round(i * total_steps / 10), total_steps) for i in range(11))
+    factors = (envelope_factor(value, i * (total_steps - 1) // 10, total_steps) for i in range(11))
     return f"function {getattr(value, '__name__', '')}: {', '.join(f'{factor:.4g}' for factor in factors)}"
 
 
