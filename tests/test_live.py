@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from io import StringIO
 from types import ModuleType, SimpleNamespace
 
@@ -86,6 +88,30 @@ def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pyt
     assert "stage 1/2 search | probes 0/10 | lr -" in shown
     assert shown.index("at most") < shown.index("stage 1/2")
     assert shown.rstrip("\n").endswith("\x1b[2K")  # the line is erased
+
+
+@pytest.mark.parametrize("terminal", ["", "1"])
+@pytest.mark.parametrize("stderr", ["without a reader", "on a full disk", "closed"])
+def test_a_run_goes_on_where_its_display_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, terminal: str, stderr: str
+) -> None:
+    search = AutoLRSSearch(100, policy="paper", stage_steps=50, max_stage_steps=50)
+    search.desk.plan_for(1)
+    reader, writer = os.pipe()
+    os.close(reader)
+    screen = os.fdopen(os.open("/dev/full", os.O_WRONLY) if stderr == "on a full disk" else writer, "w")
+    if stderr == "closed":
+        screen.close()
+    monkeypatch.setenv("FORCE_COLOR", terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    live = LiveProgress(search)
+    for _ in range(2):
+        live.on_step_end(1, [])
+        live._shown = 0.0
+    live.on_experiment_end([])
+    assert sys.stderr is screen  # a live view had put itself in between
+    with suppress(OSError):
+        screen.close()
 
 
 def test_what_a_run_will_cost_is_told_before_it_and_what_it_cost_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,31 @@ def _notebook() -> Any | None:
     return import_module("IPython.display")
 
 
+class Stderr:
+    """Standard error, and nothing once it could not be written: a run outlives whoever reads it, and a full disk."""
+
+    def __init__(self) -> None:
+        self._stream: Any = sys.stderr or sys.stdout
+        self._lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._unless_lost("write", text)
+
+    def flush(self) -> None:
+        self._unless_lost("flush")
+
+    def _unless_lost(self, verb: str, *given: str) -> None:
+        if self._lost:
+            return
+        try:
+            getattr(self._stream, verb)(*given)
+        except (OSError, ValueError):  # a pipe that nobody reads, a full disk; a file that is closed
+            self._lost = True
+
+
 class _Cell:
     """One display in the output of a notebook's cell."""
 
@@ -64,7 +89,8 @@ class LiveProgress(Callback):  # type: ignore[misc]
 
     def __init__(self, search: AutoLRSSearch) -> None:
         self._desk = search.desk
-        self._console = Console(file=sys.stderr)
+        stderr: Any = Stderr()
+        self._console = Console(file=stderr)
         self._live: Live | None = None
         displays = _notebook()
         self._cell = None if displays is None else _Cell(displays)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import threading
 import uuid
 import warnings
@@ -20,7 +19,7 @@ from ray.util.client import ray as client
 from autolrs_ray.core.checks import require_bool, require_int
 from autolrs_ray.core.workers import parse_workers
 from autolrs_ray.driver.identity import refuse_search_spaces
-from autolrs_ray.driver.live import LiveProgress
+from autolrs_ray.driver.live import LiveProgress, Stderr
 from autolrs_ray.driver.scheduler import AutoLRSScheduler
 from autolrs_ray.driver.searcher import AutoLRSSearch
 from autolrs_ray.driver.settings import CONFIG_KEY
@@ -199,7 +198,7 @@ def _length(
         else:
             assert hours is not None
             total, told = steps_of_hours(trainable, hours, config, storage, name, clock, search, reuse_actors)
-    print(f"AutoLRS: {told}", file=sys.stderr)
+    print(f"AutoLRS: {told}", file=Stderr())
     return total
 
 
