@@ -98,6 +98,16 @@ def set_status(controller: TuneController, trial: Trial, status: str) -> bool:
     return True
 
 
+def checkpoints_kept(trial: Trial) -> int | None:
+    """How many checkpoints of `trial` Tune keeps, and deletes the others; None for all, and where this Ray does not tell."""
+    try:
+        kept: int | None = trial.run_metadata.checkpoint_manager.checkpoint_config.num_to_keep
+    except AttributeError as error:
+        logger.debug("this version of Ray does not tell which checkpoints it deletes (%s)", error)
+        return None
+    return kept
+
+
 def drop_windows(trial: Trial) -> None:
     """Let go of the last five and ten values of every metric, about 1 kB each, which Tune keeps of a `trial` for as long as
     the run lasts; their averages stay. For trials that have ended."""

@@ -188,6 +188,12 @@ class TestOnRay:
         with pytest.raises(ValueError, match="trials ask for different resources"):
             start(trainables.ResourcesByRole, tmp_path)
 
+    def test_checkpoints_that_tune_is_to_delete(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"num_to_keep=2\) has Tune delete .*leave num_to_keep out"):
+            start(ClassTrainable, tmp_path, checkpoint_config=tune.CheckpointConfig(num_to_keep=2))
+        kept = tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_score_attribute="val_loss")
+        assert start(ClassTrainable, tmp_path, checkpoint_config=kept).done  # Tune deletes none
+
     def test_resources_nobody_has(self, tmp_path: Path) -> None:
         search = search_by("paper", resource_timeout_s=1.0)
         with pytest.raises(AutoLRSError, match=r"each trial asks for .*64.*but the cluster has"):

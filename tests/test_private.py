@@ -40,6 +40,7 @@ PLACES: dict[str, tuple[Callable[[], Any], Any]] = {
     "saves of running trials": (lambda: private.saver_of(PlainController()), None),
     "a trial's status": (lambda: private.set_status(PlainController(), plain_trial(), "TERMINATED"), False),
     "what a trial waits for": (lambda: private.unstage(PlainController(), plain_trial()), False),
+    "which checkpoints are kept": (lambda: private.checkpoints_kept(plain_trial()), None),
     "windows of metrics": (lambda: private.drop_windows(plain_trial()), None),
     "pickled by Ray": (lambda: private.sent_by_ray(), False),
     "the autoscaler's state": (lambda: private.nodes_starting(), None),

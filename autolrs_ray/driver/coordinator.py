@@ -24,6 +24,7 @@ from autolrs_ray.driver.failures import Failures, no_reset
 from autolrs_ray.driver.identity import subject
 from autolrs_ray.driver.keeper import CheckpointKeeper
 from autolrs_ray.driver.nodes import node_resources, trials_that_fit
+from autolrs_ray.driver.refusals import refuse_unfit
 from autolrs_ray.driver.reports import refuse_unsaved, too_seldom
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
 from autolrs_ray.driver.slots import Slots
@@ -56,6 +57,7 @@ class Coordinator:
 
     def __init__(self, desk: Desk, controller: TuneController, first: Trial) -> None:
         self._desk, self._controller = desk, controller
+        refuse_unfit(first)
         bundle = first.placement_group_factory.bundles[-1]
         rows, warnings = check_first_trial(first.get_trainable_cls(), first.config, bundle)
         if rows:  # more workers than rows there cannot be
