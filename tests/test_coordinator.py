@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.tune import Checkpoint
+from ray.tune import Checkpoint, PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter, Repeater
 from ray.tune.trainable.function_trainable import FunctionTrainable
@@ -60,6 +60,13 @@ def test_a_function_that_never_attaches_a_checkpoint_is_told_so_where_the_run_wo
     run.report(trial, 203, 0.005)
     with pytest.raises(AutoLRSError, match=r"t\d\d has trained all 200 steps .* Pass checkpoint= to tune.report"):
         run.start()
+
+
+def test_amounts_that_no_node_can_have_end_the_run_before_it_has_begun(begin: Begin) -> None:
+    begin.monkeypatch.setattr("tests.fake_tune.PlacementGroupFactory", lambda _: PlacementGroupFactory([{"CPU": -1}]))
+    with pytest.raises(ValueError, match=r"resources\['CPU'\] must be a finite number .* got -1.0"):
+        begin().start()
+    assert not begin.folder.joinpath("run").exists()
 
 
 def test_steps_and_losses_of_numpy_are_journaled_as_plain_numbers(begin: Begin) -> None:

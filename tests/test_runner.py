@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ from tests.fake_tune import Trainable
             "are more than 100000 stages: are all",
         ),
         ({"num_lrs": 10**6}, ValueError, "num_lrs must be at most 1000"),
+        ({"resources": {"cpu": -1}}, ValueError, r"resources\['cpu'\] must be a finite number in .*, got -1"),
+        ({"resources": {"cpu": 1, "gpu": math.nan}}, ValueError, r"resources\['gpu'\] must be a finite number"),
+        ({"resources": {"cpu": None}}, TypeError, r"resources\['cpu'\] must be a number, got None"),
+        ({"resources": tune.PlacementGroupFactory([{"CPU": math.inf}])}, ValueError, r"resources\['CPU'\] must be"),
         ({"num_lr": 4}, TypeError, "has no option num_lr"),
         ({"storage_path": "s3://me:secret@bucket/x"}, ValueError, "holds a secret"),
     ],

@@ -20,6 +20,7 @@ from autolrs_ray.core.checks import require_bool, require_int
 from autolrs_ray.core.workers import parse_workers
 from autolrs_ray.driver.identity import refuse_search_spaces
 from autolrs_ray.driver.live import LiveProgress, Stderr
+from autolrs_ray.driver.refusals import require_amounts
 from autolrs_ray.driver.scheduler import AutoLRSScheduler
 from autolrs_ray.driver.searcher import AutoLRSSearch
 from autolrs_ray.driver.settings import CONFIG_KEY
@@ -93,6 +94,8 @@ def run(
         raise ValueError(f"threads=True needs a function build(config) -> TrainingTask, got {trainable!r}")
     elif workers != 1 and not elastic:
         raise ValueError(f"workers={workers} needs a function build(config) -> TrainingTask, got {trainable!r}")
+    if isinstance(resources, (dict, tune.PlacementGroupFactory)):
+        require_amounts(resources)
     if elastic and isinstance(resources, tune.PlacementGroupFactory):
         raise ValueError(
             f"workers={workers!r} needs the resources of one worker, such as {{'gpu': 1}}, got {resources!r}"
