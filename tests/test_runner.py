@@ -33,6 +33,10 @@ from tests.fake_tune import Trainable
         ({"name": "../up"}, ValueError, "name must name a folder below"),
         ({"name": "/tmp/x"}, ValueError, "name must name a folder below"),
         ({"name": "n" * 300}, ValueError, "name must name a folder below"),
+        ({"name": "a\0b"}, ValueError, "name must name a folder below"),
+        ({"storage_path": ""}, ValueError, "a path must name a folder, got ''"),
+        ({"storage_path": "a\0b"}, ValueError, r"a path must name a folder, got 'a\\x00b'"),
+        ({"storage_path": "file://runs"}, ValueError, "'file://runs' names no folder of this machine: give"),
         ({"total_steps": 2.5}, TypeError, "total_steps must be an int, got 2.5"),
         ({"total_steps": 2**53 + 1}, ValueError, "total_steps must be at most 9007199254740992"),
         (

@@ -158,6 +158,7 @@ def _run_name(name: Any) -> str:
     if (
         not parts
         or name != name.strip()
+        or "\0" in name
         or parts[0] == "/"
         or ".." in parts
         or any(len(os.fsencode(p)) > 255 for p in parts)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit, urlunsplit
 
 from autolrs_ray.record.files import write_whole
 
@@ -25,11 +25,28 @@ def is_uri(path: str | os.PathLike[str]) -> bool:
 
 
 def normal(path: str | os.PathLike[str]) -> str:
-    """`path` as an absolute local path, ~ meaning the home folder, or as the URI it is. file:// becomes a local path."""
+    """`path` as an absolute local path, ~ meaning the home folder, or as the URI it is. file:// becomes a local path.
+
+    Raises ValueError for what names no folder.
+    """
     text = os.fspath(path)
-    if text.startswith("file://"):
-        return urlsplit(text).path
-    return text if is_uri(text) else Path(text).expanduser().resolve().as_posix()
+    place = _of_file_uri(text) if text.lower().startswith("file:") else text
+    if not place or "\0" in place:
+        raise ValueError(
+            f'a path must name a folder, got {text!r}: give one without NUL, or "." for the working folder'
+        )
+    return place if is_uri(place) else Path(place).expanduser().resolve().as_posix()
+
+
+def _of_file_uri(uri: str) -> str:
+    """The local path that a file URI stands for, its %20 and the like undone."""
+    _, host, path, query, fragment = urlsplit(uri)
+    if host not in ("", "localhost") or path[:1] != "/" or query or fragment:
+        raise ValueError(
+            f"{uri!r} names no folder of this machine: give the path itself, or file:///FOLDER without host, query or "
+            "fragment, as Path(...).as_uri() writes it"
+        )
+    return os.fsdecode(unquote_to_bytes(path))
 
 
 def join(base: str, *parts: str) -> str:

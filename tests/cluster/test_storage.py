@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import traceback
@@ -151,9 +152,22 @@ def test_a_driver_that_was_given_up_for_dead_writes_no_more(bucket: str, tmp_pat
 def test_uris_are_joined_before_their_query() -> None:
     assert storage.join("s3://b/x?region=eu-west-1", "run", "plots") == "s3://b/x/run/plots?region=eu-west-1"
     assert storage.join("/a/b/", "c") == "/a/b/c"
-    assert storage.normal("file:///a/b") == "/a/b"
     with pytest.raises(ValueError, match="cannot open nowhere://x"):
         open_store("nowhere://x")
+
+
+def test_a_file_uri_is_the_path_it_was_made_of(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "my runs", tmp_path / "100% ü#1?", tmp_path / os.fsdecode(b"\xff")):
+        assert storage.normal(path.as_uri()) == str(path)
+    assert [storage.normal(f"{begin}/a/b") for begin in ("file:", "file://localhost", "FILE://")] == ["/a/b"] * 3
+
+
+@pytest.mark.parametrize("uri", ["file://runs", "file://runs/a", "file:a", "file:///a#b", "file:///a?b=c", "file://"])
+def test_a_file_uri_that_names_no_local_folder_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(repr(uri))} names no folder of this machine: give the path"):
+        storage.normal(uri)
+    with pytest.raises(ValueError, match="a path must name a folder, got 'file:///a%00': give one without NUL"):
+        storage.normal("file:///a%00")
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------------
