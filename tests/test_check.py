@@ -219,12 +219,14 @@ def test_classes_with_a_setup_of_their_own_are_tried_out() -> None:
 
 
 def test_reports_of_other_validation_sets_and_new_warnings_are_told() -> None:
-    seen = ReportsOfOneTask()
+    seen = ReportsOfOneTask(AutoLRSTrainable)
     assert seen.heard("a", {"held_out": "1", "warning": "not finite"}) == "a: not finite"
     assert seen.heard("a", {"held_out": "1", "warning": "not finite"}) is None
     assert seen.heard("b", {}) is None
     with pytest.raises(AutoLRSError, match="b and a hold out different validation rows"):
         seen.heard("b", {"held_out": "2"})
+    other = ReportsOfOneTask(tune.Trainable)
+    assert [other.heard("a", {"held_out": found}) for found in (36, 36, 0.1, "10%")] == [None] * 4  # the user's own
 
 
 def unseeded(config):  # type: ignore[no-untyped-def]

@@ -72,7 +72,7 @@ class Coordinator:
         self._steps: dict[str, tuple[int, int]] = {}  # since a start: step of the last report, and how often it came
         self._failures = Failures(desk, first.max_failures)
         self._savers: set[str] = set()  # trials that have attached a checkpoint to a report
-        self._task = ReportsOfOneTask()
+        self._task = ReportsOfOneTask(trainable)
         self._said_spacing = False
         self._damage = ""  # of the checkpoint that a trial was to start from
         self._went_back = 0

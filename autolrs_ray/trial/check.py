@@ -280,17 +280,21 @@ def _check(trainable: type[AutoLRSTrainable], config: dict[str, Any], workers: i
 
 
 class ReportsOfOneTask:
-    """Reads from reports what tells that trials do not train the same: held out other rows."""
+    """Reads from reports what tells that trials do not train the same: held out other rows.
 
-    def __init__(self) -> None:
-        self._held_out: tuple[str, str] | None = None
+    trainable: of all trials. Of other classes than ours "held_out" is a result like any.
+    """
+
+    def __init__(self, trainable: type) -> None:
+        self._ours = issubclass(trainable, AutoLRSTrainable)
+        self._held_out: tuple[Any, str] | None = None
         self._warned: set[str] = set()
 
     def heard(self, arm: str, result: dict[str, Any]) -> str | None:
         """A warning that is new, or None. Raises AutoLRSError where another trial has another validation set."""
         found = result.get("held_out")
-        if found is not None:
-            self._held_out = self._held_out or (str(found), arm)
+        if self._ours and found is not None:
+            self._held_out = self._held_out or (found, arm)
             if self._held_out[0] != found:
                 raise AutoLRSError(
                     f"{arm} and {self._held_out[1]} hold out different validation rows, so that losses cannot be compared: "
