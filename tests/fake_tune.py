@@ -104,10 +104,13 @@ class FakeTune:
         result = {"step": step, "val_loss": loss, "lr": lr, "time_this_iter_s": 1.0, **more}
         return str(self.scheduler.on_trial_result(self, trial, result))
 
-    def crash(self, trial: Any, error: str, again: bool = True, line: int = 5, code: str = "x") -> None:
-        """The trial raises; again: Tune means to start it once more."""
+    def crash(
+        self, trial: Any, error: str, again: bool = True, line: int = 5, code: str = "x", task: str = "train()"
+    ) -> None:
+        """The trial raises in `task` of its actor; again: Tune means to start it once more."""
         Path(trial.error_file).write_text(
-            f'Failure # 1 (occurred)\n  File "/me/a.py", line {line}, in f\n    {code}\n{error}'
+            f"Failure # 1 (occurred)\nThe actor died because of an error raised in {task}, ray::T()\n"
+            f'  File "/me/a.py", line {line}, in f\n    {code}\n{error}'
         )
         self.scheduler.on_trial_error(self, trial)
         if again:

@@ -31,6 +31,17 @@ def test_two_arms_whose_files_are_missing_end_it_and_say_where_trials_run(begin:
         run.start()
 
 
+@pytest.mark.parametrize(("task", "ends"), [("its creation task", True), ("train()", False)])
+def test_two_arms_that_raise_alike_end_it_if_no_learning_rate_can_be_to_blame(
+    begin: Begin, task: str, ends: bool
+) -> None:
+    run = begin(cpus=2)
+    for _ in range(2):
+        run.crash(run.start(), "RuntimeError: Unrecognized option", task=task)
+    failure = run.search_alg.desk.failure
+    assert ("the first trials all raised RuntimeError: Unrecognized option" in str(failure)) is ends
+
+
 def test_a_mistake_that_comes_late_ends_its_arm_only_and_is_not_tried_a_third_time(begin: Begin) -> None:
     run = begin(cpus=2)
     one, two = run.start(), run.start()

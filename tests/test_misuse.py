@@ -228,9 +228,10 @@ class TestOnRay:
         with pytest.raises(AutoLRSError, match="none of the learning rates tried gave a finite loss"):
             start(trainables.stops_early, tmp_path, search)
 
-    def test_trainable_that_raises_in_setup(self, tmp_path: Path) -> None:
-        with pytest.raises(AutoLRSError, match="no such data set: /data/nowhere"):
-            start(trainables.RaisesInSetup, tmp_path)
+    @pytest.mark.parametrize(("error", "max_failures"), [("OSError", 0), ("RuntimeError", 0), ("RuntimeError", 3)])
+    def test_trainable_that_raises_in_setup(self, tmp_path: Path, error: str, max_failures: int) -> None:
+        with pytest.raises(AutoLRSError, match=f"the first trials all raised {error}: no such data set: /data/nowhere"):
+            start(trainables.RaisesInSetup, tmp_path, config={"error": error}, max_failures=max_failures)
 
     @pytest.mark.parametrize(
         ("policy", "config", "message"),

@@ -106,7 +106,7 @@ class ResourcesByRole(ClassTrainable):
 
 class RaisesInSetup(ClassTrainable):
     def setup(self, config: dict[str, Any]) -> None:
-        raise OSError("no such data set: /data/nowhere")
+        raise {"OSError": OSError, "RuntimeError": RuntimeError}[config["error"]]("no such data set: /data/nowhere")
 
 
 class Reports(ClassTrainable):

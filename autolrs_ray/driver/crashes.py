@@ -43,19 +43,21 @@ _UNKNOWN = "it raised an error"
 _LEFT = (
     "Should not have reached here. The TuneController"  # Ray's words for a function that is gone, and has not returned
 )
+_CREATION = "because of an error raised in its creation task"  # Ray's words for an actor whose __init__ has raised
 _EXIT = "SystemExit: the function was left by sys.exit() or StopIteration; it is to return, or to raise what is wrong"
 
 
 @dataclass(frozen=True)
 class Crash:
     """An exception that ended a trial. error: its line, "NameError: name 'x' is not defined". file, line, function and code:
-    where in the user's own files it came from; empty where that is not known."""
+    where in the user's own files it came from; empty where that is not known. in_creation: of the trial's actor, by `setup`."""
 
     error: str
     file: str = ""
     line: int = 0
     function: str = ""
     code: str = ""
+    in_creation: bool = False
 
     @property
     def kind(self) -> str:
@@ -121,8 +123,8 @@ def parse(text: str) -> Crash:
     for i, frame in reversed(frames):
         if not frame["file"].startswith(_NOT_THE_USERS) and not frame["file"].startswith("<"):
             code = lines[i + 1].strip() if i + 1 < len(lines) and lines[i + 1].startswith("    ") else ""
-            return Crash(error, frame["file"], int(frame["line"]), frame["function"] or "", code)
-    return Crash(error)
+            return Crash(error, frame["file"], int(frame["line"]), frame["function"] or "", code, _CREATION in text)
+    return Crash(error, in_creation=_CREATION in text)
 
 
 class Crashes:

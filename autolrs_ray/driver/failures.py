@@ -44,7 +44,7 @@ class Failures:
         """
         desk, trial_id = self._desk, trial.trial_id
         arm, in_setup = desk.arm(trial_id), trial.status == Trial.PENDING
-        hopeless = self._crashes.hopeless(arm, crash, in_setup) if desk.untouched else ""
+        hopeless = self._crashes.hopeless(arm, crash, in_setup or crash.in_creation) if desk.untouched else ""
         if error := no_reset(trial, crash):
             desk.fail(error)
         elif hopeless:
