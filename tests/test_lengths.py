@@ -61,6 +61,13 @@ def test_one_length_is_given() -> None:
         autolrs_ray.run(lambda config: None, hours=1.0, policy="paper", stage_steps=10)
 
 
+def test_too_few_epochs_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lengths, "rehearse", lambda *args: pace(one=[{"step": 1, "epoch": 1 / 8}]))
+    assert lengths.steps_of_epochs(build_tiny, 0.25, {}, str(tmp_path), "step")[0] == 2
+    with pytest.raises(ValueError, match=r"epochs=0.01 are 0 of the 8 steps of an epoch, too few for a run: give more"):
+        lengths.steps_of_epochs(build_tiny, 0.01, {}, str(tmp_path), "step")
+
+
 def test_too_few_hours_and_a_trial_that_fails_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lengths.tune, "run", lambda *args, **options: None)
     with pytest.raises(AutoLRSError, match="failed before its first reports"):

@@ -59,6 +59,7 @@ EITHER: list[Row] = [
     ({"extend": 2}, "extend must be True or False, got 2"),
     ({"extend": None}, "extend must be True or False, got None"),
     ({"report_timeout_s": 0.0}, "report_timeout_s must be a finite number"),
+    ({"report_timeout_s": math.inf}, r"report_timeout_s must be a finite number in \(0.0, inf\), got inf"),
     ({"resource_timeout_s": -1.0}, "resource_timeout_s must be a finite number"),
     ({"num_lrs": 0}, "num_lrs must be at least 1"),
     ({"num_lrs": 2.5}, "num_lrs must be an int, got 2.5"),

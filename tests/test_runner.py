@@ -11,8 +11,10 @@ import pytest
 from ray import tune
 
 import autolrs_ray
+from autolrs_ray import TrainingTask
 from autolrs_ray.driver import runner
 from tests.fake_tune import Trainable
+from tests.tasks import build_tiny
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,16 @@ from tests.fake_tune import Trainable
         ({"config": {"seed": 1}, "seed": 2}, ValueError, r'two seeds: config\["seed"\] = 1 and seed=2'),
         ({"config": {"seed": 1.5}}, TypeError, "seed must be an int, got 1.5"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"trainable": None}, TypeError, r"trainable must be a function build\(config\) -> TrainingTask, .*, got None"),
+        ({"trainable": "build"}, TypeError, "trainable must be a function .*, got 'build'"),
+        ({"trainable": build_tiny({})}, TypeError, r"trainable must be a function .*, got TrainingTask\("),
+        ({"trainable": TrainingTask}, TypeError, "trainable must be a function .*, got <class"),
+        ({"max_failures": 1.5}, TypeError, "max_failures must be an int, got 1.5"),
+        ({"max_failures": -2}, ValueError, "max_failures must be at least -1, got -2"),
+        ({"callbacks": 3}, TypeError, "callbacks must be a list or tuple, got 3"),
+        ({"callbacks": tune.Callback()}, TypeError, "callbacks must be a list or tuple, got <ray"),
+        ({"callbacks": [tune.Callback]}, TypeError, "callbacks must be instances of ray.tune.Callback, got <class"),
+        ({"callbacks": [print]}, TypeError, "callbacks must be instances of ray.tune.Callback, got <built-in"),
         ({"name": None}, TypeError, "name must be a string, got None"),
         ({"name": 7}, TypeError, "name must be a string, got 7"),
         ({"name": ""}, ValueError, "name must name a folder below storage_path, got ''"),
@@ -58,7 +70,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
 ) -> None:
     monkeypatch.setattr(tune, "run", lambda *_, **__: pytest.fail("Tune was started"))
     with pytest.raises(error, match=message):
-        autolrs_ray.run(Trainable, **{"total_steps": 20, "storage_path": tmp_path, **options})
+        autolrs_ray.run(**{"trainable": Trainable, "total_steps": 20, "storage_path": tmp_path, **options})
 
 
 def test_a_ray_client_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,14 @@ def require_int(name: str, value: Any, minimum: int, most: int = MOST) -> int:
 
 
 def require_float(name: str, value: Any, low: float, high: float, low_open: bool = False) -> float:
-    """Return `value` as float if it is a finite real number in [low, high] (or (low, high] if `low_open`)."""
+    """Return `value` as float if it is a finite real number in [low, high] (or (low, high] if `low_open`); raise TypeError or
+    ValueError that names it otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     number = float(value)
     if not math.isfinite(number) or number > high or number < low or (low_open and number == low):
-        raise ValueError(f"{name} must be a finite number in {'(' if low_open else '['}{low}, {high}], got {value!r}")
+        bounds = f"{'(' if low_open or low == -math.inf else '['}{low}, {high}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name} must be a finite number in {bounds}, got {value!r}")
     return number
 
 

@@ -107,6 +107,10 @@ def steps_of_epochs(trainable: Any, epochs: float, config: dict[str, Any], stora
         raise ValueError(f"epochs must be a positive number, got {epochs!r}")
     each = rehearse(trainable, config, storage, (1,), 1).steps_per_epoch(clock)
     total = round(epochs * each)
+    if total < 2:
+        raise ValueError(
+            f"epochs={epochs:g} are {total} of the {each:,} steps of an epoch, too few for a run: give more"
+        )
     return total, f"{epochs:g} epochs of {each:,} steps: T = {total:,} steps"
 
 

@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.util.client import ray as client
 
-from autolrs_ray.core.checks import require_bool, require_int
+from autolrs_ray.core.checks import require_bool, require_int, require_tuple
 from autolrs_ray.core.workers import parse_workers
 from autolrs_ray.driver.identity import refuse_search_spaces
 from autolrs_ray.driver.live import LiveProgress, Stderr
@@ -67,7 +67,7 @@ def run(
     threads: on CPUs: workers are threads of one process, on one node. How many add up a sum decides how it is rounded.
     name, storage_path: the run folder is storage_path/name; the same call again continues it (`resume`). storage_path is a
     folder that all nodes share, or a URI such as s3://bucket/runs.
-    max_failures: how often a crashed trial is started again. search: every option of :class:`AutoLRSSearch`.
+    max_failures: how often a crashed trial is started again (-1: always). search: every option of :class:`AutoLRSSearch`.
 
     Raises what AutoLRSSearch raises for bad options, AutoLRSError if the run cannot go on, and KeyboardInterrupt, with the
     step, where it was stopped by Ctrl-C.
@@ -77,6 +77,9 @@ def run(
             "autolrs_ray.run does not go through Ray Client (ray://): the run's folder has to be seen from where it is called. "
             "Run the script on the cluster, with `ray job submit`, or on a node of it with ray.init()"
         )
+    _require_trainable(trainable)
+    require_int("max_failures", max_failures, -1)
+    callbacks = _callbacks(callbacks)
     storage, name = normal(storage_path), _run_name(name)
     if not isinstance(config, (dict, type(None))):
         raise TypeError(f"config must be a dict, got {config!r:.200}")
@@ -137,7 +140,7 @@ def run(
                 reuse_actors=reuse_actors,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
-                callbacks=[*reports, *(callbacks or [])],
+                callbacks=[*reports, *callbacks],
                 verbose=0,
             )
         finally:
@@ -148,6 +151,24 @@ def run(
             f"interrupted at step {state['step']} of {state['total_steps']}; the same command continues"
         )
     return RunResult.load(join(storage, name))
+
+
+def _require_trainable(value: Any) -> None:
+    """Raise TypeError, naming `value`, for what is neither a function nor a class of Tune's."""
+    if not callable(value) or (isinstance(value, type) and not issubclass(value, tune.Trainable)):
+        raise TypeError(
+            "trainable must be a function build(config) -> TrainingTask, or a Tune trainable (a class, or a function that "
+            f"reports), got {value!r:.200}"
+        )
+
+
+def _callbacks(given: Any) -> list[tune.Callback]:
+    """`given` as a list; TypeError, with the value, for what is no callback of Tune's."""
+    found = list(require_tuple("callbacks", () if given is None else given))
+    for callback in found:
+        if not isinstance(callback, tune.Callback):
+            raise TypeError(f"callbacks must be instances of ray.tune.Callback, got {callback!r:.200}")
+    return found
 
 
 def _run_name(name: Any) -> str:
