@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from autolrs_ray import INSTALL_TUNE, lacks_tune
 
 
 def main() -> None:
-    """Run the command line in `sys.argv`. Exits with status 1 and one line on stderr where a package is missing."""
+    """Run the command line in `sys.argv`. Exits with status 1 and one line on stderr where a package is missing, and where
+    standard output cannot be written."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders that are not UTF-8
     try:
         from autolrs_ray.cli import app
 
@@ -17,6 +21,8 @@ def main() -> None:
         if not lacks_tune(error):
             raise
         sys.exit(f"autolrs: {error.name} is not installed: {INSTALL_TUNE}")
+    except OSError as error:
+        sys.exit(f"autolrs: cannot write to standard output: {error}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,12 @@ def _fail(message: object) -> NoReturn:
 
 
 def _load(folder: str) -> RunData:
-    """The run in `folder`; exits with one line where there is none. Damage to the journal is told on stderr."""
+    """The run in `folder`, or whose journal that is; exits with one line where there is none. Damage to the journal is told on
+    stderr."""
+    from autolrs_ray.record.journal import JOURNAL_FILE
+
+    if os.path.basename(folder) == JOURNAL_FILE:
+        folder = os.path.dirname(folder) or "."
     if "://" not in folder and not Path(folder).is_dir():
         _fail(f"no such folder: {folder}")
     from autolrs_ray.show.run_data import RunData

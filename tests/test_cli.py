@@ -19,6 +19,7 @@ from autolrs_ray.record.journal import JOURNAL_FILE
 from autolrs_ray.record.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "autolrs_ray"]
 Event = dict[str, Any]
 
 
@@ -188,6 +189,29 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_run_is_read_once(command: str, paper: Path, reads: list[Any]) -> None:
     invoke(command, paper)
     assert reads == [str(paper)]
+
+
+def test_a_run_is_named_by_its_journal_too(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = invoke("show", paper)
+    assert invoke("show", paper / JOURNAL_FILE) == shown
+    monkeypatch.chdir(paper)
+    assert invoke("show", JOURNAL_FILE) == shown
+
+
+def test_output_that_cannot_be_written_costs_one_line_and_status_1(paper: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*COMMAND, "show", paper], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.stderr == "autolrs: cannot write to standard output: [Errno 28] No space left on device\n"
+    assert ended.returncode == 1
+
+
+def test_folders_whose_names_are_not_utf_8_are_shown_as_what_they_are(paper: Path, tmp_path: Path) -> None:
+    odd = paper.rename(tmp_path / os.fsdecode(b"r\xff"))
+    assert "r\\xff" in invoke("compare", odd, "--output", tmp_path / "a.png")
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    told = subprocess.run([*COMMAND, "report", odd], env=strict, capture_output=True, text=True, check=True).stdout
+    assert told == f"{tmp_path}/r\\udcff/report.html\n"
+    assert "r\\xff" in (odd / "report.html").read_text()
 
 
 def test_plot_prints_the_files_it_wrote(paper: Path, tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def _of_file_uri(uri: str) -> str:
     return os.fsdecode(unquote_to_bytes(path))
 
 
+def printable(path: str) -> str:
+    """`path` as text that can be printed and drawn: bytes that are not UTF-8 as \\xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def join(base: str, *parts: str) -> str:
     """A path below a local folder or a URI; the URI's query stays."""
     if not is_uri(base):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from autolrs_ray.record.stores import normal
+from autolrs_ray.record.stores import normal, printable
 from autolrs_ray.show.main_figures import name_of
 from autolrs_ray.show.run_data import RunData, series
 from autolrs_ray.show.style import STEPS, count_steps, legend_below, new_figure, scale_loss
@@ -42,7 +42,7 @@ def comparison(runs: Sequence[RunData]) -> list[Row]:
 
 def names(runs: Sequence[RunData]) -> list[str]:
     """The runs' folders by their last part, or whole where that is not unique."""
-    folders = [normal(data.history.folder) for data in runs]
+    folders = [printable(normal(data.history.folder)) for data in runs]
     short = [os.path.basename(folder) for folder in folders]
     counts = Counter(short)
     return [name if counts[name] == 1 else folder for name, folder in zip(short, folders, strict=True)]

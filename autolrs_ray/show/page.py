@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autolrs_ray.core.events import Event
-from autolrs_ray.record.stores import join, normal, write_bytes
+from autolrs_ray.record.stores import join, normal, printable, write_bytes
 from autolrs_ray.show import captions
 from autolrs_ray.show.cost_figures import slots_figure
 from autolrs_ray.show.main_figures import accuracy_figure, learning_rate_figure, loss_figure
@@ -83,7 +83,7 @@ def render(data: RunData, steps_per_epoch: float | None = None) -> str:
     found = summary(data)
     main, search, cost = _figures(data, steps_per_epoch)
     schedule = _schedule(data)
-    name = os.path.basename(normal(data.history.folder))
+    name = printable(os.path.basename(normal(data.history.folder)))
     return environment.get_template("report.html.j2").render(
         found=found, name=name, main=main, search=search, cost=cost, headline=_headline(data, found), averaged=_averaged(data),
         ends_averaged=data.result.weights == "averaged",
@@ -190,7 +190,7 @@ def _schedule(data: RunData) -> str | None:
 
 def _quoted(data: RunData) -> dict[str, str]:
     """The run folder as an argument of a shell and as a Python literal."""
-    folder = str(data.history.folder)
+    folder = printable(str(data.history.folder))
     return {"shell": shlex.quote(folder), "python": repr(folder)}
 
 
