@@ -19,6 +19,7 @@ BAD = [
     (dict(lr_interval=0.1), TypeError, "lr_interval must be a pair .* got 0.1"),
     (dict(lr_interval=(0.1,)), TypeError, "lr_interval must be a pair"),
     (dict(lr_interval=(0.0, 0.1)), ValueError, "min_lr must be a finite number in .* got 0.0"),
+    (dict(lr_interval=(0.1, 10**400)), ValueError, "max_lr must be a finite number in .* got 1000"),
     (dict(lr_interval=(0.1, math.inf)), ValueError, "max_lr must be a finite number in .* got inf"),
     (dict(lr_interval=(0.1, math.nan)), ValueError, "max_lr must be a finite number in .* got nan"),
     (dict(lr_interval=("a", "b")), TypeError, "min_lr must be a number, got 'a'"),

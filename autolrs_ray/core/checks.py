@@ -41,7 +41,10 @@ def require_float(name: str, value: Any, low: float, high: float, low_open: bool
     ValueError that names it otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an int
+        number = math.inf
     if not math.isfinite(number) or number > high or number < low or (low_open and number == low):
         bounds = f"{'(' if low_open or low == -math.inf else '['}{low}, {high}{')' if high == math.inf else ']'}"
         raise ValueError(f"{name} must be a finite number in {bounds}, got {value!r}")

@@ -244,8 +244,8 @@ class Coordinator:
 
     def _can_save(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Class trainables save when asked; function trainables only by what they attached to this report."""
-        attached = result.get("checkpoint_dir_name") is not None
-        self._savers |= {trial_id} if attached else set()
+        if attached := result.get("checkpoint_dir_name") is not None:
+            self._savers.add(trial_id)
         return attached or not self._function_api
 
     def _carry_out(self, trial: Trial, verdict: Verdict, step: int, result: dict[str, Any]) -> str:
