@@ -136,7 +136,7 @@ class LearnedSchedule:
             schedule = cls(data["total_steps"], tuple(Piece(**piece) for piece in data["pieces"]), growth)
             schedule.to_json()
             return schedule
-        except (KeyError, TypeError, OverflowError, RecursionError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a learned schedule: {error}") from error
 
     def to_csv(self, every: int = 1) -> str:
