@@ -70,7 +70,6 @@ BAD_ANCHORED = [
     (dict(commits=0), ValueError, "commits must be at least 1, got 0"),
     (dict(envelope="square"), ValueError, "unknown envelope 'square'"),
     (dict(stage_steps=10), TypeError, "has no option stage_steps"),
-    (dict(total_steps=7), ValueError, "needs total_steps of 8 at least, got 7: count optimizer steps, or give epochs="),
 ]
 
 

@@ -13,9 +13,6 @@ from autolrs_ray.core.paper.policy import PaperPolicy
 from autolrs_ray.core.policy import Policy
 from autolrs_ray.core.race.policy import AnchoredPolicy
 
-LEAST_RACE = 8
-"""Steps of the shortest race: under fewer its first rungs are its first steps, and say nothing of the end."""
-
 LEAST_RATIO = 1.01
 """Of the ends of an interval: learning rates that differ by less give the same losses."""
 
@@ -46,11 +43,6 @@ def _paper(total_steps: int, options: dict[str, Any], **common: Any) -> Policy:
 
 
 def _anchored(total_steps: int, options: dict[str, Any], **common: Any) -> Policy:
-    if total_steps < LEAST_RACE:
-        raise ValueError(
-            f'policy="anchored" needs total_steps of {LEAST_RACE} at least, got {total_steps}: count optimizer steps, or give '
-            "epochs= where passes over the data are meant"
-        )
     return AnchoredPolicy(total_steps, **common, **options)
 
 

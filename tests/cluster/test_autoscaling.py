@@ -22,6 +22,7 @@ import autolrs_ray
 from autolrs_ray import AutoLRSError, RunResult, TrainingTask
 from autolrs_ray.driver.nodes import node_resources
 from tests.cluster.conftest import free_port, wait_for_port
+from tests.faults.harness import SCALE
 from tests.tasks import build_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -131,6 +132,7 @@ def wait_for_nodes(count: int, limit_s: float = 90.0) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.skipif(SCALE < 20, reason="two minutes and a half: with FAULTS=20")
 def test_a_cluster_grows_for_the_run_and_shrinks_after_it(tmp_path: Path) -> None:
     with autoscaling(head_cpus=1, max_workers=2):
         result = run(tmp_path, nodes=3)
