@@ -300,7 +300,7 @@ def on(
         net = model()
         return TrainingTask(net, optimizer(net), loss, train, val, batch, **options)
 
-    return Kind(build, steps, interval or (SGD if optimizer is sgd else ADAM))
+    return Kind(build, steps, interval or (ADAM if optimizer is adam else SGD))
 
 
 def images() -> Part:

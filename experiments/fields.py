@@ -252,8 +252,8 @@ def tables(fields: list[Field]) -> str:
     kinds = {e: {f.kind for f in fields if f.envelope == e} for e in ENVELOPES}
     common = set.intersection(set(FEW_KINDS), *(found for found in kinds.values() if found))
     envelopes = [(e, [f for f in fields if f.envelope == e and f.kind in common and not f.seed]) for e in ENVELOPES]
-    raw = [field for field in fields if KINDS[field.kind].raw]
-    default = [field for field in fields if field.envelope == ENVELOPES[0] and field not in raw]
+    raw, default = ([f for f in fields if f.envelope == ENVELOPES[0] and KINDS[f.kind].raw is is_raw]
+                    for is_raw in (True, False))  # fmt: skip
     scored = [field for field in default if "accuracy" in KINDS[field.kind].build(field.seed).metrics]
     by_envelope = [line(told(e), map(race, found)) for e, found in envelopes if found]
     by_variant = [line(name, (race(f, **options) for f in default)) for name, options in VARIANTS.items()]
@@ -269,7 +269,7 @@ def tables(fields: list[Field]) -> str:
         ("By kind, under the default envelope", by_kind),
         (
             "Inputs and targets as they come, against the best constant prediction",
-            [line("all", map(race, raw)), *by_raw],
+            [line("all", map(race, raw)), *by_raw] if raw else [],
         ),
     ]
     return "\n\n".join(f"## {title}\n\n{markdown(HEADS, rows)}" for title, rows in parts if rows)
