@@ -64,14 +64,16 @@ def test_many_stages(tmp_path: Path) -> None:
 
         driver.wait_until(look, every_s=0.2)
         assert driver.outcome()["done"]
-    # medians of ten looks or more: at any moment the few trials alive hold some files each
     first, last = ([seen[stage] for stage in sorted(seen)][part] for part in (slice(FIRST), slice(-FIRST, None)))
-    memory, files = (median(look[i] for look in last) - median(look[i] for look in first) for i in (0, 1))
+    memory = median(look[0] for look in last) - median(look[0] for look in first)
+    # the least of ten looks or more: a save, a restore or a trial that begins holds a dozen files for a moment, and
+    # how many looks fall on such moments is chance; what leaks is there in every look
+    files = min(look[1] for look in last) - min(look[1] for look in first)
     commits = [event["time"] for event in read_journal(run) if event["event"] == "commit"]
     times = [after - before for before, after in pairwise(commits)]
     tenth = len(times) // 10
     early, late = median(times[tenth // 2 : tenth // 2 + tenth]), median(times[-tenth:])
-    print(f"{STAGES} stages: memory {memory:+.0f} MB, open files {files:+.0f} from stage {min(seen)} to {max(seen)}; "
+    print(f"{STAGES} stages: memory {memory:+.0f} MB, open files {files:+d} from stage {min(seen)} to {max(seen)}; "
           f"{early:.2f} s a stage at first, {late:.2f} s in the end; at most {max(kept)} checkpoints")  # fmt: skip
     assert len(commits) == STAGES
     assert memory < 100.0
