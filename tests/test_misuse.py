@@ -321,7 +321,7 @@ class TestOnRay:
         record.close()
 
     def test_probe_that_never_reports_is_given_up(self, tmp_path: Path) -> None:
-        search = search_by("paper", report_timeout_s=3.0)
+        search = search_by("paper", report_timeout_s=8.0)  # a loaded machine takes seconds to start an actor
         result = start(trainables.Silent, tmp_path, search, config={"flag": str(tmp_path / "flag")})
         assert result.done
         assert any("has reported nothing for" in event.get("message", "") for event in result.events)
