@@ -68,6 +68,10 @@ ROWS = {
     "linear, untuned": Row(shape="linear", lrs=lambda task: task.peaks[1:2]),
     "linear, best of 3": Row(shape="linear", lrs=lambda task: task.peaks, more_seeds=True),
     "constant + averaged weights, best of 2": Row(shape="constant", lrs=lambda task: task.constants, averaged=True),
+    "linear, best of 5": Row(shape="linear", lrs=lambda task: task.wide_peaks),
+    "constant + averaged weights, best of 4": Row(
+        shape="constant", lrs=lambda task: task.wide_constants, averaged=True
+    ),
     "paper": Row("paper", _paper, decades=2),
     "anchored, batch x 2 from .5 T": Row(
         "anchored", lambda task: {"batch_growth": {0.5: 2}}, decades=6, tasks=("bytes",)

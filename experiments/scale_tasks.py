@@ -32,8 +32,8 @@ Config = dict[str, Any]
 class ScaleTask:
     """build: what is trained, of `config`. test: its test split. rows: of the training data (windows of text, for bytes).
 
-    peaks: of the linear schedules, the middle one the untuned one; constants: of the constant ones; interval: of the paper's
-    policy. prepare: makes what `build` reads, once.
+    peaks: of the linear schedules, the middle one the untuned one; constants: of the constant ones; wide_peaks, wide_constants:
+    these with one more to either side. interval: of the paper's policy. prepare: makes what `build` reads, once.
     """
 
     name: str
@@ -45,6 +45,8 @@ class ScaleTask:
     epochs: float
     peaks: tuple[float, float, float]
     constants: tuple[float, float]
+    wide_peaks: tuple[float, ...]
+    wide_constants: tuple[float, ...]
     interval: tuple[float, float]
     prepare: Callable[[Config], None] = lambda config: None
 
@@ -60,8 +62,14 @@ class ScaleTask:
         return Trainer(lambda: self.build(self.config), seed, averaging)
 
 
-SGD: dict[str, Any] = {"peaks": (0.03, 0.1, 0.3), "constants": (0.01, 0.03), "interval": (1e-3, 1e-1)}
-ADAMW: dict[str, Any] = {"peaks": (3e-4, 1e-3, 3e-3), "constants": (3e-4, 1e-3), "interval": (1e-4, 1e-2)}
+SGD: dict[str, Any] = {
+    "peaks": (0.03, 0.1, 0.3), "wide_peaks": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "constants": (0.01, 0.03), "wide_constants": (0.003, 0.01, 0.03, 0.1), "interval": (1e-3, 1e-1),
+}  # fmt: skip
+ADAMW: dict[str, Any] = {
+    "peaks": (3e-4, 1e-3, 3e-3), "wide_peaks": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "constants": (3e-4, 1e-3), "wide_constants": (1e-4, 3e-4, 1e-3, 3e-3), "interval": (1e-4, 1e-2),
+}  # fmt: skip
 
 
 # -- a residual network ------------------------------------------------------------------------------------------------
