@@ -219,8 +219,6 @@ class Desk:
         try:
             record.append(events)
             record.write_state(self._state_config(), self.policy.state_dict())
-            tell(events)
-            return
         except (RunTakenError, TypeError, ValueError) as error:
             failure = str(error)
         except OSError as error:
@@ -228,6 +226,9 @@ class Desk:
                 f"cannot write the record of the run in {record}: {error.strerror or error}. What it holds is intact: make "
                 'room, or mend the disk, and run the same command again with resume="auto"'
             )
+        else:
+            tell(events)
+            return
         record.close()
         self._record, self._failure = None, self._failure or AutoLRSError(failure)
 
