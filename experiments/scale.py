@@ -67,10 +67,12 @@ ROWS = {
     "anchored": Row("anchored", more_seeds=True, decades=6),
     "linear, untuned": Row(shape="linear", lrs=lambda task: task.peaks[1:2]),
     "linear, best of 3": Row(shape="linear", lrs=lambda task: task.peaks, more_seeds=True),
-    "constant + averaged weights, best of 2": Row(shape="constant", lrs=lambda task: task.constants, averaged=True),
-    "linear, best of 5": Row(shape="linear", lrs=lambda task: task.wide_peaks),
+    "constant + averaged weights, best of 2": Row(
+        shape="constant", lrs=lambda task: task.constants, averaged=True, more_seeds=True
+    ),
+    "linear, best of 5": Row(shape="linear", lrs=lambda task: task.wide_peaks, more_seeds=True),
     "constant + averaged weights, best of 4": Row(
-        shape="constant", lrs=lambda task: task.wide_constants, averaged=True
+        shape="constant", lrs=lambda task: task.wide_constants, averaged=True, more_seeds=True
     ),
     "paper": Row("paper", _paper, decades=2),
     "anchored, batch x 2 from .5 T": Row(
@@ -207,7 +209,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--seeds", type=int, default=2, help="of anchored and of the tuned linear decay (default 2)")
+    parser.add_argument("--seeds", type=int, default=2, help="of anchored and of the tuned rows (default 2)")
     parser.add_argument("--data", default="data", help="torchvision's root folder (default data)")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
     parser.add_argument("--width", type=float, help="factor of the layers' widths (default: VGG16 0.5, others 1)")

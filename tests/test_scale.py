@@ -177,7 +177,8 @@ def test_the_lr_is_chosen_on_validation_data_and_a_second_seed_takes_it_over(
 def test_further_seeds_come_after_all_rows_of_the_first(text: str) -> None:
     plan = [(method, seed) for _, method, seed in scale.planned([bytes_task(text)], list(scale.ROWS), 2)]
     assert plan[: len(scale.ROWS)] == [(method, 0) for method in scale.ROWS]
-    assert plan[len(scale.ROWS) :] == [("anchored", 1), ("linear, best of 3", 1)]
+    tuned = [method for method in scale.ROWS if "best of" in method]
+    assert plan[len(scale.ROWS) :] == [("anchored", 1), *((method, 1) for method in tuned)]
     other = replace(bytes_task(text), name="resnet")
     assert {method for _, method, _ in scale.planned([other], list(scale.ROWS), 1)} == {
         method for method in scale.ROWS if "batch" not in method
