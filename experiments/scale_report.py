@@ -19,8 +19,7 @@ from experiments.tables import markdown
 NOTES_FILE = "scale_notes.md"
 COMMAND = "python -m experiments.scale --data DIR --tasks {task} --rows {rows}"
 SAME = ("task", "steps", "epochs", "width", "batch_size")
-COLOURS = {"anchored": "#c1272d", "linear, best of 3": "#555555", "constant + averaged weights, best of 2": "#8c6d1f",
-           "paper": "#1f5fa8"}  # fmt: skip
+COLOURS = {"anchored": "#c1272d", "linear": "#555555", "constant + averaged weights": "#8c6d1f", "paper": "#1f5fa8"}
 
 LEGEND = """
 Every choice (LR, winner of the race, raw or averaged weights) is made on validation data; the test split is read once, by a
@@ -187,19 +186,17 @@ def draw(settings: list[list[dict[str, Any]]], path: Path) -> None:
 
 def _panel(axis: Any, rows: list[dict[str, Any]]) -> None:
     epochs = rows[0]["epochs"] / rows[0]["steps"]
-    for row in rows:
-        colour = COLOURS.get(row["method"])
-        if colour is None:
-            continue
+    # of one schedule's grids the last, which is the widest
+    drawn = {name: row for row in rows if (name := row["method"].split(", best of")[0]) in COLOURS}
+    for name, row in drawn.items():
         for curve in row["curves"]:
             if not curve["points"]:
                 continue
             steps, accuracies = zip(*curve["points"], strict=True)
             x, y = [epochs * step for step in steps], [100 * accuracy for accuracy in accuracies]
-            lr = "" if curve["lr"] is None else f", LR {curve['lr']:.2g}"
-            label = row["method"].split(",")[0] + lr if curve["chosen"] else None
-            axis.plot(x, y, color=colour, linewidth=1.8 if curve["chosen"] else 0.8, label=label,
-                      alpha=1.0 if curve["chosen"] else 0.45, zorder=3 if row["method"] == "anchored" else 2)  # fmt: skip
+            label = (name if row["lrs"][0] is None else f"{name}, LR {curve['lr']:.2g}") if curve["chosen"] else None
+            axis.plot(x, y, color=COLOURS[name], linewidth=1.8 if curve["chosen"] else 0.8, label=label,
+                      alpha=1.0 if curve["chosen"] else 0.45, zorder=3 if name == "anchored" else 2)  # fmt: skip
     axis.set_title(fill(rows[0]["title"], 45), fontsize=9, loc="left")
     axis.set_xlabel("epochs of the main training")
     axis.set_ylabel("validation accuracy, %")
