@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune import PlacementGroupFactory
 
 import autolrs_ray
 from autolrs_ray.core.policy import AutoLRSError
-from autolrs_ray.driver import lengths
+from autolrs_ray.driver import lengths, watchdog
 from autolrs_ray.driver.lengths import Pace
 from autolrs_ray.trial.trainable import trainable_for
 from tests.tasks import build_tiny
@@ -63,15 +64,49 @@ def test_one_length_is_given() -> None:
 
 def test_too_few_epochs_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lengths, "rehearse", lambda *args: pace(one=[{"step": 1, "epoch": 1 / 8}]))
-    assert lengths.steps_of_epochs(build_tiny, 0.25, {}, str(tmp_path), "step")[0] == 2
+    assert lengths.steps_of_epochs(build_tiny, 0.25, {}, str(tmp_path), "step", {})[0] == 2
     with pytest.raises(ValueError, match=r"epochs=0.01 are 0 of the 8 steps of an epoch, too few for a run: give more"):
-        lengths.steps_of_epochs(build_tiny, 0.01, {}, str(tmp_path), "step")
+        lengths.steps_of_epochs(build_tiny, 0.01, {}, str(tmp_path), "step", {})
+
+
+def trial(status: str, actor: str | None = None) -> SimpleNamespace:
+    factory = PlacementGroupFactory([{"CPU": 4}])
+    return SimpleNamespace(trial_id="a", status=status, actor=actor, placement_group_factory=factory)
+
+
+def test_a_trial_that_is_timed_may_not_be_silent_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(lengths.time, "monotonic", lambda: now.s)
+    monkeypatch.setattr(watchdog, "node_resources", lambda: [{"CPU": 4.0}])
+    watched = Pace(report_timeout_s=10.0, actor_of=lambda trial: trial.actor)  # type: ignore[attr-defined]
+    for seconds, seen in ((0.0, trial("PENDING")), (500.0, trial("PENDING", "its actor")), (510.0, trial("RUNNING"))):
+        now.s = seconds
+        watched.on_step_begin(0, [seen])
+    watched.on_trial_result(0, [], trial("RUNNING"), {"step": 1})
+    now.s = 520.0
+    watched.on_step_begin(0, [trial("RUNNING")])
+    now.s = 521.0
+    with pytest.raises(AutoLRSError, match=r"has reported nothing for 11 s \(report_timeout_s=10\)"):
+        watched.on_step_begin(0, [trial("RUNNING")])
+
+
+def test_a_trial_that_is_timed_does_not_wait_for_what_no_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(lengths.time, "monotonic", lambda: now.s)
+    monkeypatch.setattr(watchdog, "node_resources", lambda: [{"CPU": 2.0}])
+    watched = Pace(resource_timeout_s=5.0)
+    watched.on_step_begin(0, [trial("PENDING")])
+    now.s = 6.0
+    with pytest.raises(
+        AutoLRSError, match=r"each trial asks for \{'CPU': 4.0\} on one node, but the cluster has 1 node"
+    ):
+        watched.on_step_begin(0, [trial("PENDING")])
 
 
 def test_too_few_hours_and_a_trial_that_fails_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lengths.tune, "run", lambda *args, **options: None)
+    monkeypatch.setattr(lengths.tune, "run", lambda *args, **options: SimpleNamespace(trials=[]))
     with pytest.raises(AutoLRSError, match="failed before its first reports"):
-        lengths.rehearse(build_tiny, {}, str(tmp_path), (1,), 1)
+        lengths.rehearse(build_tiny, {}, str(tmp_path), (1,), 1, {})
     found = pace(few=timed(4, 9.0, 2.4, 2.9), more=timed(24, 30.0, 5.0, 4.4))
     monkeypatch.setattr(lengths, "rehearse", lambda *args: found)
     monkeypatch.setattr(lengths, "node_resources", lambda: [])
@@ -100,7 +135,7 @@ def test_epochs_and_hours_become_steps_and_a_begun_run_keeps_them(
     options: dict[str, Any] = dict(num_lrs=2, slots=1, storage_path=tmp_path, progress=False)
     build = trainable_for(build_tiny)
     each = autolrs_ray.Trainer(lambda: build_tiny({})).steps_per_epoch
-    steps, told = lengths.steps_of_epochs(build, 10.5, {"seed": 0}, str(tmp_path), "step")
+    steps, told = lengths.steps_of_epochs(build, 10.5, {"seed": 0}, str(tmp_path), "step", {})
     assert (steps, told) == (84, f"10.5 epochs of {each} steps: T = 84 steps")
     first = autolrs_ray.run(build, hours=1.0 / 3600, **options)
     told = capsys.readouterr().err

@@ -29,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def dog() -> Watchdog:
     policy = SimpleNamespace(done=False, progress=dict, last_good=lambda arm: way_on("/run/c", 100, ""), wanted=list)
     desk: Any = SimpleNamespace(
-        settings=SimpleNamespace(report_timeout_s=10.0),
+        settings=SimpleNamespace(report_timeout_s=10.0, resource_timeout_s=60.0),
         capacity=Capacity(),
         policy=policy,
         segment=lambda trial_id: SEGMENT,
@@ -159,7 +159,7 @@ def test_the_time_in_which_nodes_are_started_does_not_count_up_to_half_an_hour(
     with pytest.raises(AutoLRSError, match="raise resource_timeout_s"):
         dog.look({}, {})
     cluster.starting = 0
-    dog._infeasible_since = None
+    dog._shortage._since = None
     for clock.s in (2000.0, 2059.0):
         dog.look({}, {})
     clock.s = 2061.0

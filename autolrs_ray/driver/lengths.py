@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 import uuid
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.error import TuneError
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 
+from autolrs_ray.core.checks import require_float
 from autolrs_ray.core.policy import AutoLRSError
 from autolrs_ray.core.race.cost import measured
 from autolrs_ray.core.workers import parse_workers
+from autolrs_ray.driver.crashes import crash_of
 from autolrs_ray.driver.nodes import node_resources, trials_that_fit
+from autolrs_ray.driver.settings import REPORT_TIMEOUT_S, RESOURCE_TIMEOUT_S
+from autolrs_ray.driver.watchdog import Shortage
+from autolrs_ray.private import starting_actor
 from autolrs_ray.record.journal import read_journal
 from autolrs_ray.record.stores import is_uri, join
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
 
 FEW, MORE = 4, 24  # steps between two reports of the trials that are timed: their difference is what 20 steps cost
 REPORTS = 3  # of each; the first, in which memory is taken and kernels are chosen, does not count
@@ -27,16 +40,37 @@ LEAST_STEPS = 50  # a race over fewer goes by noise
 
 @dataclass
 class Pace(tune.Callback):  # type: ignore[misc]
-    """What a trial's reports tell: seconds per step and per report, and steps per epoch. Watches the trials it is given to."""
+    """What a trial's reports tell: seconds per step and per report, and steps per epoch. Watches the trials it is given to,
+    and raises AutoLRSError where they fall silent, or want what no node has."""
 
+    report_timeout_s: float = REPORT_TIMEOUT_S
+    resource_timeout_s: float = RESOURCE_TIMEOUT_S
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     resources: Any = None
+    actor_of: Callable[[Trial], Any] = lambda trial: None
+    _shortage: Shortage | None = None
+    _heard: float | None = None  # when the last report came, or a trial had got what it asks for
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         self.rows.setdefault(trial.trial_id, []).append(dict(result))
         self.resources = trial.placement_group_factory
+        self._heard = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        now, running = time.monotonic(), any(trial.status == Trial.RUNNING for trial in trials)
+        pending = [trial for trial in trials if trial.status == Trial.PENDING]
+        if pending:
+            self._shortage = self._shortage or Shortage(pending[0].placement_group_factory)
+            self._shortage.look(not running, self.resource_timeout_s, now)
+        if self._heard is None and (running or any(self.actor_of(trial) is not None for trial in pending)):
+            self._heard = now
+        if self._heard is not None and now - self._heard > self.report_timeout_s:
+            raise AutoLRSError(
+                f"the trial whose steps were to be timed has reported nothing for {now - self._heard:.0f} s "
+                f"(report_timeout_s={self.report_timeout_s:g}): see its setup and its loop, or give total_steps"
+            )
 
     def steps_per_epoch(self, clock: str) -> int:
         """Optimizer steps per epoch. Raises ValueError where the trials do not report "epoch", steps / steps per epoch."""
@@ -57,35 +91,49 @@ class Pace(tune.Callback):  # type: ignore[misc]
         return step, max(0.0, quick - few * step)
 
 
+class _Introduction(FIFOScheduler):  # type: ignore[misc]
+    """Shows a Pace the actors of its trials: Tune tells schedulers alone of its controller."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        self._pace.actor_of = partial(starting_actor, tune_controller)
+
+
 def rehearse(
     trainable: Any,
     config: dict[str, Any],
     storage: str,
     reports: tuple[int, ...],
     count: int,
+    search: Mapping[str, Any],
     reuse_actors: bool = True,
 ) -> Pace:
     """Train a trial for each of `reports`, steps between two reports, until it has made `count` of them; leaves no files.
 
-    Raises AutoLRSError, with the trial's own error, if one fails.
+    search: the options of AutoLRSSearch. Raises AutoLRSError, with the trial's own error, if one fails, and as Pace does.
     """
-    pace = Pace()
+    limits = {"report_timeout_s": REPORT_TIMEOUT_S, "resource_timeout_s": RESOURCE_TIMEOUT_S}
+    pace = Pace(*(require_float(name, search.get(name, usual), 0.0, math.inf) for name, usual in limits.items()))
+    failure = None
     name = f".pace-{uuid.uuid4().hex[:8]}"
     try:
-        tune.run(
+        found = tune.run(
             trainable, name=name, storage_path=storage, stop={"training_iteration": count}, verbose=0, callbacks=[pace],
             config={**config, "lr": 1e-6, "report_every": tune.grid_search(list(reports))}, max_concurrent_trials=1,
-            raise_on_failed_trial=False, reuse_actors=reuse_actors,
+            scheduler=_Introduction(pace), raise_on_failed_trial=False, reuse_actors=reuse_actors,
         )  # fmt: skip
+        failure = next((crash_of(trial) for trial in found.trials if trial.status == Trial.ERROR), None)
     except TuneError as error:
         raise AutoLRSError(f"the trial whose steps were to be timed failed: {error}") from error
     finally:
         _remove(join(storage, name))
     whole = [rows for rows in pace.rows.values() if len(rows) >= count]
     if len(whole) < len(reports):
-        raise AutoLRSError(
-            "the trial whose steps were to be timed failed before its first reports: see its error above, or give total_steps"
-        )
+        why = f": {failure}" if failure is not None else ""
+        raise AutoLRSError(f"the trial whose steps were to be timed failed before its first reports{why}")
     return pace
 
 
@@ -101,11 +149,16 @@ def _remove(folder: str) -> None:
         store.delete_dir(path)
 
 
-def steps_of_epochs(trainable: Any, epochs: float, config: dict[str, Any], storage: str, clock: str) -> tuple[int, str]:
-    """Optimizer steps of `epochs` passes over the training data, and a line that says how they were found."""
+def steps_of_epochs(
+    trainable: Any, epochs: float, config: dict[str, Any], storage: str, clock: str, search: Mapping[str, Any]
+) -> tuple[int, str]:
+    """Optimizer steps of `epochs` passes over the training data, and a line that says how they were found.
+
+    search: the options of AutoLRSSearch.
+    """
     if not (isinstance(epochs, (int, float)) and math.isfinite(epochs) and epochs > 0):
         raise ValueError(f"epochs must be a positive number, got {epochs!r}")
-    each = rehearse(trainable, config, storage, (1,), 1).steps_per_epoch(clock)
+    each = rehearse(trainable, config, storage, (1,), 1, search).steps_per_epoch(clock)
     total = round(epochs * each)
     if total < 2:
         raise ValueError(
@@ -121,7 +174,7 @@ def steps_of_hours(
     storage: str,
     name: str,
     clock: str,
-    search: dict[str, Any],
+    search: Mapping[str, Any],
     reuse_actors: bool = True,
 ) -> tuple[int, str]:
     """Optimizer steps of a run that takes about `hours`, search and all, and a line that says how they were found.
@@ -134,7 +187,7 @@ def steps_of_hours(
         raise ValueError(f'hours= is for policy="anchored", got {search["policy"]!r}: give total_steps')
     if (begun := _steps_begun(join(storage, name))) is not None:
         return begun, f"the run that is there goes on over its own T = {begun:,} steps"
-    pace = rehearse(trainable, config, storage, (FEW, MORE), REPORTS, reuse_actors)
+    pace = rehearse(trainable, config, storage, (FEW, MORE), REPORTS, search, reuse_actors)
     step_s, report_s = pace.seconds(clock)
     fit = trials_that_fit(pace.resources, node_resources())
     slots = max(1, min(fit, search.get("slots") or fit))

@@ -103,6 +103,11 @@ def run(
         raise ValueError(
             f"workers={workers!r} needs the resources of one worker, such as {{'gpu': 1}}, got {resources!r}"
         )
+    shared = isinstance(resources, dict) and (resources.get("gpu") or resources.get("GPU") or 0) % 1
+    if (elastic or least > 1) and shared:
+        raise ValueError(
+            f"workers={workers!r} needs whole GPUs, which is what NCCL wants of each worker, got {resources!r}"
+        )
     if threads and not isinstance(resources, tune.PlacementGroupFactory):
         from autolrs_ray.trial.distributed import worker_resources
 
@@ -219,7 +224,7 @@ def _length(
     clock = search.get("time_attr", "step")
     with _settings(RAY_AIR_NEW_OUTPUT="0"):
         if epochs is not None:
-            total, told = steps_of_epochs(trainable, epochs, config, storage, clock)
+            total, told = steps_of_epochs(trainable, epochs, config, storage, clock, search)
         else:
             assert hours is not None
             total, told = steps_of_hours(trainable, hours, config, storage, name, clock, search, reuse_actors)

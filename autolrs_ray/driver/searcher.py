@@ -11,7 +11,7 @@ from autolrs_ray.core.policy import Policy
 from autolrs_ray.driver.coordinator import Coordinator
 from autolrs_ray.driver.desk import Desk
 from autolrs_ray.driver.identity import refuse_search_spaces
-from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY, RunSettings
+from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY, REPORT_TIMEOUT_S, RESOURCE_TIMEOUT_S, RunSettings
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -69,8 +69,8 @@ class AutoLRSSearch(Searcher):
         slots: int | None = None,
         resume: bool | str = False,
         extend: bool = False,
-        report_timeout_s: float = 900.0,
-        resource_timeout_s: float = 60.0,
+        report_timeout_s: float = REPORT_TIMEOUT_S,
+        resource_timeout_s: float = RESOURCE_TIMEOUT_S,
         workers: int | str | tuple[int, int] = 1,
         **options: Any,
     ) -> None:

@@ -17,6 +17,8 @@ from autolrs_ray.driver.reports import ReportKeys
 
 CONFIG_KEY = "autolrs"
 LR_KEY = "lr"
+REPORT_TIMEOUT_S, RESOURCE_TIMEOUT_S = 900.0, 60.0
+"""What the searcher's options of these names are unless they are given."""
 
 
 class RunSettings:

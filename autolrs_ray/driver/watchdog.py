@@ -20,6 +20,32 @@ START_S = 1800.0  # longest an autoscaler may be said to start nodes without one
 PATIENCE = 4.0  # a report may take so many times as long as the pace so far lets expect
 
 
+class Shortage:
+    """Ends the wait for what no node of the cluster has. resources: the PlacementGroupFactory of a trial."""
+
+    def __init__(self, resources: Any) -> None:
+        self._resources = resources
+        self._since: float | None = None
+        self._counted_since = 0.0  # as that, or when an autoscaler was last seen to start nodes
+
+    def look(self, waiting: bool, timeout_s: float, now: float) -> None:
+        """`waiting`: trials are pending and none runs. While an autoscaler starts nodes, the time does not count."""
+        nodes = node_resources() if waiting else []
+        if not waiting or trials_that_fit(self._resources, nodes, most=1):
+            self._since = None
+            return
+        if self._since is None:
+            self._since = self._counted_since = now
+        if now - self._since < START_S and nodes_starting():
+            self._counted_since = now
+        if now - self._counted_since <= timeout_s:
+            return
+        raise AutoLRSError(
+            f"{describe_shortage(self._resources, nodes)}. Ask for less per trial, add nodes, or raise resource_timeout_s "
+            f"(now {timeout_s:g}) if the cluster is still growing."
+        )
+
+
 class Watchdog:
     """Looks at the live trials once per loop of Tune's; raises AutoLRSError when nothing can make progress.
 
@@ -27,15 +53,14 @@ class Watchdog:
     """
 
     def __init__(self, desk: Desk, live: dict[str, Trial], resources: Any, actor_of: Callable[[Trial], Any]) -> None:
-        self._desk, self._live, self._resources, self._actor_of = desk, live, resources, actor_of
+        self._desk, self._live, self._actor_of = desk, live, actor_of
+        self._shortage = Shortage(resources)
         self._seen: dict[str, float] = {}
         self._starting: dict[str, tuple[Any, float]] = {}  # trial -> the actor that it waits for, and since when
         self._steps: dict[str, int] = {}  # at the last report
         self._given_up: set[str] = set()
         self._pace_s = 0.0  # slot-seconds per step of the slowest stretch between two reports so far
         self._idle_since: float | None = None
-        self._infeasible_since: float | None = None
-        self._counted_since = 0.0  # as that, or when an autoscaler was last seen to start nodes
 
     def heard(self, trial_id: str, step: int | None = None) -> None:
         """A sign of life; step: optimizer steps done, if it was a report."""
@@ -84,7 +109,7 @@ class Watchdog:
                 self.heard(trial_id)
                 self._give_up(trial, actor_of(trial), f"has reported nothing for {silent:.0f} s")
         pending = any(trial.status == Trial.PENDING for trial in self._live.values())
-        self._check_resources(pending and not running, now)
+        self._shortage.look(pending and not running, self._desk.settings.resource_timeout_s, now)
         self._check_standstill(not running and not saving and not pending, now)
 
     def _look_at_start(self, trial: Trial, now: float) -> None:
@@ -113,23 +138,6 @@ class Watchdog:
         desk.warn(message)
         self._given_up.add(trial.trial_id)
         ray.kill(actor)  # Tune retries or ends the trial; its actor is not reused
-
-    def _check_resources(self, waiting: bool, now: float) -> None:
-        """`waiting`: trials are pending and none runs. While an autoscaler starts nodes, the time does not count."""
-        nodes = node_resources() if waiting else []
-        if not waiting or trials_that_fit(self._resources, nodes, most=1):
-            self._infeasible_since = None
-            return
-        if self._infeasible_since is None:
-            self._infeasible_since = self._counted_since = now
-        if now - self._infeasible_since < START_S and nodes_starting():
-            self._counted_since = now
-        if now - self._counted_since <= self._desk.settings.resource_timeout_s:
-            return
-        raise AutoLRSError(
-            f"{describe_shortage(self._resources, nodes)}. Ask for less per trial, add nodes, or raise resource_timeout_s "
-            f"(now {self._desk.settings.resource_timeout_s:g}) if the cluster is still growing."
-        )
 
     def _check_standstill(self, stuck: bool, now: float) -> None:
         if not stuck or self._desk.policy.done or self._desk.policy.wanted():

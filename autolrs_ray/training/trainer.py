@@ -46,7 +46,8 @@ class Trainer:
 
     build: () -> TrainingTask; called once, with the generators of Python, NumPy and torch seeded by `seed`, so that every
     process starts from the same weights and holds out the same rows. averaging: keep the averages of weights that the task
-    names in `average_over`; the attribute is False where its optimizer averages by itself.
+    names in `average_over`; the attribute is False where its optimizer averages by itself. device: where the task names none
+    (None: CUDA if there is any).
 
     Raises what TrainingTask raises, TypeError if `build` returns something else, and ValueError for an optimizer built with an
     LR of 0.
@@ -54,13 +55,15 @@ class Trainer:
 
     rank, world = 0, 1  # of DistributedTrainer's processes
 
-    def __init__(self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False) -> None:
+    def __init__(
+        self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False, device: str | None = None
+    ) -> None:
         seed_all(seed)
         task = build()
         if not isinstance(task, TrainingTask):
             raise TypeError(f"the build function must return a TrainingTask, got {type(task).__name__}")
         self.task, self.seed, self.step = task, seed, 0
-        self.device = torch.device(task.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(task.device or device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.feed = Feed(task, seed, self.device, self.rank, self.world)
         self.held_out = held_out(drawn(task.val_data, task.val_fraction, seed), seed)
         self._optimizers = task.optimizers

@@ -27,6 +27,7 @@ from autolrs_ray.training.optimizers import parameters_of
 from autolrs_ray.training.randomness import random_numbers_put_back
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
+from autolrs_ray.trial.device import own_device
 from autolrs_ray.trial.trainable import AutoLRSTrainable
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def check_task(build: Any, seed: int, workers: int = 1) -> tuple[Trainer, int]:
 
     with random_numbers_put_back(), warnings.catch_warnings():
         warnings.filterwarnings("error", message=r"Using a (target|input) size", category=UserWarning)
-        trainer = Trainer(quickly, seed)
+        trainer = Trainer(quickly, seed, device=own_device())
         try:
             _check_one_step(trainer)
         except UserWarning as error:

@@ -30,6 +30,7 @@ from autolrs_ray.training.optimizers import parameters_of
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
 from autolrs_ray.trial.batch_norm import synchronised
+from autolrs_ray.trial.device import own_device
 
 LOOPBACK = "127.0.0.1"
 
@@ -42,9 +43,11 @@ class DistributedTrainer(Trainer):
     Raises ValueError where there are fewer rows in a batch than processes, or for an optimizer that cannot be shared.
     """
 
-    def __init__(self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False) -> None:
+    def __init__(
+        self, build: Callable[[], TrainingTask], seed: int = 0, averaging: bool = False, device: str | None = None
+    ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        super().__init__(build, seed, averaging)
+        super().__init__(build, seed, averaging, device)
         size = self.task.batch_size
         if size < self.world:
             raise ValueError(f"batch_size={size} is shared by {self.world} workers: every one needs a row")
@@ -125,11 +128,11 @@ class _Worker:
         if address[0] == LOOPBACK:
             names = [name for _, name in socket.if_nameindex()]
             os.environ.setdefault("GLOO_SOCKET_IFNAME", next(name for name in names if name in ("lo", "lo0")))
-        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        backend = backend or ("nccl" if own_device() == "cuda" else "gloo")
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world)
 
     def build(self, build: Callable[[], TrainingTask], seed: int, averaging: bool) -> tuple[int, float, bool, str]:
-        trainer = self.trainer = DistributedTrainer(build, seed, averaging)
+        trainer = self.trainer = DistributedTrainer(build, seed, averaging, own_device())
         return trainer.steps_per_epoch, trainer.val_batches, trainer.averaging, trainer.held_out
 
     def train(self, until: int, lrs: list[float]) -> float:
@@ -159,7 +162,7 @@ class WorkerGroup:
     """Does what a Trainer does, with all workers of the trial it is created in.
 
     build: () -> TrainingTask, called once in every worker. workers: processes; each gets one bundle of the trial's
-    placement group. backend: of torch.distributed (None: "nccl" where there is CUDA, else "gloo").
+    placement group. backend: of torch.distributed (None: "nccl" where the workers have GPUs, else "gloo").
 
     Raises RuntimeError if the trial's placement group has too few bundles, or if the ranks' weights drift apart.
     """

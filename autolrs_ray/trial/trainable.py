@@ -25,6 +25,7 @@ from autolrs_ray.record.checkpoints import (
 )
 from autolrs_ray.training.task import TrainingTask
 from autolrs_ray.training.trainer import Trainer
+from autolrs_ray.trial.device import own_device
 from autolrs_ray.trial.shared import LEAST_BYTES, SharedCheckpoint, pack, state_bytes
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class AutoLRSTrainable(tune.Trainable):  # type: ignore[misc]
         if self.threads:
             torch.set_num_threads(trial_cpus())
         if workers == 1 or self.threads:
-            return Trainer(lambda: self.build(config), seed, averaging)
+            return Trainer(lambda: self.build(config), seed, averaging, own_device())
         from autolrs_ray.trial.distributed import WorkerGroup
 
         blank = object.__new__(type(self))  # what the workers are sent: build, and nothing of this process
