@@ -8,6 +8,7 @@ workers="elastic" asks of a trainable: train with as many workers as the trial h
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import socket
 import tempfile
@@ -39,7 +40,10 @@ class Rank:
     def __init__(self, rank: int, world: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.rank, self.world, self.seed = rank, world, seed
-        self.model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+        self.device = (
+            "cuda" if ray.get_gpu_ids() else "cpu"
+        )  # one that Ray has given to this process, not any that is there
+        self.model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)).to(self.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.forward: nn.Module = self.model
 
@@ -49,7 +53,7 @@ class Rank:
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def join(self, address: str) -> None:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if self.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=address, rank=self.rank, world_size=self.world)
         self.forward = DistributedDataParallel(self.model)
 
@@ -57,7 +61,7 @@ class Rank:
         """The batch of a step depends on the seed and the step; every process takes its rows of it."""
         x = torch.randn(BATCH, 8, generator=torch.Generator().manual_seed(1_000_003 * self.seed + step))
         y, own = target(x), slice(self.rank, None, self.world)
-        return x[own], y[own]
+        return x[own].to(self.device), y[own].to(self.device)
 
     def train(self, step: int, lrs: list[float]) -> float:
         total = 0.0
@@ -76,12 +80,16 @@ class Rank:
     @torch.no_grad()
     def evaluate(self) -> float:
         x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
-        return float(nn.functional.mse_loss(self.model(x), target(x)))
+        return float(nn.functional.mse_loss(self.model(x.to(self.device)), target(x).to(self.device)))
 
-    def state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def state(self) -> bytes:
+        """As bytes, which the trial's own process can take that has no GPU."""
+        file = io.BytesIO()
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+        return file.getvalue()
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, data: bytes) -> None:
+        state = torch.load(io.BytesIO(data), map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -127,8 +135,8 @@ def train(config: dict[str, Any]) -> None:
     try:
         if checkpoint := tune.get_checkpoint():
             with checkpoint.as_directory() as folder:
-                saved = torch.load(Path(folder, "state.pt"), weights_only=True)
-            step = saved.pop("step")
+                saved = Path(folder, "state.pt").read_bytes()
+                step = json.loads(Path(folder, "step.json").read_text())
             ranks.all("load", saved)
         end = follow.end or 1000
         while step < end:
@@ -137,7 +145,8 @@ def train(config: dict[str, Any]) -> None:
             step = until
             metrics = {"val_loss": ranks.all("evaluate"), "train_loss": loss}
             with tempfile.TemporaryDirectory() as folder:
-                torch.save({"step": step, **ranks.all("state")}, Path(folder, "state.pt"))
+                Path(folder, "state.pt").write_bytes(ranks.all("state"))
+                Path(folder, "step.json").write_text(json.dumps(step))
                 tune.report(follow.report(step, metrics), checkpoint=tune.Checkpoint.from_directory(folder))
     finally:
         ranks.close()
@@ -149,7 +158,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     given = parser.parse_args()
     found = autolrs_ray.run(
-        train, given.steps, workers="elastic", resources={"cpu": 1}, storage_path=given.storage, name="ddp"
+        train, given.steps, workers=(1, BATCH), resources={"cpu": 1}, storage_path=given.storage, name="ddp"
     )
     sizes = sorted({event["workers"] for event in found.events if event["event"] == "workers"})
     print(json.dumps({"val_loss": found.metric, "workers": sizes, "compute": round(found.compute, 2)}))

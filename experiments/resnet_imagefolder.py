@@ -11,6 +11,8 @@ the final model. Trials grow into free GPUs. The same command again goes on wher
 from __future__ import annotations
 
 import argparse
+import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,11 @@ from experiments.vgg16_task import Normalise
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def images(folder: Path, size: int, train: bool) -> ImageFolder:
-    """uint8 images (3, size, size), cropped and flipped at random to train on; a quarter of the bytes of floats to send."""
+def transform(size: int, train: bool) -> v2.Compose:
+    """To uint8 images (3, size, size), cropped and flipped at random to train on; a quarter of the bytes of floats to send."""
     flips: list[Any] = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     centre: list[Any] = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    return ImageFolder(str(folder), v2.Compose([v2.ToImage(), *(flips if train else centre)]))
+    return v2.Compose([v2.ToImage(), *(flips if train else centre)])
 
 
 def network(name: str, classes: int) -> nn.Module:
@@ -41,24 +43,16 @@ def network(name: str, classes: int) -> nn.Module:
     return nn.Sequential(Normalise(MEAN, STD), torchvision.models.get_model(name, weights=None, num_classes=classes))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and the weights of norms are not decayed."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
 def build(config: dict[str, Any]) -> TrainingTask:
-    folder = Path(config["data"], "train")
-    train, val = (images(folder, config["size"], train) for train in (True, False))
+    train = ImageFolder(str(Path(config["data"], "train")), transform(config["size"], train=True))
+    val = copy.copy(train)  # the same list of files
+    val.transform = transform(config["size"], train=False)
     rows = torch.arange(len(train))
     held_out = rows % config["held_out"] == 0
     model = network(config["model"], len(train.classes))
     return TrainingTask(
         model=model,
-        optimizer=torch.optim.SGD(parameter_groups(model, 5e-5), lr=0.1, momentum=0.9, nesterov=True),
+        optimizer=torch.optim.SGD(cluster_job.parameter_groups(model, 5e-5), lr=0.1, momentum=0.9, nesterov=True),
         loss=nn.CrossEntropyLoss(label_smoothing=0.1),
         train_data=Subset(train, rows[~held_out].tolist()),
         val_data=Subset(val, rows[held_out].tolist()),
@@ -87,9 +81,20 @@ def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"data": str(Path(arguments.data).absolute()), **{name: getattr(arguments, name) for name in names}}
 
 
+def test_images(config: dict[str, Any]) -> ImageFolder:
+    """Raises ValueError where DATA/val has other classes than DATA/train, whose numbers would be others then."""
+    folders = [Path(config["data"], part) for part in ("train", "val")]
+    classes = [sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) for folder in folders]
+    if classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))[:3]
+        raise ValueError(f"{folders[0]} and {folders[1]} must have the same folders, one for each class: see {odd}")
+    return ImageFolder(str(folders[1]), transform(config["size"], train=False))
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     config = config_of(arguments)
+    test = test_images(config)  # what is wrong with it is known before days of training
     cluster_job.join_cluster()
     result = autolrs_ray.run(
         build,
@@ -97,13 +102,13 @@ def main(argv: list[str] | None = None) -> None:
         config=config,
         name=arguments.name,
         storage_path=arguments.storage,
-        resources={"cpu": arguments.cpus, "gpu": arguments.gpus},
+        resources=cluster_job.resources(arguments),
         workers="elastic",
     )
     print(cluster_job.told(result))
     final = Trainer(lambda: build(config))
     final.model.load_state_dict(result.model_state())
-    print("test:", final.evaluate(images(Path(config["data"], "val"), arguments.size, train=False)))
+    print("test:", final.evaluate(test))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 DATA.SOURCE and DATA.TARGET are the files. One byte-pair vocabulary for both is learned from them; sentences are padded to
 --length tokens, so that all batches have one shape, and longer pairs are left out. Every 200th pair chooses learning rates.
-Base size of Vaswani et al. 2017, with the norms first; Adam (.9, .98), label smoothing .1. The loss is per token.
+Tokens and tokenizer are kept beside the files, in DATA.*.pt: `Tokenizer.from_str` of its "tokenizer". Base size of Vaswani
+et al. 2017, with the norms first; Adam (.9, .98). The loss is per token, and smoothed, .1, where it is validated as well.
 """
 
 from __future__ import annotations
@@ -24,36 +25,41 @@ from autolrs_ray import TrainingTask
 from experiments import cluster_job
 
 PAD, BEGIN, END = 0, 1, 2
+CHUNK = 10_000  # pairs that are encoded at a time
 
 
 def encode(source: list[str], target: list[str], vocabulary: int, length: int) -> dict[str, Any]:
-    """ "source" (n, length) and "target" (n, length + 1), which begins with BEGIN and ends with END: int16, padded."""
+    """ "source" (n, length) and "target" (n, length + 1), from BEGIN to END: int32, padded; "vocabulary", "tokenizer"."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["[PAD]", "[BEGIN]", "[END]"],
-                                  initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)  # fmt: skip
     tokenizer.train_from_iterator([*source, *target], trainer)
-    pairs = [(a.ids, [BEGIN, *b.ids, END])
-             for a, b in zip(tokenizer.encode_batch(source), tokenizer.encode_batch(target), strict=True)
-             if 0 < len(a.ids) <= length and 0 < len(b.ids) < length]  # fmt: skip
-    if not pairs:
-        raise ValueError(f"no pair of sentences has at most {length} tokens: give a greater --length")
 
     def padded(rows: list[list[int]], width: int) -> Tensor:
-        return torch.tensor([row + [PAD] * (width - len(row)) for row in rows], dtype=torch.int16)
+        return torch.tensor([row + [PAD] * (width - len(row)) for row in rows], dtype=torch.int32).view(-1, width)
 
+    parts = []
+    for i in range(0, len(source), CHUNK):
+        both = (tokenizer.encode_batch(sentences[i : i + CHUNK]) for sentences in (source, target))
+        pairs = [(a.ids, [BEGIN, *b.ids, END]) for a, b in zip(*both, strict=True)
+                 if 0 < len(a.ids) <= length and 0 < len(b.ids) < length]  # fmt: skip
+        parts.append((padded([a for a, _ in pairs], length), padded([b for _, b in pairs], length + 1)))
+    sources, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not len(sources):
+        raise ValueError(f"no pair of sentences has at most {length} tokens: give a greater --length")
     return {
-        "source": padded([pair[0] for pair in pairs], length),
-        "target": padded([pair[1] for pair in pairs], length + 1),
+        "source": sources,
+        "target": targets,
         "vocabulary": tokenizer.get_vocab_size(),
+        "tokenizer": tokenizer.to_str(),
     }
 
 
 class Translator(nn.Module):
     """Tokens (n, 2 * length), the source's and then those of the translation so far -> logits (n, length, vocabulary)."""
 
-    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
+    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int = 8) -> None:
         super().__init__()
         self.length = length
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
@@ -90,42 +96,41 @@ def build(config: dict[str, Any]) -> TrainingTask:
                                             label_smoothing=smoothing, reduction="sum")  # fmt: skip
         return total / (len(wanted) * tokens)
 
-    width = config["width"]
-    model = Translator(data["vocabulary"], targets.shape[1], width, config["layers"], max(1, width // 64))
+    model = Translator(data["vocabulary"], targets.shape[1], config["width"], config["layers"])
     return TrainingTask(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9),
-        loss=loss,
-        train_data=(inputs[~held_out], targets[~held_out]),
-        val_data=(inputs[held_out], targets[held_out]),
-        batch_size=config["batch_size"],
-        eval_batch_size=256,
+        model, torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9), loss,
+        train_data=(inputs[~held_out], targets[~held_out]), val_data=(inputs[held_out], targets[held_out]),
+        batch_size=config["batch_size"], eval_batch_size=256, clip_norm=1.0, autocast=True, compile=config["compile"],
         metrics={"nats_per_token": lambda logits, wanted: loss(logits, wanted, smoothing=0.0)},
-        clip_norm=1.0,
-        autocast=True,
-        compile=config["compile"],
-    )
+    )  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cluster_job.parser(__doc__, "translation", epochs=10)
+    made = cluster_job.parser(__doc__, "translation", 10, "the files without their endings, which all nodes see")
     made.add_argument("--source", default="en", help="ending of the source's file (default en)")
     made.add_argument("--target", default="de", help="ending of the target's file (default de)")
-    made.add_argument("--vocabulary", type=int, default=32_000, help="tokens, at most 32,767 (default 32,000)")
+    made.add_argument("--vocabulary", type=int, default=32_000, help="tokens (default 32,000)")
     made.add_argument("--length", type=int, default=64, help="most tokens of a sentence (default 64)")
-    made.add_argument("--width", type=int, default=512)
+    made.add_argument("--width", type=int, default=512, help="of the model, for its 8 heads (default 512)")
     made.add_argument("--layers", type=int, default=6, help="of the encoder, and of the decoder (default 6)")
     made.add_argument("--held-out", type=int, default=200, help="every which pair chooses (default 200)")
     return made
 
 
+def sentences(*files: Path) -> list[list[str]]:
+    """The lines of both files. Raises ValueError where one has more of them."""
+    texts = [file.read_text("utf-8").removesuffix("\n").split("\n") for file in files]
+    if len(texts[0]) != len(texts[1]):
+        raise ValueError(f"{files[0]} has {len(texts[0])} lines and {files[1]} {len(texts[1])}: they are read in pairs")
+    return texts
+
+
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The configuration of a trial. Writes the encoded text beside the files."""
-    texts = [
-        Path(f"{arguments.data}.{end}").read_text("utf-8").splitlines() for end in (arguments.source, arguments.target)
-    ]
-    encoded = Path(f"{arguments.data}.{arguments.source}-{arguments.target}.pt").absolute()
-    torch.save(encode(*texts, arguments.vocabulary, arguments.length), encoded)
+    """The configuration of a trial. Writes the encoded text beside the files, where it is not there yet."""
+    ends, sizes = (arguments.source, arguments.target), (arguments.vocabulary, arguments.length)
+    files = [Path(f"{arguments.data}.{end}") for end in ends]
+    stem = files[0].with_suffix(f".{'-'.join(ends)}")
+    encoded = cluster_job.made_once(stem, files, sizes, lambda: encode(*sentences(*files), *sizes))
     names = ("width", "layers", "held_out", "batch_size", "compile")
     return {"encoded": str(encoded), **{name: getattr(arguments, name) for name in names}}
 
@@ -134,14 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     cluster_job.join_cluster()
     result = autolrs_ray.run(
-        build,
-        epochs=arguments.epochs,
-        config=config_of(arguments),
-        name=arguments.name,
-        storage_path=arguments.storage,
-        resources={"cpu": arguments.cpus, "gpu": arguments.gpus},
-        workers="elastic",
-    )
+        build, epochs=arguments.epochs, config=config_of(arguments), name=arguments.name, storage_path=arguments.storage,
+        resources=cluster_job.resources(arguments), workers="elastic",
+    )  # fmt: skip
     print(cluster_job.told(result))
 
 

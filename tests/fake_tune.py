@@ -12,7 +12,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
 from autolrs_ray import AutoLRSScheduler, AutoLRSSearch
-from autolrs_ray.driver import coordinator, slots, watchdog
+from autolrs_ray.driver import slots, watchdog
 from autolrs_ray.record.journal import read_journal
 
 RACE: dict[str, Any] = dict(num_lrs=4, lr_interval=(1e-3, 1.0), envelope="constant", warmup=0.0, resume="auto")
@@ -68,7 +68,7 @@ class FakeTune:
     def __init__(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, search: AutoLRSSearch, cpus: int = 1, **config: Any
     ) -> None:
-        for module in (coordinator, slots, watchdog):
+        for module in (slots, watchdog):
             monkeypatch.setattr(module, "node_resources", lambda: [{"CPU": float(cpus)}])
         monkeypatch.setattr(slots, "nodes_starting", lambda: None)
         self.folder, self.search_alg, self.scheduler, self.config = folder, search, AutoLRSScheduler(), config

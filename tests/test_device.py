@@ -1,4 +1,4 @@
-"""On which device trials train, and what is said of GPUs that nobody asks for. No GPU is here: torch is told that there is."""
+"""On which device trials train. No GPU is here: torch is told that there is."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-from ray.tune import PlacementGroupFactory
 
 import autolrs_ray
-from autolrs_ray.driver.nodes import unasked_gpus
 from autolrs_ray.trial.device import own_device
 from tests.tasks import build_tiny
 
@@ -44,14 +42,6 @@ def test_the_tasks_own_device_comes_before_that_of_the_trial() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_process_without_a_gpu_may_ask() -> None:
     assert ray.get(ray.remote(num_cpus=0)(own_device).remote()) == "cpu"
-
-
-def test_gpus_that_no_trial_asks_for_are_told_of() -> None:
-    one, nodes = PlacementGroupFactory([{"CPU": 1}]), [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 2.0}]
-    (told,) = unasked_gpus(one, nodes)
-    assert told.startswith("the cluster has 4 GPUs and no trial asks for one")
-    assert not unasked_gpus(PlacementGroupFactory([{}, {"GPU": 0.5}]), nodes)
-    assert not unasked_gpus(one, [{"CPU": 8.0}])
 
 
 @pytest.mark.parametrize("workers", [2, "elastic"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from tokenizers import Tokenizer
 
 from autolrs_ray import Trainer
 from experiments import bert, resnet_imagefolder, translation
@@ -91,6 +92,31 @@ def test_each_job_learns_from_real_data(name: str, tmp_path: Path) -> None:
     assert again.train(4, lambda step: STEADY[name]) == first
 
 
+@pytest.mark.parametrize("name", ["translation", "bert"])
+def test_a_job_that_is_submitted_again_trains_on_the_same_tokens(name: str, tmp_path: Path) -> None:
+    job, write, options = JOBS[name]
+    given = ["--data", write(tmp_path), "--storage", "runs", *COMMON, *options]
+    first, again = (job.config_of(job.parser().parse_args(given)) for _ in range(2))
+    assert first == again
+    (path,) = (Path(value) for value in first.values() if str(value).endswith(".pt"))
+    before = path.stat().st_mtime_ns
+    assert job.config_of(job.parser().parse_args([*given, "--vocabulary", "310"])) != first
+    assert path.stat().st_mtime_ns == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_data_that_a_job_cannot_use_is_named_before_it_trains(tmp_path: Path) -> None:
+    write_numbers(tmp_path), write_pictures(tmp_path)
+    with (tmp_path / "numbers.de").open("a", encoding="utf-8") as file:
+        file.write("\neins\u2028zwei\n")  # a line of its own, and no two
+    with pytest.raises(ValueError, match=r"numbers.en has 200 lines and \S*numbers.de 201: they are read in pairs"):
+        translation.sentences(tmp_path / "numbers.en", tmp_path / "numbers.de")
+    assert resnet_imagefolder.test_images({"data": str(tmp_path), "size": 16}).classes == ["0", "1"]
+    (tmp_path / "val" / "1").rename(tmp_path / "val" / "2")
+    with pytest.raises(ValueError, match=r"must have the same folders, one for each class: see \['1', '2'\]"):
+        resnet_imagefolder.test_images({"data": str(tmp_path), "size": 16})
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
@@ -110,16 +136,22 @@ def test_a_job_runs_on_the_cluster_and_tests_its_final_model(
 
 def test_text_is_encoded_without_loss_of_pairs_and_masked_where_it_is_asked_for(tmp_path: Path) -> None:
     write_numbers(tmp_path), write_manual(tmp_path)
-    texts = [(tmp_path / f"numbers.{language}").read_text("utf-8").splitlines() for language in ("en", "de")]
+    texts = translation.sentences(tmp_path / "numbers.en", tmp_path / "numbers.de")
     found = translation.encode(*texts, vocabulary=300, length=24)
     assert found["source"].shape == (200, 24)
     assert found["target"].shape == (200, 25)
     assert (found["target"][:, 0] == translation.BEGIN).all()
     assert ((found["target"] == translation.END).sum(1) == 1).all()
+    read = Tokenizer.from_str(found["tokenizer"])
+    assert read.encode(texts[0][7]).ids == [token for token in found["source"][7].tolist() if token != translation.PAD]
     with pytest.raises(ValueError, match="no pair of sentences has at most 2 tokens"):
         translation.encode(*texts, vocabulary=300, length=2)
-    windows = bert.encode([str(tmp_path / "manual.txt")], 300)["tokens"][:640].view(10, 64)
-    tokens, targets = bert.Masked(windows, 300)[3]
+    encoded = bert.encode([str(tmp_path / "manual.txt")], 300)
+    words = {number: word for word, number in encoded["words"].items()}
+    begin = "".join(words[int(token)].removeprefix("##") for token in encoded["tokens"][:40])
+    assert begin.startswith("assignmentstatements")
+    windows = encoded["tokens"][:640].view(10, 64)
+    tokens, targets = bert.Masked(windows, torch.tensor([3]), 300)[0]
     asked = targets != bert.IGNORED
     assert int(asked.sum()) == 10
     assert torch.equal(targets[asked], windows[3][asked].long())

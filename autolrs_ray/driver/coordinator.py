@@ -23,7 +23,7 @@ from autolrs_ray.driver.elastic import Elastic
 from autolrs_ray.driver.failures import Failures, no_reset
 from autolrs_ray.driver.identity import subject
 from autolrs_ray.driver.keeper import CheckpointKeeper
-from autolrs_ray.driver.nodes import node_resources, trials_that_fit, unasked_gpus
+from autolrs_ray.driver.nodes import node_resources, trials_that_fit
 from autolrs_ray.driver.refusals import refuse_unfit
 from autolrs_ray.driver.reports import refuse_unsaved, too_seldom
 from autolrs_ray.driver.settings import CONFIG_KEY, LR_KEY
@@ -94,7 +94,7 @@ class Coordinator:
         except BaseException:
             del _driving[self._place]
             raise
-        for warning in (*warnings, *unasked_gpus(self._resources, node_resources())):
+        for warning in warnings:
             desk.warn(warning)
         self._slots.ask()
         self._elastic = Elastic(desk, controller, self._resources, self._live, rows is None)

@@ -68,17 +68,6 @@ def describe_shortage(trial: Any, nodes: list[dict[str, float]]) -> str:
     return f"each trial asks for {bundle}{where}, but the cluster has {there or 'no node'}"
 
 
-def unasked_gpus(trial: Any, nodes: list[dict[str, float]]) -> list[str]:
-    """What to warn of where `nodes` have GPUs, and trials ask for none of them."""
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    if not gpus or trial.required_resources.get("GPU"):
-        return []
-    return [
-        f"the cluster has {gpus:g} GPUs and no trial asks for one, so that a TrainingTask is trained on CPUs: give "
-        "resources={'gpu': 1}, or a share of a GPU such as 0.25"
-    ]
-
-
 def _exists(path: str) -> bool:
     return Path(path).exists()
 
