@@ -32,7 +32,7 @@ def full_run(
     folder.mkdir(parents=True, exist_ok=True)
     trainer, seconds, points = make(), 0.0, []
     if progress.exists():
-        kept = torch.load(progress, weights_only=True)
+        kept = torch.load(progress, map_location="cpu", weights_only=True)
         trainer.load_state_dict(kept["state"])
         seconds, points = kept["seconds"], kept["curve"]
     for mark in [mark for mark in marks if mark > trainer.step]:

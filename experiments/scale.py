@@ -34,7 +34,7 @@ from experiments.compare_report import replace
 from experiments.full_runs import full_run
 from experiments.scale_report import machine, write_report
 from experiments.scale_tasks import TASKS, ScaleTask, make_task
-from experiments.vgg16_cifar import default_address, start_ray
+from experiments.vgg16_cifar import default_address, resources_of, start_ray
 from experiments.vgg16_task import CLASSES, read_cifar
 
 MARKS = 20  # checkpoints of a fixed schedule, and points of its curve
@@ -102,7 +102,7 @@ def run_fixed(task: ScaleTask, row: Row, seed: int, out: Path) -> dict[str, Any]
     return dict(
         lr=best["lr"], weights="averaged" if row.averaged else "raw", compute=float(len(row.lrs(task))),
         seconds=sum(run["seconds"] for run in runs), steps_trained=len(runs) * task.steps, val=best["val"],
-        test=tested(task, torch.load(best["weights"], weights_only=True)),
+        test=tested(task, torch.load(best["weights"], map_location="cpu", weights_only=True)),
         curves=[{"lr": run["lr"], "chosen": run is best, "points": _points(run["curve"], "step", "accuracy")} for run in runs],
     )  # fmt: skip
 
@@ -145,12 +145,9 @@ def run_search(task: ScaleTask, method: str, seed: int, out: Path, arguments: ar
     """A run of the pair on Ray, and its final model's metrics."""
     row = ROWS[method]
     start_ray(arguments.address)
-    resources = {"cpu": arguments.cpus_per_trial}
-    if arguments.gpus_per_trial:
-        resources["gpu"] = arguments.gpus_per_trial
     result = autolrs_ray.run(
         task.build, task.steps, policy=row.policy, config=task.config, seed=seed, storage_path=out,
-        name=run_name(task, seed, method), resources=resources, slots=arguments.slots, **row.options(task),
+        name=run_name(task, seed, method), resources=resources_of(arguments, 0.25), slots=arguments.slots, **row.options(task),
     )  # fmt: skip
     data = RunData.load(result.folder)
     arms = sorted(data.reports) if data.anchored else [data.arm]
@@ -205,7 +202,6 @@ def planned(tasks: list[ScaleTask], rows: list[str], seeds: int) -> list[tuple[S
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
@@ -217,7 +213,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", help="folder of Python files for `bytes` (default: the standard library)")
     parser.add_argument("--slots", type=int, help="trials at the same time (default: as many as fit)")
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
-    parser.add_argument("--gpus-per-trial", type=float, default=0.25 if on_gpu else 0.0)
+    parser.add_argument("--gpus-per-trial", type=float, help="(default: 0.25 where the cluster has any)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--threads", type=int, help="of a fixed schedule's run (default: torch's own)")
     parser.add_argument(
         "--address", default=default_address(), help='of the Ray cluster (default: "auto" in a job, else "local")'
@@ -240,8 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.download:
         for dataset in CLASSES:
             read_cifar(dataset, arguments.data, train=False, download=True)
-    tasks = [make_task(name, arguments.data, str(out), arguments.width, arguments.epochs, arguments.text)
-             for name in arguments.tasks]  # fmt: skip
+    tasks = [make_task(name, arguments.data, str(out), arguments.width, arguments.epochs, arguments.text,
+                       compile=arguments.compile) for name in arguments.tasks]  # fmt: skip
     for task, method, seed in planned(tasks, arguments.rows, arguments.seeds):
         run_row(task, method, seed, out, arguments)
 

@@ -193,7 +193,7 @@ def build_finetune(config: Config) -> TrainingTask:
     """The head is new; the rest is as it was trained, and trained on."""
     data = _halves(config, odd=True)
     model = ResNet("cifar100", 50, round(16 * config["width"]))
-    state = torch.load(config["weights"], weights_only=True)
+    state = torch.load(config["weights"], map_location="cpu", weights_only=True)
     model.load_state_dict({**state, **{f"head.{name}": value for name, value in model.head.state_dict().items()}})
     train = few(data["train"], config["tuned_images"])
     return _image_task(model, train, data["val"], config, config["batch_size"])

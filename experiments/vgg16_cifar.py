@@ -114,7 +114,7 @@ def run_fixed(job: Job, out: Path) -> dict[str, Any]:
     """The peak that is best on the validation images, and its model's test metrics."""
     runs = [train_fixed(job, peak, out) for peak in job.peaks]
     best = min(runs, key=lambda run: finite_or_inf(run["val_loss"]))
-    state = torch.load(best["weights"], weights_only=True)
+    state = torch.load(best["weights"], map_location="cpu", weights_only=True)
     return dict(
         lrs=[best["peak"]], val_accuracy=best["val_accuracy"], compute=float(len(runs)),
         seconds=sum(run["seconds"] for run in runs), weights="averaged" if job.policy in AVERAGED else "raw",
@@ -204,7 +204,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage-steps", type=int, default=1000, help="paper: tau (default 1000)")
     parser.add_argument("--max-stage-steps", type=int, default=8000, help="paper: its maximum (default 8000)")
     parser.add_argument("--reports", type=int, help="paper: validations per probe")
-    parser.add_argument("--gpus-per-trial", type=float, default=0.1 if on_gpu else 0.0)
+    parser.add_argument("--gpus-per-trial", type=float, help="(default: 0.1 where the cluster has any)")
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
     parser.add_argument("--slots", type=int, help="trials at the same time (default: as many as fit)")
     parser.add_argument("--address", default=default_address(),
@@ -229,9 +229,7 @@ def options_of(policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
-    resources = {"cpu": arguments.cpus_per_trial}
-    if arguments.gpus_per_trial:
-        resources["gpu"] = arguments.gpus_per_trial
+    resources = resources_of(arguments, 0.1)
     return [
         Job(
             Settings(dataset, os.path.abspath(arguments.data_dir), arguments.width, arguments.train_images,
@@ -249,6 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.report:
         vgg16_report.write_report(arguments.out, arguments.results)
         return
+    if any(policy in SEARCHES for policy in arguments.policy):
+        start_ray(arguments.address)
     jobs = jobs_of(arguments)
     for dataset in arguments.dataset:
         read_cifar(dataset, arguments.data_dir, train=False, download=arguments.download)
@@ -257,10 +257,18 @@ def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).parent
     for file in (*here.glob("vgg16_*.py"), here / "full_runs.py"):
         shutil.copy(file, source)
-    if any(job.searches for job in jobs):
-        start_ray(arguments.address)
     for job in jobs:
         run_job(job, arguments.out)
+
+
+def resources_of(arguments: argparse.Namespace, share: float) -> dict[str, float]:
+    """Of a trial; unless it is said, `share` of a GPU where the cluster has any, though its head may have none."""
+    import ray
+
+    gpus = arguments.gpus_per_trial
+    if gpus is None:
+        gpus = share if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
+    return {"cpu": arguments.cpus_per_trial, **({"gpu": gpus} if gpus else {})}
 
 
 def default_address() -> str:

@@ -63,6 +63,7 @@ def test_the_python_blocks_run_as_one_session(tmp_path: Path, monkeypatch: pytes
     }  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {
         "first", "mine", "task", "class", "function", "replay", "tuned", "weight-decay-0", "weight-decay-0.001", "notebook",
+        "pretrained.pt",
     }  # fmt: skip
     assert (tmp_path / "first" / "report.html").exists()
 

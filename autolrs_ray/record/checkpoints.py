@@ -113,11 +113,12 @@ def verify_checkpoint(folder: str | os.PathLike[str], content: bool = True) -> i
     return step
 
 
-def read_checkpoint(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load a verified checkpoint. Only tensors and plain values are accepted (`weights_only=True`)."""
+def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a verified checkpoint, to the CPU: an optimizer moves what it wants elsewhere, and waits for the GPU at every step
+    where its step counts lie there. Only tensors and plain values are accepted (`weights_only=True`)."""
     verify_checkpoint(folder)
     try:
-        state: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a hostile or foreign file
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
     return state

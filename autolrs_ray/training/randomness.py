@@ -28,14 +28,16 @@ def generator_of(*key: int) -> torch.Generator:
 def seed_all(seed: int, device: torch.device | None = None) -> None:
     """Seed the generators that everybody uses: Python's, NumPy's, torch's, and those of an accelerator.
 
-    device: "cpu" leaves accelerators alone; torch.manual_seed formats stack traces at every call.
+    device: "cpu" or "cuda" leaves other accelerators alone; torch.manual_seed formats a stack trace for each at every call.
     """
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    if device is not None and device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    if device is None or device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
 
 
 def states_of_all() -> tuple[Any, ...]:

@@ -260,7 +260,7 @@ class Trainer:
         """Estimate batch-norm statistics anew on the last batches, whole ones in every process."""
         first = max(0, self.step - self.task.reestimate)
         with self._autocast():
-            update_bn([[self.feed.whole_inputs(first + i)] for i in range(self.task.reestimate)], self.model)
+            update_bn(([self.feed.whole_inputs(first + i)] for i in range(self.task.reestimate)), self.model)
         if average is not None:
             self._averages().keep_statistics(average)
 
@@ -341,7 +341,7 @@ class Trainer:
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from `folder`. Raises CheckpointError if it is missing, cut short or altered."""
-        self.load_state_dict(read_checkpoint(folder, self.device))
+        self.load_state_dict(read_checkpoint(folder))
 
     @property
     def trouble(self) -> str | None:

@@ -229,7 +229,8 @@ def check_first_trial(
     task = partial(
         _check, trainable, config, trainable.workers or 1
     )  # no more than a batch has rows, where trials grow
-    reference = ray.remote(lambda: task()).options(max_retries=0, **options).remote()
+    # given here and not by .options(): then Ray ends the process of a task that had a GPU, whose memory the trials want
+    reference = ray.remote(max_retries=0, **options)(lambda: task()).remote()
     done, _ = ray.wait([reference], timeout=CHECK_S)
     if not done:
         ray.cancel(reference, force=True)
