@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import time
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -22,6 +25,7 @@ from autolrs_ray.trial.check import (
     UntrainableError,
     _check,
     builds_task,
+    check_first_trial,
     check_task,
     goes_on_otherwise,
 )
@@ -250,6 +254,20 @@ class TestOnRay:
         assert builds_task(bound)
         assert self.run(tmp_path, "bound", bound).done
         assert self.run(tmp_path, "numpy", by_numpys_generator).done
+
+    def test_a_process_that_had_a_gpu_ends_with_the_check(self, tmp_path: Any) -> None:
+        """Or its memory would be missing to the trials."""
+        file = tmp_path / "pid"
+
+        def build(config: dict[str, Any]) -> TrainingTask:
+            file.write_text(str(os.getpid()))
+            return task()
+
+        check_first_trial(trainable_for(build), {"seed": 0}, {"CPU": 1, "GPU": 1})
+        until = time.monotonic() + 30.0
+        while psutil.pid_exists(int(file.read_text())) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not psutil.pid_exists(int(file.read_text()))
 
     def test_a_task_that_cannot_be_trained_starts_no_trial(self, tmp_path: Any) -> None:
         with pytest.raises(
