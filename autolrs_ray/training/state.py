@@ -38,7 +38,7 @@ class TaskState:
         self._held = set(map(id, parameters_of(self.optimizers)))  # at the start
         self._built = {name: id(parameter) for name, parameter in self._named_parameters()}
         self._initial_buffers = {name: _cloned(tensor) for name, _, _, tensor in self._unsaved()}
-        self._initial = snapshot(self._read({}, {}))  # off the GPU, where it would lie as long as the trial does
+        self._initial = copy.deepcopy(self._read({}, {}))
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, module in self.modules.items():
@@ -136,7 +136,7 @@ class TaskState:
 
     def reset(self) -> None:
         """Back to the start."""
-        self.load_state_dict(snapshot(self._initial))
+        self.load_state_dict(copy.deepcopy(self._initial))
 
     def copy_state_dict(self, state: Mapping[str, Any]) -> None:
         """As load_state_dict, from tensors that are neither kept nor written to: all are copied, those of the optimizers into
