@@ -183,7 +183,6 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", choices=sorted(CLASSES), default=["cifar10"])
     parser.add_argument("--policy", nargs="+", choices=[*SEARCHES, *SHAPES], default=["anchored"])
@@ -197,8 +196,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, default=45_000)
     parser.add_argument("--val-images", type=int, default=5_000)
     parser.add_argument("--padding", choices=PADDINGS, default="zero")
-    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=on_gpu, help="bfloat16")
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on GPUs)")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="(default: on GPUs)")
     parser.add_argument("--compile", nargs="?", const=True, default=False, metavar="MODE",
                         help='torch.compile, in its mode MODE if given ("reduce-overhead": CUDA graphs)')  # fmt: skip
     parser.add_argument("--stage-steps", type=int, default=1000, help="paper: tau (default 1000)")
@@ -230,11 +229,14 @@ def options_of(policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     resources = resources_of(arguments, 0.1)
+    on_gpu = "gpu" in resources or torch.cuda.is_available()
+    autocast, channels_last = (
+        on_gpu if given is None else given for given in (arguments.autocast, arguments.channels_last)
+    )
     return [
         Job(
             Settings(dataset, os.path.abspath(arguments.data_dir), arguments.width, arguments.train_images,
-                     arguments.val_images, arguments.padding, arguments.autocast, arguments.channels_last,
-                     arguments.compile),
+                     arguments.val_images, arguments.padding, autocast, channels_last, arguments.compile),
             policy, arguments.epochs or EPOCHS.get(policy, DEFAULT_EPOCHS), seed, tuple(arguments.peaks),
             options_of(policy, arguments), resources, arguments.slots,
         )
