@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from torch import nn
 
 from autolrs_ray.outcome.result import RunResult
-from experiments.vgg16_cifar import default_address, start_ray
+from experiments.vgg16_cifar import default_address, resources_of, start_ray
 
 
 def parser(
@@ -41,8 +40,7 @@ def join_cluster() -> None:
 
 def resources(arguments: argparse.Namespace) -> dict[str, float]:
     """Of each worker, on the cluster that has been joined."""
-    gpus = arguments.gpus if arguments.gpus is not None else min(1.0, ray.cluster_resources().get("GPU", 0.0))
-    return {"cpu": arguments.cpus, "gpu": gpus}
+    return resources_of(arguments.cpus, arguments.gpus, 1.0)
 
 
 def made_once(stem: Path, files: Sequence[Path], details: Any, make: Callable[[], dict[str, Any]]) -> Path:

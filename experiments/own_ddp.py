@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import autolrs_ray
 from autolrs_ray.integrations.follower import Follower
+from autolrs_ray.trial.device import own_device
 
 BATCH = 32
 
@@ -40,9 +41,7 @@ class Rank:
     def __init__(self, rank: int, world: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.rank, self.world, self.seed = rank, world, seed
-        self.device = (
-            "cuda" if ray.get_gpu_ids() else "cpu"
-        )  # one that Ray has given to this process, not any that is there
+        self.device = own_device()  # a GPU if Ray has given one to this process, not any that is there
         self.model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)).to(self.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.forward: nn.Module = self.model

@@ -145,9 +145,10 @@ def run_search(task: ScaleTask, method: str, seed: int, out: Path, arguments: ar
     """A run of the pair on Ray, and its final model's metrics."""
     row = ROWS[method]
     start_ray(arguments.address)
+    resources = resources_of(arguments.cpus_per_trial, arguments.gpus_per_trial, 0.25)
     result = autolrs_ray.run(
         task.build, task.steps, policy=row.policy, config=task.config, seed=seed, storage_path=out,
-        name=run_name(task, seed, method), resources=resources_of(arguments, 0.25), slots=arguments.slots, **row.options(task),
+        name=run_name(task, seed, method), resources=resources, slots=arguments.slots, **row.options(task),
     )  # fmt: skip
     data = RunData.load(result.folder)
     arms = sorted(data.reports) if data.anchored else [data.arm]

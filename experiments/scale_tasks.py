@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from autolrs_ray.training.task import TrainingTask, accuracy
 from autolrs_ray.training.trainer import Trainer
+from experiments.cluster_job import parameter_groups
 from experiments.vgg16_task import BATCH_SIZE, CLASSES, STATISTICS, Normalise, Settings, augment, load, read_cifar
 from experiments.vgg16_task import build as build_vgg16
 
@@ -109,12 +110,7 @@ class ResNet(nn.Module):
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and filters only."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
 
 
 def _image_task(
@@ -319,8 +315,7 @@ def make_task(
 
     Raises ValueError for a name there is none of.
     """
-    on_gpu = torch.cuda.is_available()
-    common = asdict(Settings("cifar10", os.path.abspath(data_dir), autocast=True, channels_last=True, compile=on_gpu))
+    common = asdict(Settings("cifar10", os.path.abspath(data_dir), autocast=True, channels_last=True))
     if name in CLASSES:
         settings = {**common, "batch_size": BATCH_SIZE, "dataset": name, "width": width or 0.5, **config}
         title = f"VGG16, {name.replace('cifar', 'CIFAR-')}, SGD"
@@ -341,7 +336,7 @@ def make_task(
     if name == "bytes":
         text = text or sysconfig.get_paths()["stdlib"]
         settings = {"text": text, "val_windows": 256, "width": width or 1.0, "layers": 3, "batch_size": 12,
-                    "autocast": True, "compile": on_gpu, **config}  # fmt: skip
+                    "autocast": True, "compile": False, **config}  # fmt: skip
         rows = len(byte_windows(text, settings["val_windows"])["train"][0])
         return ScaleTask(name, "bytes of Python's library: transformer, AdamW", build_bytes,
                          lambda c: byte_windows(c["text"], c["val_windows"])["test"], settings, rows, epochs or 1,

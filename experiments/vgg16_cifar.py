@@ -228,7 +228,7 @@ def options_of(policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
-    resources = resources_of(arguments, 0.1)
+    resources = resources_of(arguments.cpus_per_trial, arguments.gpus_per_trial, 0.1)
     on_gpu = "gpu" in resources or torch.cuda.is_available()
     autocast, channels_last = (
         on_gpu if given is None else given for given in (arguments.autocast, arguments.channels_last)
@@ -263,14 +263,13 @@ def main(argv: list[str] | None = None) -> None:
         run_job(job, arguments.out)
 
 
-def resources_of(arguments: argparse.Namespace, share: float) -> dict[str, float]:
-    """Of a trial; unless it is said, `share` of a GPU where the cluster has any, though its head may have none."""
+def resources_of(cpus: float, gpus: float | None, share: float) -> dict[str, float]:
+    """Of a trial. gpus: None for `share` of one where the cluster that was joined has any, though its head may have none."""
     import ray
 
-    gpus = arguments.gpus_per_trial
     if gpus is None:
         gpus = share if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
-    return {"cpu": arguments.cpus_per_trial, **({"gpu": gpus} if gpus else {})}
+    return {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
 
 
 def default_address() -> str:
