@@ -26,7 +26,8 @@ Every choice (LR, winner of the race, raw or averaged weights) is made on valida
 row's final model. Losses are those that are trained on. compute: optimizer steps of all trials over those of one training
 (T), on one slot, where it is the wall-clock too. rows/s: rows of all trials' batches (images, or windows of 256 bytes) over
 the seconds in which they trained, or for the searches trained or evaluated, on a machine with other work. ±: standard error
-over seeds, where there are two. The figure has raw weights, but for `constant`, whose model is an average.
+over seeds, where there are two. less anchored: over the seeds that both rows have. The figure has
+raw weights, but for `constant`, whose model is an average.
 """
 
 
