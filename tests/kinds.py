@@ -101,7 +101,7 @@ def bfloat16_weights() -> Parts:
 
 @kind
 def bfloat16_autocast() -> Parts:
-    return with_adamw(mlp(), autocast=True)
+    return with_adamw(mlp(), autocast=torch.bfloat16)
 
 
 @kind

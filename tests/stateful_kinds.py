@@ -392,5 +392,5 @@ def batches_and_outputs_with_attributes() -> Parts:
         return cross_entropy(output.logits, target)
 
     return with_adamw(
-        Model(), train_data=Rows(0, 32), val_data=Rows(0, 8), collate_fn=collate, loss=loss, autocast=True
+        Model(), train_data=Rows(0, 32), val_data=Rows(0, 8), collate_fn=collate, loss=loss, autocast=torch.bfloat16
     )

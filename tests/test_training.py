@@ -22,7 +22,7 @@ from tests.trainings import X, Y, adamw, assert_same, falling, momentum, noisy, 
 
 @pytest.mark.parametrize("optimizer", [sgd, momentum, adamw])
 @pytest.mark.parametrize("averaging", [False, True])
-@pytest.mark.parametrize("options", [{}, {"augment": noisy, "clip_norm": 0.5}, {"autocast": True}])
+@pytest.mark.parametrize("options", [{}, {"augment": noisy, "clip_norm": 0.5}, {"autocast": torch.bfloat16}])
 def test_winning_probe_is_the_main_run_bit_for_bit(optimizer, averaging, options, tmp_path):
     """0 -> 20, a checkpoint, another process -> 50 is 0 -> 50: dropout, batch norm, augmentation and all."""
     whole = Trainer(lambda: task(optimizer, **options), 3, averaging)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from autolrs_ray.training.batches import Batch, on_tensors
-
-HALF = (torch.bfloat16, torch.float16)
+from autolrs_ray.training.precision import HALF
 
 
 @torch.no_grad()

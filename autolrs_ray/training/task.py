@@ -16,8 +16,8 @@ from torch.utils.data import Sampler
 from autolrs_ray.core.checks import require_bool, require_float, require_function, require_int
 from autolrs_ray.training.averages import require_parts
 from autolrs_ray.training.data import Data, Draw, checked_data, checked_sampler, length
-from autolrs_ray.training.evaluation import HALF
 from autolrs_ray.training.optimizers import needs_closure
+from autolrs_ray.training.precision import HALF
 from autolrs_ray.training.walk import open_files_in
 
 OWN_METRICS = ("loss", "batches")
@@ -53,7 +53,8 @@ class TrainingTask:
     clip_norm: largest norm of all gradients together, to which a larger one is scaled down; None: as they are.
     reestimate: batches on which the batch-norm statistics of averaged weights are estimated anew before they are evaluated; 0
     averages the statistics too.
-    autocast: run forward passes in bfloat16, or in the dtype given; float16 wants a scaler (torch.amp.GradScaler).
+    autocast: True: run forward passes in bfloat16 where the device computes in it, else as without. A dtype: run them in that;
+    float16 wants a scaler (torch.amp.GradScaler).
     compile: True, or a mode of torch.compile ("reduce-overhead": CUDA graphs). sync_batch_norm: several processes that train
     one trial take batch-norm statistics over the whole batch.
 

@@ -35,6 +35,7 @@ from autolrs_ray.training.optimizers import (
     step_with_closure,
     train_mode,
 )
+from autolrs_ray.training.precision import autocast_dtype
 from autolrs_ray.training.randomness import random_numbers_put_back, seed_all
 from autolrs_ray.training.state import TaskState
 from autolrs_ray.training.task import TrainingTask
@@ -64,6 +65,7 @@ class Trainer:
             raise TypeError(f"the build function must return a TrainingTask, got {type(task).__name__}")
         self.task, self.seed, self.step = task, seed, 0
         self.device = torch.device(task.device or device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._autocast_dtype = autocast_dtype(task.autocast, self.device)
         self.feed = Feed(task, seed, self.device, self.rank, self.world)
         self.held_out = held_out(drawn(task.val_data, task.val_fraction, seed), seed)
         self._optimizers = task.optimizers
@@ -136,8 +138,8 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = torch.bfloat16 if self.task.autocast is True else self.task.autocast
-        return torch.autocast(self.device.type, dtype) if dtype is not False else nullcontext()
+        dtype = self._autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def train(self, until: int, lr_at: Callable[[int], float]) -> float:
         """Train up to step `until`; `lr_at(t)` is the LR of the update from t to t + 1. Returns the mean training loss.
@@ -270,7 +272,7 @@ class Trainer:
         names, parameters = zip(*self._whole.named_parameters(), strict=True)
         before = first_weights(parameters)
         functions = {"loss": self.task.loss, **self.task.metrics}
-        autocast = None if self.task.autocast is False else self._autocast
+        autocast = None if self._autocast_dtype is None else self._autocast
         sums = weighted_sums(self._forward, functions, self.feed.batches(data), autocast)
         self._whole.train()
         changed = (first_weights(parameters) != before) & before.isfinite()
