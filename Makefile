@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE = disabled
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS ?= 1
-# Driver kills per policy, and how long the other fault tests are: 20 is all of it, 4 a quick look.
+# Driver kills per policy, and how long the other fault tests are: 20 is all of it, 4 a quick look. TEST_MINUTES=20 begins no
+# further test after 20 minutes.
 export FAULTS ?= 20
 
 .PHONY: run test lint faults hosts docs browser image-check clean
@@ -32,7 +33,7 @@ test: lint
 	tools/sandboxed $(BIN)/python -m pytest -q -m "ray and not slow"
 
 faults: $(STAMP)
-	tools/sandboxed $(BIN)/python -m pytest -q -m "slow and not hosts"
+	tools/sandboxed $(BIN)/python -m pytest -q -rs -m "slow and not hosts"
 
 hosts: $(STAMP)
 	tools/sandboxed $(BIN)/python -m pytest -q -m hosts

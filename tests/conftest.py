@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True)  # other examples: --hypothesis-profile default
 settings.load_profile("repeatable")
+
+MINUTES = float(os.environ.get("TEST_MINUTES", "inf"))
+"""After so many minutes no further test begins: what is left is skipped. For machines whose speed is not known."""
+BEGAN = time.monotonic()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where time is short, what is done to runs comes first."""
+    if math.isfinite(MINUTES):
+        items.sort(key=lambda item: "faults" not in item.path.parts)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - BEGAN > 60.0 * MINUTES:
+        pytest.skip(f"no time left: TEST_MINUTES={MINUTES:g}")
 
 
 @pytest.fixture(scope="module")
