@@ -86,8 +86,13 @@ def _row(found: list[dict[str, Any]], anchored: list[dict[str, Any]]) -> dict[st
         wall_clock=compute if slots == 1 else None, slots={"1": [compute, compute]} if slots == 1 else {},
         test_losses=losses, lrs=[outcome["lr"] for outcome in found], weights=[outcome["weights"] for outcome in found],
         images_per_s=round(sum(outcome["images_per_s"] for outcome in found) / len(found), 1), curves=first["curves"],
-        hardware=first["hardware"], date=max(outcome["date"] for outcome in found),
+        hardware=_joined(found), date=max(outcome["date"] for outcome in found),
     )  # fmt: skip
+
+
+def _joined(rows: list[dict[str, Any]]) -> str:
+    """The machines of all rows, each once."""
+    return "; ".join(dict.fromkeys(machine for row in rows for machine in row["hardware"].split("; ")))
 
 
 def section(rows: list[dict[str, Any]], methods: Mapping[str, int | None]) -> str:
@@ -111,7 +116,7 @@ def section(rows: list[dict[str, Any]], methods: Mapping[str, int | None]) -> st
     missing = " ".join(f'"{method}"' for method in methods if method not in by_method)
     text = (
         f"## {first['title']}\n\n`{first['task']}`: T = {first['steps']:,} steps of {first['batch_size']}, "
-        f"{first['epochs']:g} epochs, width {first['width']:g}; {first['hardware']}; "
+        f"{first['epochs']:g} epochs, width {first['width']:g}; {_joined(rows)}; "
         f"{', '.join(sorted({row['date'] for row in rows}))}.\n\n{markdown(heads, lines)}\n"
     )
     return text + (f"\nTo run the rest: `{COMMAND.format(task=first['task'], rows=missing)}`\n" if missing else "")

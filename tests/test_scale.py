@@ -220,7 +220,9 @@ def test_the_table_has_the_comparisons_columns_and_names_what_was_not_run(
     untuned = scale.run_row(task, "linear, untuned", 0, out, scale.parse([]))
     race = {**untuned, "method": "anchored", "test": {"loss": untuned["test"]["loss"] - 0.5, "accuracy": 0.25}}
     for seed in (0, 1):
-        (out / "outcomes" / f"anchored-{seed}.json").write_text(json.dumps({**race, "seed": seed}))
+        (out / "outcomes" / f"anchored-{seed}.json").write_text(
+            json.dumps({**race, "seed": seed, "hardware": f"machine {seed}"})
+        )
     scale.main(["--report", "--out", str(out), "--results", str(tmp_path)])
     rows = json.loads((tmp_path / "scale.json").read_text())
     assert [(row["method"], row["seeds"], row["interval_decades"]) for row in rows] == [
@@ -228,10 +230,12 @@ def test_the_table_has_the_comparisons_columns_and_names_what_was_not_run(
         ("linear, untuned", 1, None),
     ]
     assert rows[1]["minus_anchored"] == pytest.approx([0.5, 0.0])
+    assert rows[0]["hardware"] == "machine 0; machine 1"
     compare = json.loads(Path(scale.__file__).with_name("results").joinpath("compare.json").read_text())
     wanted = {"epochs", "width", "images_per_s", "hardware", *compare[0]}
     assert all(wanted <= row.keys() for row in rows)
     table = (tmp_path / "scale.md").read_text()
+    assert f"; machine 0; machine 1; {untuned['hardware']}; " in table
     assert "| linear, best of 3 | not run yet |" in table
     rest = " ".join(f'"{method}"' for method in scale.ROWS if method not in ("anchored", "linear, untuned"))
     assert f"--tasks bytes --rows {rest}`" in table
