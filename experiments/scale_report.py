@@ -26,8 +26,8 @@ Every choice (LR, winner of the race, raw or averaged weights) is made on valida
 row's final model. Losses are those that are trained on. compute: optimizer steps of all trials over those of one training
 (T), on one slot, where it is the wall-clock too. rows/s: rows of all trials' batches (images, or windows of 256 bytes) over
 the seconds in which they trained, or for the searches trained or evaluated, on a machine with other work. ±: standard error
-over seeds, where there are two. less anchored: over the seeds that both rows have. The figure has
-raw weights, but for `constant`, whose model is an average.
+over seeds, where there are two. less anchored: over the seeds that both rows have. The figure has raw weights, but for
+`constant`, whose model is an average.
 """
 
 
@@ -86,13 +86,13 @@ def _row(found: list[dict[str, Any]], anchored: list[dict[str, Any]]) -> dict[st
         wall_clock=compute if slots == 1 else None, slots={"1": [compute, compute]} if slots == 1 else {},
         test_losses=losses, lrs=[outcome["lr"] for outcome in found], weights=[outcome["weights"] for outcome in found],
         images_per_s=round(sum(outcome["images_per_s"] for outcome in found) / len(found), 1), curves=first["curves"],
-        hardware=_joined(found), date=max(outcome["date"] for outcome in found),
+        hardware=_hardware(found), date=max(outcome["date"] for outcome in found),
     )  # fmt: skip
 
 
-def _joined(rows: list[dict[str, Any]]) -> str:
+def _hardware(rows: list[dict[str, Any]]) -> str:
     """The machines of all rows, each once."""
-    return "; ".join(dict.fromkeys(machine for row in rows for machine in row["hardware"].split("; ")))
+    return "; ".join(dict.fromkeys(name for row in rows for name in row["hardware"].split("; ")))
 
 
 def section(rows: list[dict[str, Any]], methods: Mapping[str, int | None]) -> str:
@@ -116,7 +116,7 @@ def section(rows: list[dict[str, Any]], methods: Mapping[str, int | None]) -> st
     missing = " ".join(f'"{method}"' for method in methods if method not in by_method)
     text = (
         f"## {first['title']}\n\n`{first['task']}`: T = {first['steps']:,} steps of {first['batch_size']}, "
-        f"{first['epochs']:g} epochs, width {first['width']:g}; {_joined(rows)}; "
+        f"{first['epochs']:g} epochs, width {first['width']:g}; {_hardware(rows)}; "
         f"{', '.join(sorted({row['date'] for row in rows}))}.\n\n{markdown(heads, lines)}\n"
     )
     return text + (f"\nTo run the rest: `{COMMAND.format(task=first['task'], rows=missing)}`\n" if missing else "")
