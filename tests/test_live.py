@@ -77,6 +77,24 @@ def test_the_time_left_is_what_steps_have_taken_for_what_runs_take(
     assert [line.rpartition("slots | ")[2] for line in screen.getvalue().splitlines()[1:]] == shown
 
 
+def test_a_log_gets_a_line_for_every_lr_that_joins_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = AutoLRSSearch(1000, slots=1)
+    search.desk.plan_for(1)
+    policy, screen, live = search.policy, StringIO(), LiveProgress(search)
+    assert isinstance(policy, AnchoredPolicy)
+    monkeypatch.setattr(live, "_console", Console(file=screen, width=200))
+    policy.trunks[11].step = 60  # the others walk through the steps that it has behind it
+    for trunk in policy.trunks[10:7:-1]:
+        live._shown = 0.0
+        live.on_step_end(1, [])
+        live._shown = 0.0
+        live.on_step_end(2, [])  # nothing has changed: no second line
+        trunk.status = "open"
+    lines = screen.getvalue().splitlines()[1:]
+    assert [line.split(" | ")[2] for line in lines] == [f"{n} of 12 LRs in the race" for n in (2, 3, 4)]
+    assert {line.split(" | ")[5] for line in lines} == {"step 60/1000"}
+
+
 def test_a_terminal_gets_a_live_view_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     search = AutoLRSSearch(100, policy="paper", stage_steps=50, max_stage_steps=50)
     search.desk.plan_for(1)

@@ -130,7 +130,7 @@ class LiveProgress(Callback):  # type: ignore[misc]
                 self._live.start()
             self._live.update(self.view(progress), refresh=True)
         else:
-            change = (progress["phase"], progress["stage"], progress["step"])
+            change = tuple(progress[name] for name in ("phase", "stage", "resolved", "lr", "step"))
             if change != self._last:
                 self._last = change
                 self._console.print(self.line(progress), highlight=False, soft_wrap=True, markup=False)
